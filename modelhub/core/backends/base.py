@@ -1,0 +1,331 @@
+"""The interface that every framework implements, in one place.
+
+A Backend object stands for one framework on one device. Model code receives it as `xp` and calls nothing else, apart
+from the operators that all frameworks share: + - * / ** @ unary -, comparisons, & | ~ on booleans, and indexing with
+static integers and slices.
+
+Conventions: names and argument order are numpy's; `axis` counts as in numpy; dtypes are strings ("float32",
+"bfloat16", "float16", "int32", "bool"); indices are int32; shapes are static. Letters in shape comments:
+B batch, T query time, S key time, D model width, H query heads, K key/value heads, N outputs, V vocabulary,
+h head width.
+
+A new backend is one file: it subclasses Backend, provides what is marked "each backend" and overrides a composite
+where its framework has a faster one.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from modelhub.core.tree import bind
+from modelhub.errors import DeviceError
+
+Array = Any
+Shape = Sequence[int]
+
+
+class Backend:
+    """One framework on one device; see the module docstring for conventions."""
+
+    name: ClassVar[str]
+    eager: ClassVar[bool]  # True where a new shape costs nothing; False where it means compiling
+    device: str  # "cpu", "gpu:0", "tpu:0", "mps:0"
+
+    def __repr__(self) -> str:
+        return f"<backend {self.name} on {self.device}>"
+
+    # --- engine: each backend -------------------------------------------------------------------------------
+
+    def put(self, array: np.ndarray) -> Array:
+        """Take a numpy array over to the device. The caller gives it up: on CPU its memory is adopted, not copied."""
+        raise NotImplementedError
+
+    def get(self, x: Array) -> np.ndarray:
+        """The values as a numpy array that the caller may write to only after copying it."""
+        raise NotImplementedError
+
+    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = ()) -> Callable:
+        """A fast version of `fn`, whose arguments and results are (dicts of) arrays.
+
+        With a skeleton, fn's first argument is a Module, and the result is called with a params dict in its place: the
+        dict is what crosses the framework's boundary. A params dict is never changed in place, only replaced.
+        Arguments at the positions in `donate` are consumed: their memory may be reused for the results.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def owns(x: object) -> bool:
+        """True if `x` is an array of this framework."""
+        raise NotImplementedError
+
+    @classmethod
+    def devices(cls) -> list[str]:
+        """All devices that the framework sees, the best first."""
+        raise NotImplementedError
+
+    @classmethod
+    def pick_device(cls, device: str | None) -> str:
+        """Turn None, "gpu" or "gpu:1" into one of `devices()`."""
+        seen = cls.devices()
+        if device is None:
+            return seen[0]
+        wanted = device.replace("cuda", "gpu")
+        for candidate in seen:
+            if wanted == candidate or wanted == candidate.split(":")[0]:
+                return candidate
+        raise DeviceError(
+            f"device {device!r} was asked for, but {cls.name} sees only: {', '.join(seen)}. "
+            f"Pass one of these, or leave device out; `modelhub doctor` shows what each backend sees."
+        )
+
+    # --- creation and types: each backend -------------------------------------------------------------------
+
+    def array(self, values: Any, dtype: str | None = None) -> Array:
+        """A new array on the device from numbers, lists or numpy arrays; always a copy."""
+        raise NotImplementedError
+
+    def zeros(self, shape: Shape, dtype: str = "float32") -> Array:
+        raise NotImplementedError
+
+    def full(self, shape: Shape, value: float, dtype: str = "float32") -> Array:
+        raise NotImplementedError
+
+    def arange(self, n: int, dtype: str = "int32") -> Array:
+        raise NotImplementedError
+
+    def cast(self, x: Array, dtype: str) -> Array:
+        raise NotImplementedError
+
+    def dtype(self, x: Array) -> str:
+        raise NotImplementedError
+
+    # --- shape: each backend --------------------------------------------------------------------------------
+
+    def reshape(self, x: Array, shape: Shape) -> Array:
+        raise NotImplementedError
+
+    def transpose(self, x: Array, axes: Sequence[int]) -> Array:
+        raise NotImplementedError
+
+    def concat(self, xs: Sequence[Array], axis: int = 0) -> Array:
+        raise NotImplementedError
+
+    def stack(self, xs: Sequence[Array], axis: int = 0) -> Array:
+        raise NotImplementedError
+
+    def split(self, x: Array, sections: int, axis: int = -1) -> list[Array]:
+        """`sections` equal parts."""
+        raise NotImplementedError
+
+    def expand_dims(self, x: Array, axis: int) -> Array:
+        raise NotImplementedError
+
+    def broadcast_to(self, x: Array, shape: Shape) -> Array:
+        raise NotImplementedError
+
+    # --- selection: each backend ----------------------------------------------------------------------------
+
+    def where(self, condition: Array, x: Array, y: Array) -> Array:
+        raise NotImplementedError
+
+    def take(self, x: Array, indices: Array, axis: int = 0) -> Array:
+        """Slices of `x` along `axis`; indices of any shape replace that axis."""
+        raise NotImplementedError
+
+    def take_along_axis(self, x: Array, indices: Array, axis: int) -> Array:
+        raise NotImplementedError
+
+    def update_slots(self, buffer: Array, new: Array, start: Array) -> Array:
+        """buffer (B, K, S, h) with new (B, K, T, h) written to slots start[b] ... start[b] + T - 1. CONSUMES `buffer`.
+
+        start: (B,) int32 with start + T <= S. In place on numpy and torch; XLA reuses donated memory.
+        """
+        raise NotImplementedError
+
+    # --- elementwise: each backend --------------------------------------------------------------------------
+
+    def exp(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def log(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def sqrt(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def rsqrt(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def sin(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def cos(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def tanh(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def sigmoid(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def erf(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def abs(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def maximum(self, x: Array, y: Array | float) -> Array:
+        raise NotImplementedError
+
+    def minimum(self, x: Array, y: Array | float) -> Array:
+        raise NotImplementedError
+
+    # --- reductions and products: each backend --------------------------------------------------------------
+
+    def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        raise NotImplementedError
+
+    def mean(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        raise NotImplementedError
+
+    def max(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        raise NotImplementedError
+
+    def min(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        raise NotImplementedError
+
+    def any(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        raise NotImplementedError
+
+    def all(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        raise NotImplementedError
+
+    def argmax(self, x: Array, axis: int = -1) -> Array:
+        """int32 index of the first maximum."""
+        raise NotImplementedError
+
+    def cumsum(self, x: Array, axis: int = -1) -> Array:
+        raise NotImplementedError
+
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        """The k largest values along the last axis, in falling order, and their int32 indices."""
+        raise NotImplementedError
+
+    def matmul(self, x: Array, y: Array) -> Array:
+        raise NotImplementedError
+
+    def einsum(self, equation: str, *operands: Array) -> Array:
+        raise NotImplementedError
+
+    # --- composites: written once here, overridden where a framework has a faster one -----------------------
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """x (..., D) times weight (N, D), transposed, plus bias (N,): (..., N)."""
+        y = self.matmul(x, self.transpose(weight, (1, 0)))
+        return y if bias is None else y + bias
+
+    def embedding(self, weight: Array, ids: Array) -> Array:
+        """Rows of weight (V, D) at ids (...): (..., D)."""
+        return self.take(weight, ids, axis=0)
+
+    def logsumexp(self, x: Array, axis: int = -1, keepdims: bool = False) -> Array:
+        peak = self.max(x, axis=axis, keepdims=True)
+        total = self.log(self.sum(self.exp(x - peak), axis=axis, keepdims=True)) + peak
+        return total if keepdims else self.max(total, axis=axis)
+
+    def softmax(self, x: Array, axis: int = -1) -> Array:
+        """Computed in float32, returned in the dtype of x. Rows of -inf give NaN: mask with a large finite number."""
+        dtype = self.dtype(x)
+        x = self.cast(x, "float32")
+        e = self.exp(x - self.max(x, axis=axis, keepdims=True))
+        return self.cast(e / self.sum(e, axis=axis, keepdims=True), dtype)
+
+    def log_softmax(self, x: Array, axis: int = -1) -> Array:
+        """Computed and returned in float32."""
+        x = self.cast(x, "float32")
+        return x - self.logsumexp(x, axis=axis, keepdims=True)
+
+    def silu(self, x: Array) -> Array:
+        """x * sigmoid(x) (Elfwing et al. 2017, arXiv:1702.03118)."""
+        return x * self.sigmoid(x)
+
+    def gelu(self, x: Array, approximate: bool = False) -> Array:
+        """Gaussian error linear unit (Hendrycks and Gimpel 2016, arXiv:1606.08415); `approximate`: its tanh form."""
+        if approximate:
+            return 0.5 * x * (1.0 + self.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+        return 0.5 * x * (1.0 + self.erf(x * 0.7071067811865476))
+
+    def rms_norm(self, x: Array, weight: Array, eps: float, offset: float = 0.0) -> Array:
+        """x / rms(x) * (offset + weight) over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+        In float32 throughout, then cast to the dtype of x. Gemma stores its weights around 0: offset=1.
+        """
+        dtype = self.dtype(x)
+        x = self.cast(x, "float32")
+        x = x * self.rsqrt(self.mean(x * x, axis=-1, keepdims=True) + eps)
+        scale = self.cast(weight, "float32")
+        return self.cast(x * (scale + offset if offset else scale), dtype)
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        """Ba et al. 2016, arXiv:1607.06450, over the last axis; in float32, then cast to the dtype of x."""
+        dtype = self.dtype(x)
+        x = self.cast(x, "float32")
+        x = x - self.mean(x, axis=-1, keepdims=True)
+        x = x * self.rsqrt(self.mean(x * x, axis=-1, keepdims=True) + eps)
+        return self.cast(x * self.cast(weight, "float32") + self.cast(bias, "float32"), dtype)
+
+    def rotate(self, x: Array, cos: Array, sin: Array) -> Array:
+        """Rotary position embedding of x (..., h), halves rotated as in GPT-NeoX; cos and sin (..., h / 2).
+
+        Su et al. 2021, arXiv:2104.09864.
+        """
+        left, right = self.split(x, 2, axis=-1)
+        return self.concat([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+    def attention(
+        self, q: Array, k: Array, v: Array, mask: Array | None = None, scale: float = 1.0, softcap: float | None = None
+    ) -> Array:
+        """Scaled dot-product attention with grouped queries (Vaswani et al. 2017; Ainslie et al. 2023).
+
+        q (B, H, T, h), k and v (B, K, S, h) with H a multiple of K; mask (B or 1, 1, T, S), True where a query may
+        look; softcap c turns scores s into c * tanh(s / c) (Gemma 2). Scores and softmax in float32.
+        Returns (B, H, T, h) in the dtype of q.
+        """
+        batch, heads, time, width = q.shape
+        kv_heads, length = k.shape[1], k.shape[2]
+        group = heads // kv_heads
+        # The queries that share a key head lie side by side, so no key or value is ever repeated in memory.
+        q = self.reshape(q, (batch, kv_heads, group * time, width))
+        scores = self.cast(self.matmul(q, self.transpose(k, (0, 1, 3, 2))), "float32") * scale
+        if softcap:
+            scores = self.tanh(scores / softcap) * softcap
+        if mask is not None:
+            scores = self.reshape(scores, (batch, kv_heads, group, time, length))
+            scores = self.where(self.expand_dims(mask, 2), scores, -1e30)
+            scores = self.reshape(scores, (batch, kv_heads, group * time, length))
+        weights = self.cast(self.softmax(scores), self.dtype(q))
+        return self.reshape(self.matmul(weights, v), (batch, heads, time, width))
+
+
+def bound(fn: Callable, skeleton: Any) -> Callable:
+    """`fn` with its Module argument bound from a params dict at every call: while tracing, that is."""
+    if skeleton is None:
+        return fn
+    return lambda params, *args: fn(bind(skeleton, params), *args)
+
+
+def bound_once(fn: Callable, skeleton: Any) -> Callable:
+    """As `bound`, for eager backends: the Module is kept for as long as the same params dict comes."""
+    if skeleton is None:
+        return fn
+    params_seen: Any = None
+    module: Any = None
+
+    def call(params: Any, *args: Any) -> Any:
+        nonlocal params_seen, module
+        if params is not params_seen:
+            params_seen, module = params, bind(skeleton, params)
+        return fn(module, *args)
+
+    return call

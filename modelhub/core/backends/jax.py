@@ -1,0 +1,175 @@
+"""JAX: every step is one jitted XLA program, with the caches donated."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# Read by XLA when it first touches a GPU: without it JAX takes three quarters of the memory from the other frameworks.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from modelhub.core.backends.base import Array, Backend, Shape, bound
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs on disk, unless the user has chosen a place, or turned it off with an empty variable."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:
+        return
+    base = os.environ.get("MODELHUB_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "modelhub")
+    jax.config.update("jax_compilation_cache_dir", os.path.join(base, "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+class JaxBackend(Backend):
+    name = "jax"
+    eager = False
+
+    def __init__(self, device: str = "cpu"):
+        self.device = device
+        kind, _, index = device.partition(":")
+        self._device = jax.devices(kind)[int(index or 0)]
+        _use_compilation_cache()
+
+    @classmethod
+    def devices(cls) -> list[str]:
+        found = [f"{d.platform}:{d.id}" for d in jax.devices() if d.platform != "cpu"]
+        return found + ["cpu"]
+
+    @staticmethod
+    def owns(x: object) -> bool:
+        return isinstance(x, jax.Array)  # tracers included
+
+    def put(self, array: np.ndarray) -> Array:
+        return jax.device_put(array, self._device, may_alias=True)
+
+    def get(self, x: Array) -> np.ndarray:
+        return np.asarray(x)
+
+    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = ()) -> Callable:
+        return jax.jit(bound(fn, skeleton), donate_argnums=tuple(donate))
+
+    def array(self, values: Any, dtype: str | None = None) -> Array:
+        # np.array copies: device_put alone might keep looking at memory that the caller goes on writing to.
+        return jax.device_put(np.array(values, dtype=jnp.dtype(dtype) if dtype else None), self._device)
+
+    def zeros(self, shape: Shape, dtype: str = "float32") -> Array:
+        return jnp.zeros(shape, dtype, device=self._device)
+
+    def full(self, shape: Shape, value: float, dtype: str = "float32") -> Array:
+        return jnp.full(shape, value, dtype, device=self._device)
+
+    def arange(self, n: int, dtype: str = "int32") -> Array:
+        return jnp.arange(n, dtype=dtype, device=self._device)
+
+    def cast(self, x: Array, dtype: str) -> Array:
+        return x.astype(dtype)
+
+    def dtype(self, x: Array) -> str:
+        return x.dtype.name
+
+    def reshape(self, x: Array, shape: Shape) -> Array:
+        return jnp.reshape(x, shape)
+
+    def transpose(self, x: Array, axes: Sequence[int]) -> Array:
+        return jnp.transpose(x, axes)
+
+    def concat(self, xs: Sequence[Array], axis: int = 0) -> Array:
+        return jnp.concatenate(xs, axis)
+
+    def stack(self, xs: Sequence[Array], axis: int = 0) -> Array:
+        return jnp.stack(xs, axis)
+
+    def split(self, x: Array, sections: int, axis: int = -1) -> list[Array]:
+        return jnp.split(x, sections, axis)
+
+    def expand_dims(self, x: Array, axis: int) -> Array:
+        return jnp.expand_dims(x, axis)
+
+    def broadcast_to(self, x: Array, shape: Shape) -> Array:
+        return jnp.broadcast_to(x, shape)
+
+    def where(self, condition: Array, x: Array, y: Array) -> Array:
+        return jnp.where(condition, x, y)
+
+    def take(self, x: Array, indices: Array, axis: int = 0) -> Array:
+        return jnp.take(x, indices, axis, mode="clip")
+
+    def take_along_axis(self, x: Array, indices: Array, axis: int) -> Array:
+        return jnp.take_along_axis(x, indices, axis)
+
+    def update_slots(self, buffer: Array, new: Array, start: Array) -> Array:
+        if buffer.shape[0] == 1:
+            return jax.lax.dynamic_update_slice(buffer, new, (0, 0, start[0], 0))
+        return jax.vmap(lambda b, n, s: jax.lax.dynamic_update_slice(b, n, (0, s, 0)))(buffer, new, start)
+
+    def exp(self, x: Array) -> Array:
+        return jnp.exp(x)
+
+    def log(self, x: Array) -> Array:
+        return jnp.log(x)
+
+    def sqrt(self, x: Array) -> Array:
+        return jnp.sqrt(x)
+
+    def rsqrt(self, x: Array) -> Array:
+        return jax.lax.rsqrt(x)
+
+    def sin(self, x: Array) -> Array:
+        return jnp.sin(x)
+
+    def cos(self, x: Array) -> Array:
+        return jnp.cos(x)
+
+    def tanh(self, x: Array) -> Array:
+        return jnp.tanh(x)
+
+    def sigmoid(self, x: Array) -> Array:
+        return jax.nn.sigmoid(x)
+
+    def erf(self, x: Array) -> Array:
+        return jax.lax.erf(x)
+
+    def abs(self, x: Array) -> Array:
+        return jnp.abs(x)
+
+    def maximum(self, x: Array, y: Array | float) -> Array:
+        return jnp.maximum(x, y)
+
+    def minimum(self, x: Array, y: Array | float) -> Array:
+        return jnp.minimum(x, y)
+
+    def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return jnp.sum(x, axis, keepdims=keepdims)
+
+    def mean(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return jnp.mean(x, axis, keepdims=keepdims)
+
+    def max(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return jnp.max(x, axis, keepdims=keepdims)
+
+    def min(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return jnp.min(x, axis, keepdims=keepdims)
+
+    def any(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return jnp.any(x, axis, keepdims=keepdims)
+
+    def all(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return jnp.all(x, axis, keepdims=keepdims)
+
+    def argmax(self, x: Array, axis: int = -1) -> Array:
+        return jnp.argmax(x, axis).astype("int32")
+
+    def cumsum(self, x: Array, axis: int = -1) -> Array:
+        return jnp.cumsum(x, axis)
+
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        return tuple(jax.lax.top_k(x, k))
+
+    def matmul(self, x: Array, y: Array) -> Array:
+        return jnp.matmul(x, y)
+
+    def einsum(self, equation: str, *operands: Array) -> Array:
+        return jnp.einsum(equation, *operands)

@@ -1,0 +1,218 @@
+"""numpy: inference anywhere, and the oracle that the other backends are tested against.
+
+bfloat16 and float16 are storage only (ml_dtypes has no fast products): `linear` and `matmul` compute in float32.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from modelhub.core.backends.base import Array, Backend, Shape, bound_once
+
+_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# float32 erf as a rational function of x, the coefficients that Eigen and XLA use; error below 1e-7.
+_ERF_P = (0.00022905065861350646, 0.0034082910107109506, 0.050955695062380861, 0.18520832239976145, 1.128379143519084)
+_ERF_Q = (
+    -1.1791602954361697e-7,
+    0.000023547966471313185,
+    0.0010179625278914885,
+    0.014070470171167667,
+    0.11098505178285362,
+    0.49746925110067538,
+    1.0,
+)
+
+
+def _dtype(name: str) -> np.dtype:
+    return _DTYPES.get(name) or np.dtype(name)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(np.float32) if x.dtype.itemsize == 2 else x
+
+
+class NumpyBackend(Backend):
+    name = "numpy"
+    eager = True
+
+    def __init__(self, device: str = "cpu"):
+        self.device = device
+
+    @classmethod
+    def devices(cls) -> list[str]:
+        return ["cpu"]
+
+    @staticmethod
+    def owns(x: object) -> bool:
+        return isinstance(x, (np.ndarray, np.generic))
+
+    def put(self, array: np.ndarray) -> Array:
+        return array
+
+    def get(self, x: Array) -> np.ndarray:
+        return np.asarray(x)
+
+    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = ()) -> Callable:
+        return bound_once(fn, skeleton)
+
+    def array(self, values: Any, dtype: str | None = None) -> Array:
+        return np.array(values, dtype=_dtype(dtype) if dtype else None)
+
+    def zeros(self, shape: Shape, dtype: str = "float32") -> Array:
+        return np.zeros(shape, _dtype(dtype))
+
+    def full(self, shape: Shape, value: float, dtype: str = "float32") -> Array:
+        return np.full(shape, value, _dtype(dtype))
+
+    def arange(self, n: int, dtype: str = "int32") -> Array:
+        return np.arange(n, dtype=_dtype(dtype))
+
+    def cast(self, x: Array, dtype: str) -> Array:
+        return x.astype(_dtype(dtype), copy=False)
+
+    def dtype(self, x: Array) -> str:
+        return x.dtype.name
+
+    def reshape(self, x: Array, shape: Shape) -> Array:
+        return x.reshape(shape)
+
+    def transpose(self, x: Array, axes: Sequence[int]) -> Array:
+        return x.transpose(axes)
+
+    def concat(self, xs: Sequence[Array], axis: int = 0) -> Array:
+        return np.concatenate(xs, axis)
+
+    def stack(self, xs: Sequence[Array], axis: int = 0) -> Array:
+        return np.stack(xs, axis)
+
+    def split(self, x: Array, sections: int, axis: int = -1) -> list[Array]:
+        return np.split(x, sections, axis)
+
+    def expand_dims(self, x: Array, axis: int) -> Array:
+        return np.expand_dims(x, axis)
+
+    def broadcast_to(self, x: Array, shape: Shape) -> Array:
+        return np.broadcast_to(x, shape)
+
+    def where(self, condition: Array, x: Array, y: Array) -> Array:
+        return np.where(condition, x, y)
+
+    def take(self, x: Array, indices: Array, axis: int = 0) -> Array:
+        return np.take(x, indices, axis)
+
+    def take_along_axis(self, x: Array, indices: Array, axis: int) -> Array:
+        return np.take_along_axis(x, indices, axis)
+
+    def update_slots(self, buffer: Array, new: Array, start: Array) -> Array:
+        time = new.shape[2]
+        for row, first in enumerate(start.tolist()):
+            buffer[row, :, first : first + time] = new[row]
+        return buffer
+
+    def exp(self, x: Array) -> Array:
+        return np.exp(x)
+
+    def log(self, x: Array) -> Array:
+        return np.log(x)
+
+    def sqrt(self, x: Array) -> Array:
+        return np.sqrt(x)
+
+    def rsqrt(self, x: Array) -> Array:
+        return np.reciprocal(np.sqrt(x))
+
+    def sin(self, x: Array) -> Array:
+        return np.sin(x)
+
+    def cos(self, x: Array) -> Array:
+        return np.cos(x)
+
+    def tanh(self, x: Array) -> Array:
+        return np.tanh(x)
+
+    def sigmoid(self, x: Array) -> Array:
+        # By tanh: exp(-x) would overflow, with a warning, below -88.
+        return 0.5 * np.tanh(0.5 * x) + 0.5
+
+    def erf(self, x: Array) -> Array:
+        x = np.clip(x, -3.832506856900711, 3.832506856900711)
+        square = x * x
+        p = square * _ERF_P[0] + _ERF_P[1]
+        for coefficient in _ERF_P[2:]:
+            p = p * square + coefficient
+        q = square * _ERF_Q[0] + _ERF_Q[1]
+        for coefficient in _ERF_Q[2:]:
+            q = q * square + coefficient
+        return x * p / q
+
+    def abs(self, x: Array) -> Array:
+        return np.abs(x)
+
+    def maximum(self, x: Array, y: Array | float) -> Array:
+        return np.maximum(x, y)
+
+    def minimum(self, x: Array, y: Array | float) -> Array:
+        return np.minimum(x, y)
+
+    def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        # Integers stay what they are, as in the other frameworks; numpy alone would widen them.
+        return np.sum(x, axis, keepdims=keepdims, dtype=x.dtype)
+
+    def mean(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return np.mean(x, axis, keepdims=keepdims)
+
+    def max(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return np.max(x, axis, keepdims=keepdims)
+
+    def min(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return np.min(x, axis, keepdims=keepdims)
+
+    def any(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return np.any(x, axis, keepdims=keepdims)
+
+    def all(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return np.all(x, axis, keepdims=keepdims)
+
+    def argmax(self, x: Array, axis: int = -1) -> Array:
+        return np.argmax(x, axis).astype(np.int32)
+
+    def cumsum(self, x: Array, axis: int = -1) -> Array:
+        return np.cumsum(x, axis, dtype=x.dtype)
+
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        indices = np.argpartition(-x, k - 1, axis=-1)[..., :k]
+        order = np.lexsort((indices, -np.take_along_axis(x, indices, -1)), axis=-1)
+        indices = np.take_along_axis(indices, order, -1)
+        return np.take_along_axis(x, indices, -1), indices.astype(np.int32)
+
+    def matmul(self, x: Array, y: Array) -> Array:
+        if x.dtype.itemsize == 2:
+            return np.matmul(_wide(x), _wide(y)).astype(x.dtype)
+        return np.matmul(x, y)
+
+    def einsum(self, equation: str, *operands: Array) -> Array:
+        return np.einsum(equation, *map(_wide, operands), optimize=True).astype(operands[0].dtype, copy=False)
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        rows = x.reshape(-1, x.shape[-1])
+        if weight.dtype.itemsize == 2:
+            y = _blockwise_linear(rows, weight)
+        elif len(rows) == 1:
+            # weight @ vector runs at the memory's speed; OpenBLAS takes a slower path for a (1, D) matrix.
+            y = weight @ rows[0]
+        else:
+            y = rows @ weight.T
+        y = y.reshape(*x.shape[:-1], weight.shape[0])
+        return y if bias is None else y + bias
+
+
+def _blockwise_linear(rows: Array, weight: Array) -> Array:
+    """Half-precision weights are widened a block at a time: the whole matrix in float32 never exists."""
+    wide = rows.astype(np.float32)
+    y = np.empty((len(rows), weight.shape[0]), np.float32)
+    block = max(1, 2**18 // weight.shape[1])
+    for first in range(0, weight.shape[0], block):
+        np.matmul(wide, weight[first : first + block].astype(np.float32).T, out=y[:, first : first + block])
+    return y.astype(rows.dtype)

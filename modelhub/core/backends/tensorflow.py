@@ -1,0 +1,184 @@
+"""TensorFlow: every step is one tf.function; XLA where the program runs often enough to pay for its compilation."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the start-up notices about CUDA and oneDNN
+# Without growth TensorFlow takes the whole GPU from the other frameworks; read when it first touches the device.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+
+import numpy as np
+import tensorflow as tf
+
+from modelhub.core.backends.base import Array, Backend, Shape, bound
+
+
+class TensorflowBackend(Backend):
+    name = "tensorflow"
+    eager = False
+
+    def __init__(self, device: str = "cpu"):
+        self.device = device
+        self._device = "/" + device.upper() + (":0" if ":" not in device else "")
+
+    @classmethod
+    def devices(cls) -> list[str]:
+        found = [f"gpu:{i}" for i in range(len(tf.config.list_physical_devices("GPU")))]
+        return found + ["cpu"]
+
+    @staticmethod
+    def owns(x: object) -> bool:
+        return isinstance(x, (tf.Tensor, tf.Variable))
+
+    def put(self, array: np.ndarray) -> Array:
+        if self.device == "cpu" and array.dtype.name != "bfloat16" and array.size and array.ctypes.data % 64 == 0:
+            return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+        with tf.device(self._device):
+            return tf.constant(array)
+
+    def get(self, x: Array) -> np.ndarray:
+        return x.numpy()
+
+    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = ()) -> Callable:
+        return tf.function(bound(fn, skeleton), jit_compile=True, autograph=False)
+
+    def array(self, values: Any, dtype: str | None = None) -> Array:
+        values = np.array(values, dtype=tf.dtypes.as_dtype(dtype).as_numpy_dtype if dtype else None)
+        with tf.device(self._device):
+            return tf.constant(values)
+
+    def zeros(self, shape: Shape, dtype: str = "float32") -> Array:
+        with tf.device(self._device):
+            return tf.zeros(tuple(shape), dtype)
+
+    def full(self, shape: Shape, value: float, dtype: str = "float32") -> Array:
+        with tf.device(self._device):
+            return tf.fill(tuple(shape), tf.constant(value, dtype))
+
+    def arange(self, n: int, dtype: str = "int32") -> Array:
+        return tf.range(n, dtype=dtype)
+
+    def cast(self, x: Array, dtype: str) -> Array:
+        return tf.cast(x, dtype)
+
+    def dtype(self, x: Array) -> str:
+        return x.dtype.name
+
+    def reshape(self, x: Array, shape: Shape) -> Array:
+        return tf.reshape(x, tuple(shape))
+
+    def transpose(self, x: Array, axes: Sequence[int]) -> Array:
+        return tf.transpose(x, axes)
+
+    def concat(self, xs: Sequence[Array], axis: int = 0) -> Array:
+        return tf.concat(xs, axis)
+
+    def stack(self, xs: Sequence[Array], axis: int = 0) -> Array:
+        return tf.stack(xs, axis)
+
+    def split(self, x: Array, sections: int, axis: int = -1) -> list[Array]:
+        return tf.split(x, sections, axis)
+
+    def expand_dims(self, x: Array, axis: int) -> Array:
+        return tf.expand_dims(x, axis)
+
+    def broadcast_to(self, x: Array, shape: Shape) -> Array:
+        return tf.broadcast_to(x, tuple(shape))
+
+    def where(self, condition: Array, x: Array, y: Array) -> Array:
+        return tf.where(condition, x, y)
+
+    def take(self, x: Array, indices: Array, axis: int = 0) -> Array:
+        return tf.gather(x, indices, axis=axis)
+
+    def take_along_axis(self, x: Array, indices: Array, axis: int) -> Array:
+        # tf.gather wants the axis last when all others are batch dimensions.
+        order = [*range(len(x.shape))]
+        order.append(order.pop(axis))
+        back = sorted(range(len(order)), key=order.__getitem__)
+        picked = tf.gather(tf.transpose(x, order), tf.transpose(indices, order), batch_dims=len(order) - 1)
+        return tf.transpose(picked, back)
+
+    def update_slots(self, buffer: Array, new: Array, start: Array) -> Array:
+        time, length = new.shape[2], buffer.shape[2]
+        # A gather and a select: XLA fuses them into one pass over the buffer, where a scatter runs slot by slot.
+        offset = tf.range(length)[None, :] - start[:, None]
+        inside = (offset >= 0) & (offset < time)
+        if time > 1:
+            new = tf.gather(new, tf.clip_by_value(offset, 0, time - 1), axis=2, batch_dims=1)
+        return tf.where(inside[:, None, :, None], new, buffer)
+
+    def exp(self, x: Array) -> Array:
+        return tf.exp(x)
+
+    def log(self, x: Array) -> Array:
+        return tf.math.log(x)
+
+    def sqrt(self, x: Array) -> Array:
+        return tf.sqrt(x)
+
+    def rsqrt(self, x: Array) -> Array:
+        return tf.math.rsqrt(x)
+
+    def sin(self, x: Array) -> Array:
+        return tf.sin(x)
+
+    def cos(self, x: Array) -> Array:
+        return tf.cos(x)
+
+    def tanh(self, x: Array) -> Array:
+        return tf.tanh(x)
+
+    def sigmoid(self, x: Array) -> Array:
+        return tf.sigmoid(x)
+
+    def erf(self, x: Array) -> Array:
+        return tf.math.erf(x)
+
+    def abs(self, x: Array) -> Array:
+        return tf.abs(x)
+
+    def maximum(self, x: Array, y: Array | float) -> Array:
+        return tf.maximum(x, y)
+
+    def minimum(self, x: Array, y: Array | float) -> Array:
+        return tf.minimum(x, y)
+
+    def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return tf.reduce_sum(x, axis, keepdims)
+
+    def mean(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return tf.reduce_mean(x, axis, keepdims)
+
+    def max(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return tf.reduce_max(x, axis, keepdims)
+
+    def min(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return tf.reduce_min(x, axis, keepdims)
+
+    def any(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return tf.reduce_any(x, axis, keepdims)
+
+    def all(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return tf.reduce_all(x, axis, keepdims)
+
+    def argmax(self, x: Array, axis: int = -1) -> Array:
+        return tf.argmax(x, axis, output_type=tf.int32)
+
+    def cumsum(self, x: Array, axis: int = -1) -> Array:
+        return tf.cumsum(x, axis)
+
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        return tuple(tf.math.top_k(x, k))
+
+    def matmul(self, x: Array, y: Array) -> Array:
+        return tf.matmul(x, y)
+
+    def einsum(self, equation: str, *operands: Array) -> Array:
+        return tf.einsum(equation, *operands)
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        y = tf.matmul(tf.reshape(x, (-1, x.shape[-1])), weight, transpose_b=True)
+        y = tf.reshape(y, (*x.shape[:-1], weight.shape[0]))
+        return y if bias is None else y + bias

@@ -1,0 +1,246 @@
+"""PyTorch: eager kernels; in-place caches; matrix-vector products in the form that its CPU build threads."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from modelhub.core.backends.base import Array, Backend, Shape, bound_once
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "bool": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class TorchBackend(Backend):
+    name = "torch"
+    eager = True
+
+    def __init__(self, device: str = "cpu"):
+        self.device = device
+        self._device = torch.device(device.replace("gpu", "cuda"))
+        self._on_cpu = self._device.type == "cpu"
+
+    @classmethod
+    def devices(cls) -> list[str]:
+        found = [f"gpu:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+        if torch.backends.mps.is_available():
+            found.append("mps:0")
+        return found + ["cpu"]
+
+    @staticmethod
+    def owns(x: object) -> bool:
+        return isinstance(x, torch.Tensor)
+
+    def put(self, array: np.ndarray) -> Array:
+        if array.dtype.name == "bfloat16":  # torch cannot take ml_dtypes' arrays; the bits are the same
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(self._device)
+        return torch.from_numpy(array).to(self._device)
+
+    def get(self, x: Array) -> np.ndarray:
+        x = x.detach().cpu()
+        if x.dtype == torch.bfloat16:
+            import ml_dtypes
+
+            return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return x.numpy()
+
+    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = ()) -> Callable:
+        # Eager: on CPU torch.compile needs a C++ compiler, and decoding is bound by memory, not by launches.
+        return torch.inference_mode()(bound_once(fn, skeleton))
+
+    def array(self, values: Any, dtype: str | None = None) -> Array:
+        values = np.asarray(values)
+        if values.dtype == np.float64 and dtype is None:
+            dtype = "float32"
+        return torch.tensor(values, dtype=_DTYPES[dtype] if dtype else None, device=self._device)
+
+    def zeros(self, shape: Shape, dtype: str = "float32") -> Array:
+        return torch.zeros(tuple(shape), dtype=_DTYPES[dtype], device=self._device)
+
+    def full(self, shape: Shape, value: float, dtype: str = "float32") -> Array:
+        return torch.full(tuple(shape), value, dtype=_DTYPES[dtype], device=self._device)
+
+    def arange(self, n: int, dtype: str = "int32") -> Array:
+        return torch.arange(n, dtype=_DTYPES[dtype], device=self._device)
+
+    def cast(self, x: Array, dtype: str) -> Array:
+        return x.to(_DTYPES[dtype])
+
+    def dtype(self, x: Array) -> str:
+        return _NAMES[x.dtype]
+
+    def reshape(self, x: Array, shape: Shape) -> Array:
+        return x.reshape(tuple(shape))
+
+    def transpose(self, x: Array, axes: Sequence[int]) -> Array:
+        return x.permute(*axes)
+
+    def concat(self, xs: Sequence[Array], axis: int = 0) -> Array:
+        return torch.cat(tuple(xs), axis)
+
+    def stack(self, xs: Sequence[Array], axis: int = 0) -> Array:
+        return torch.stack(tuple(xs), axis)
+
+    def split(self, x: Array, sections: int, axis: int = -1) -> list[Array]:
+        return list(x.split(x.shape[axis] // sections, axis))
+
+    def expand_dims(self, x: Array, axis: int) -> Array:
+        return x.unsqueeze(axis)
+
+    def broadcast_to(self, x: Array, shape: Shape) -> Array:
+        return x.expand(tuple(shape))
+
+    def where(self, condition: Array, x: Array, y: Array) -> Array:
+        return torch.where(condition, x, y)
+
+    def take(self, x: Array, indices: Array, axis: int = 0) -> Array:
+        if axis == 0 and x.ndim == 2:
+            return F.embedding(indices, x)
+        axis %= x.ndim
+        picked = x.index_select(axis, indices.reshape(-1))
+        return picked.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+
+    def take_along_axis(self, x: Array, indices: Array, axis: int) -> Array:
+        return torch.take_along_dim(x, indices.long(), axis)
+
+    def update_slots(self, buffer: Array, new: Array, start: Array) -> Array:
+        time = new.shape[2]
+        if self._on_cpu:  # reading `start` costs nothing here; on a GPU it would wait for the device
+            for row, first in enumerate(start.tolist()):
+                buffer[row, :, first : first + time] = new[row]
+            return buffer
+        slots = start[:, None] + torch.arange(time, device=self._device)
+        rows = torch.arange(len(start), device=self._device)[:, None]
+        buffer[rows, :, slots] = new.transpose(1, 2)
+        return buffer
+
+    def exp(self, x: Array) -> Array:
+        return torch.exp(x)
+
+    def log(self, x: Array) -> Array:
+        return torch.log(x)
+
+    def sqrt(self, x: Array) -> Array:
+        return torch.sqrt(x)
+
+    def rsqrt(self, x: Array) -> Array:
+        return torch.rsqrt(x)
+
+    def sin(self, x: Array) -> Array:
+        return torch.sin(x)
+
+    def cos(self, x: Array) -> Array:
+        return torch.cos(x)
+
+    def tanh(self, x: Array) -> Array:
+        return torch.tanh(x)
+
+    def sigmoid(self, x: Array) -> Array:
+        return torch.sigmoid(x)
+
+    def erf(self, x: Array) -> Array:
+        return torch.erf(x)
+
+    def abs(self, x: Array) -> Array:
+        return torch.abs(x)
+
+    def maximum(self, x: Array, y: Array | float) -> Array:
+        return torch.maximum(x, y) if isinstance(y, torch.Tensor) else x.clamp(min=y)
+
+    def minimum(self, x: Array, y: Array | float) -> Array:
+        return torch.minimum(x, y) if isinstance(y, torch.Tensor) else x.clamp(max=y)
+
+    def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return torch.sum(x, dim=axis, keepdim=keepdims, dtype=x.dtype)
+
+    def mean(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return torch.mean(x, dim=axis, keepdim=keepdims)
+
+    def max(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return torch.amax(x, dim=() if axis is None else axis, keepdim=keepdims)
+
+    def min(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return torch.amin(x, dim=() if axis is None else axis, keepdim=keepdims)
+
+    def any(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return torch.any(x, dim=axis, keepdim=keepdims)
+
+    def all(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return torch.all(x, dim=axis, keepdim=keepdims)
+
+    def argmax(self, x: Array, axis: int = -1) -> Array:
+        return torch.argmax(x, dim=axis).to(torch.int32)
+
+    def cumsum(self, x: Array, axis: int = -1) -> Array:
+        return torch.cumsum(x, dim=axis, dtype=x.dtype)
+
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        values, indices = torch.topk(x, k)
+        return values, indices.to(torch.int32)
+
+    def matmul(self, x: Array, y: Array) -> Array:
+        return torch.matmul(x, y)
+
+    def einsum(self, equation: str, *operands: Array) -> Array:
+        return torch.einsum(equation, *operands)
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        rows = x.numel() // x.shape[-1]
+        if not self._on_cpu or rows > 16 or weight.dtype != torch.float32:
+            return F.linear(x, weight, bias)
+        # Few rows on CPU: F.linear reads the weights on one thread, at a quarter of the memory's speed
+        # (docs/decisions.md has the figures).
+        outputs, width = weight.shape
+        columns = x.reshape(rows, width).t()
+        if rows > 1:
+            y = torch.mm(weight, columns).t()
+        else:
+            block = 1024 if outputs > 16384 else 64
+            if outputs % block:
+                y = torch.mm(weight, columns.expand(width, 2))[:, :1].t()
+            else:
+                blocks = outputs // block
+                y = torch.bmm(weight.view(blocks, block, width), columns.expand(blocks, width, 1))
+        y = y.reshape(*x.shape[:-1], outputs)
+        return y if bias is None else y + bias
+
+    def softmax(self, x: Array, axis: int = -1) -> Array:
+        return torch.softmax(x, axis, dtype=torch.float32).to(x.dtype)
+
+    def log_softmax(self, x: Array, axis: int = -1) -> Array:
+        return torch.log_softmax(x, axis, dtype=torch.float32)
+
+    def logsumexp(self, x: Array, axis: int = -1, keepdims: bool = False) -> Array:
+        return torch.logsumexp(x, axis, keepdim=keepdims)
+
+    def silu(self, x: Array) -> Array:
+        return F.silu(x)
+
+    def gelu(self, x: Array, approximate: bool = False) -> Array:
+        return F.gelu(x, approximate="tanh" if approximate else "none")
+
+    def rms_norm(self, x: Array, weight: Array, eps: float, offset: float = 0.0) -> Array:
+        scale = weight.float() + offset if offset else weight.float()
+        return F.rms_norm(x.float(), (x.shape[-1],), scale, eps).to(x.dtype)
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), bias.float(), eps).to(x.dtype)
+
+    def attention(
+        self, q: Array, k: Array, v: Array, mask: Array | None = None, scale: float = 1.0, softcap: float | None = None
+    ) -> Array:
+        if softcap:  # no fused kernel caps the scores
+            return super().attention(q, k, v, mask, scale, softcap)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])

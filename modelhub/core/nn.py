@@ -1,0 +1,122 @@
+"""Layers that all families share. Every layer is called as layer(xp, x) and holds Specs until it is bound."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from modelhub.core.backends.base import Array, Backend
+from modelhub.core.tree import Module, Spec
+
+
+@dataclass
+class Linear(Module):
+    """y = x Wᵀ + b, weight (out, in) as in Hugging Face checkpoints."""
+
+    weight: Any
+    bias: Any = None
+
+    @classmethod
+    def abstract(cls, inputs: int, outputs: int, bias: bool = False, scale: float = 0.02) -> "Linear":
+        return cls(Spec((outputs, inputs), scale=scale), Spec((outputs,), "zeros") if bias else None)
+
+    def __call__(self, xp: Backend, x: Array) -> Array:
+        return xp.linear(x, self.weight, self.bias)
+
+
+@dataclass
+class Embedding(Module):
+    """A table of vectors, weight (vocabulary, width), that can also serve as the output head."""
+
+    weight: Any
+
+    @classmethod
+    def abstract(cls, vocabulary: int, width: int, scale: float = 0.02) -> "Embedding":
+        return cls(Spec((vocabulary, width), scale=scale))
+
+    def __call__(self, xp: Backend, ids: Array) -> Array:
+        return xp.embedding(self.weight, ids)
+
+    def unembed(self, xp: Backend, x: Array) -> Array:
+        return xp.linear(x, self.weight)
+
+
+@dataclass
+class RMSNorm(Module):
+    """Root mean square norm; offset 1 where weights are stored around 0 (Gemma)."""
+
+    weight: Any
+    eps: float
+    offset: float = 0.0
+
+    @classmethod
+    def abstract(cls, width: int, eps: float, offset: float = 0.0) -> "RMSNorm":
+        return cls(Spec((width,), "zeros" if offset else "ones"), eps, offset)
+
+    def __call__(self, xp: Backend, x: Array) -> Array:
+        return xp.rms_norm(x, self.weight, self.eps, self.offset)
+
+
+def rope_frequencies(width: int, theta: float, factor: float = 1.0) -> np.ndarray:
+    """Angle per position of each pair of channels, (width / 2,) float32, divided by `factor` (linear scaling)."""
+    exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    return (np.float32(1.0) / (np.float32(theta) ** exponent) / np.float32(factor)).astype(np.float32)
+
+
+def rope_tables(xp: Backend, positions: Array, frequencies: np.ndarray, dtype: str) -> tuple[Array, Array]:
+    """cos and sin for positions (B, T): two arrays (B, 1, T, h / 2). Angles in float32, tables in `dtype`."""
+    angles = xp.cast(positions, "float32")[:, None, :, None] * xp.array(frequencies)
+    return xp.cast(xp.cos(angles), dtype), xp.cast(xp.sin(angles), dtype)
+
+
+def causal_mask(
+    query_positions: Array, key_positions: Array, window: int | None = None, segments: Array | None = None
+) -> Array:
+    """(B, 1, T, S) booleans, True where a query may look: at itself and before, at most window - 1 positions back.
+
+    query_positions (B, T), key_positions (1 or B, S). segments (B, T): examples packed into one row do not see each
+    other.
+    """
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    mask = distance >= 0
+    if window is not None:
+        mask = mask & (distance < window)
+    if segments is not None:
+        mask = mask & (segments[:, :, None] == segments[:, None, :])
+    return mask[:, None]
+
+
+@dataclass
+class KVCache(Module):
+    """Keys and values seen so far, one buffer (B, K, S, h) per layer. The slot of a token is its position.
+
+    Rows of different length stand side by side, each from slot 0: what lies beyond a row's length is padding that no
+    query looks at (it is later than every query) and that the row's next tokens overwrite.
+    Writing CONSUMES the cache: use the one that comes back, as XLA reuses the memory of the old.
+    """
+
+    k: list
+    v: list
+
+    @classmethod
+    def abstract(cls, layers: int, batch: int, kv_heads: int, slots: int, width: int) -> "KVCache":
+        def buffers() -> list:
+            return [Spec((batch, kv_heads, slots, width), "zeros") for _ in range(layers)]
+
+        return cls(buffers(), buffers())
+
+    def write(self, xp: Backend, layer: int, k: Array, v: Array, start: Array) -> tuple[Array, Array]:
+        """Write k and v (B, K, T, h) to slots from start (B,); return the layer's full buffers."""
+        self.k[layer] = xp.update_slots(self.k[layer], k, start)
+        self.v[layer] = xp.update_slots(self.v[layer], v, start)
+        return self.k[layer], self.v[layer]
+
+
+ACTIVATIONS = {
+    "gelu_pytorch_tanh": lambda xp, x: xp.gelu(x, approximate=True),
+    "gelu_new": lambda xp, x: xp.gelu(x, approximate=True),
+    "gelu": lambda xp, x: xp.gelu(x),
+    "silu": lambda xp, x: xp.silu(x),
+    "swish": lambda xp, x: xp.silu(x),
+}
+

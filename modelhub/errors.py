@@ -1,0 +1,48 @@
+"""Every error a user can cause. Each message says what was asked, what was found and what to do.
+
+All inherit from ModelhubError and from the builtin that fits, so `except ValueError` works as people expect.
+"""
+
+
+class ModelhubError(Exception):
+    """Base of all errors that modelhub raises on purpose; the command line prints these without a traceback."""
+
+
+class PresetNotFound(ModelhubError, LookupError):
+    """A preset name, folder or address that leads nowhere."""
+
+
+class CheckpointError(ModelhubError, ValueError):
+    """Files that are damaged, refused, or disagree with the config."""
+
+
+class ConfigError(ModelhubError, ValueError):
+    """A config that is incomplete, contradictory, or asks for maths that modelhub does not have."""
+
+
+class TokenizerError(ModelhubError, ValueError):
+    """Tokenizer files that are missing, damaged or of an unknown kind."""
+
+
+class BackendNotInstalled(ModelhubError, ImportError):
+    """A framework that was asked for and is not importable."""
+
+
+class UnknownBackend(ModelhubError, ValueError):
+    """A backend name that does not exist."""
+
+
+class DeviceError(ModelhubError, ValueError):
+    """A device that does not exist, or that the backend does not see."""
+
+
+class MixedBackends(ModelhubError, TypeError):
+    """Tensors of two frameworks met in one call."""
+
+
+class InputError(ModelhubError, ValueError):
+    """An argument that cannot be used: an empty prompt, ids out of range, a sampling value that makes no sense."""
+
+
+class DownloadError(ModelhubError, OSError):
+    """A transfer that failed, or that arrived with the wrong bytes."""

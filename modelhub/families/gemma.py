@@ -1,0 +1,455 @@
+"""Gemma 1, 2 and 3 (text), also the text tower of multimodal Gemma 3.
+
+Gemma: arXiv:2403.08295. Gemma 2: arXiv:2408.00118. Gemma 3: arXiv:2503.19786.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from modelhub.core import nn
+from modelhub.core.backends.base import Array, Backend
+from modelhub.core.tree import Module
+from modelhub.errors import ConfigError
+from modelhub.families.config import check_keys, require
+from modelhub.families.naming import KEEP, MINUS_ONE, NameMap, Rule
+
+MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
+GGUF_ARCHITECTURES = ("gemma", "gemma2", "gemma3")
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+# What a key is when config.json leaves it out: the defaults of transformers' config classes, which checkpoints rely on.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma": {
+        "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 8192, "sliding_window": None,
+    },
+    "gemma2": {
+        "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 8192, "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256,
+    },
+    "gemma3_text": {
+        "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072, "sliding_window": 4096,
+        "query_pre_attn_scalar": 256, "rope_theta": 1_000_000.0,
+    },
+}  # fmt: skip
+
+
+@dataclass
+class Config:
+    """Hugging Face's names and meanings. rope_theta and rope_factor belong to global layers, rope_local_* to local."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    sliding_window: int | None = None
+    head_dim: int = 256
+    hidden_activation: str = "gelu_pytorch_tanh"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_factor: float = 1.0
+    rope_local_base_freq: float = 10_000.0
+    rope_local_factor: float = 1.0
+    attention_bias: bool = False
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    tie_word_embeddings: bool = True
+    layer_types: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any]) -> "Config":
+        """From config.json, in the spelling of transformers 4 or 5. Raises ConfigError."""
+        data = dict(data)
+        if data.get("model_type") == "gemma3":  # multimodal: the text tower is a config of its own
+            shared = {k: data[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype") if k in data}
+            data = shared | {"model_type": "gemma3_text"} | dict(data.get("text_config") or {})
+        kind = data.get("model_type")
+        if kind not in _DEFAULTS:
+            raise ConfigError(f"model_type {kind!r} is not a Gemma; this family reads {', '.join(MODEL_TYPES)}")
+        where = f"{kind} config"
+        values = dict(_DEFAULTS[kind])
+        known = set(cls.__dataclass_fields__) - {"extra", "rope_factor", "rope_local_factor"}
+        extra = check_keys(
+            data, known | {"hidden_act", "rope_scaling", "rope_parameters", "sliding_window_pattern", "attention_dropout"}, where
+        )
+        require(data, "use_bidirectional_attention", (False,), where)
+        values |= {key: data[key] for key in known if data.get(key) is not None}
+        # A key given as null switches the feature off; only an absent one means the default.
+        values |= {k: None for k in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping") if k in data and data[k] is None}
+        if not data.get("hidden_activation"):
+            act = data.get("hidden_act", "gelu_pytorch_tanh")
+            # The first Gemma configs said "gelu" and meant its tanh form; transformers reads them so too.
+            values["hidden_activation"] = "gelu_pytorch_tanh" if act == "gelu" else act
+        if values["hidden_activation"] not in nn.ACTIVATIONS:
+            raise ConfigError(f"{where}: hidden_activation {values['hidden_activation']!r}; known: {', '.join(nn.ACTIVATIONS)}")
+        values |= _read_rope(data, where)
+        if not values.get("layer_types"):
+            values["layer_types"] = _layer_types(kind, values["num_hidden_layers"], data.get("sliding_window_pattern"))
+        return cls(**values, extra=extra | {k: data[k] for k in ("attention_dropout",) if k in data})._checked(where)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> "Config":
+        """From a GGUF file's metadata. What the format leaves out follows llama.cpp's rules for these models."""
+        arch = metadata["general.architecture"]
+
+        def get(key: str, default: Any = None) -> Any:
+            return metadata.get(f"{arch}.{key}", default)
+
+        needed = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count")
+        if missing := [f"{arch}.{key}" for key in needed if get(key) is None]:
+            raise ConfigError(f"GGUF metadata lacks {', '.join(missing)}; the file is incomplete")
+        if get("rope.scaling.type") not in (None, "none", "linear"):
+            raise ConfigError(f"GGUF: {arch}.rope.scaling.type {get('rope.scaling.type')!r} is not supported; linear is")
+        layers, width, heads = get("block_count"), get("embedding_length"), get("attention.head_count")
+        head_dim = get("attention.key_length", 256)
+        # The 27B models scale queries by the mean head width instead of the real one; the format has no key for it.
+        is_27b = (arch, layers) in (("gemma2", 46), ("gemma3", 62))
+        kind = "gemma3_text" if arch == "gemma3" else arch
+        return cls(
+            model_type=kind,
+            vocab_size=len(metadata["tokenizer.ggml.tokens"]) if "tokenizer.ggml.tokens" in metadata else get("vocab_size"),
+            hidden_size=width,
+            intermediate_size=get("feed_forward_length"),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=get("attention.head_count_kv", heads),
+            max_position_embeddings=get("context_length", _DEFAULTS[kind]["max_position_embeddings"]),
+            sliding_window=get("attention.sliding_window", _DEFAULTS[kind]["sliding_window"]),
+            head_dim=head_dim,
+            # GGUF keeps float32, in which 1e-6 is 9.99999997e-07; written back as the decimal it came from.
+            rms_norm_eps=float(f"{get('attention.layer_norm_rms_epsilon', 1e-6):.6g}"),
+            rope_theta=get("rope.freq_base", _DEFAULTS[kind].get("rope_theta", 10_000.0)),
+            rope_factor=get("rope.scaling.factor", 1.0),
+            rope_local_base_freq=get("rope.freq_base_swa", 10_000.0),
+            query_pre_attn_scalar=None if arch == "gemma" else width / heads if is_27b else head_dim,
+            attn_logit_softcapping=get("attn_logit_softcapping", _DEFAULTS[kind].get("attn_logit_softcapping")),
+            final_logit_softcapping=get("final_logit_softcapping", _DEFAULTS[kind].get("final_logit_softcapping")),
+            layer_types=_layer_types(kind, layers, None),
+            extra={
+                f"{name}_token_id": metadata[key]
+                for name in ("bos", "eos")
+                if (key := f"tokenizer.ggml.{name}_token_id") in metadata
+            },
+        )._checked("GGUF metadata")
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json with the keys of transformers 4 and of transformers 5 side by side: either reads its own."""
+        dtype = self.extra.get("dtype") or self.extra.get("torch_dtype")
+        data = {"architectures": [_ARCHITECTURES[self.model_type]]} | self.extra | {
+            key: value for key, value in vars(self).items() if key not in ("extra", "rope_factor", "rope_local_factor")
+        }  # fmt: skip
+        if dtype:
+            data |= {"dtype": dtype, "torch_dtype": dtype}
+        glob = _rope_entry(self.rope_theta, self.rope_factor)
+        if self.model_type == "gemma3_text":
+            data["rope_parameters"] = {
+                GLOBAL: glob,
+                LOCAL: _rope_entry(self.rope_local_base_freq, self.rope_local_factor),
+            }
+            first_global = self.layer_types.index(GLOBAL) if GLOBAL in self.layer_types else self.num_hidden_layers
+            data["sliding_window_pattern"] = first_global + 1
+        else:
+            data["rope_parameters"] = glob
+            del data["rope_local_base_freq"]
+        if self.rope_factor != 1.0:
+            data["rope_scaling"] = {"rope_type": "linear", "factor": self.rope_factor}
+        if self.model_type == "gemma":
+            data["hidden_act"] = self.hidden_activation
+            for key in ("sliding_window", "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+                del data[key]
+        return data
+
+    @property
+    def query_scale(self) -> float:
+        return float(self.query_pre_attn_scalar or self.head_dim) ** -0.5
+
+    def _checked(self, where: str) -> "Config":
+        if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - {LOCAL, GLOBAL}:
+            raise ConfigError(
+                f"{where}: layer_types must hold {self.num_hidden_layers} entries of {LOCAL!r} or {GLOBAL!r}, got {self.layer_types}"
+            )
+        if LOCAL in self.layer_types and not self.sliding_window:
+            raise ConfigError(f"{where}: layers of type {LOCAL!r} need a sliding_window, got {self.sliding_window!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"{where}: num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self
+
+
+_ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
+
+
+def _layer_types(kind: str, layers: int, pattern: int | None) -> list[str]:
+    every = {"gemma": 1, "gemma2": 2, "gemma3_text": pattern or 6}[kind]  # every n-th layer is global
+    return [LOCAL if (index + 1) % every else GLOBAL for index in range(layers)]
+
+
+def _rope_entry(theta: float, factor: float) -> dict[str, Any]:
+    scaling = {"rope_type": "default"} if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+    return {"rope_theta": theta} | scaling
+
+
+def _read_rope(data: Mapping[str, Any], where: str) -> dict[str, float]:
+    parameters = dict(data.get("rope_parameters") or {})
+    per_layer = {kind: dict(parameters.get(kind) or {}) for kind in (GLOBAL, LOCAL)}
+    if not (GLOBAL in parameters or LOCAL in parameters):
+        per_layer[GLOBAL] = parameters
+    per_layer[GLOBAL] |= dict(data.get("rope_scaling") or {})
+    found = {}
+    for kind, theta, factor in (
+        (GLOBAL, "rope_theta", "rope_factor"),
+        (LOCAL, "rope_local_base_freq", "rope_local_factor"),
+    ):
+        entry = per_layer[kind]
+        rope_type = entry.pop("rope_type", entry.pop("type", "default"))
+        entry.pop("type", None)
+        if entry.get("rope_theta") is not None:
+            found[theta] = entry["rope_theta"]
+        unknown = set(entry) - {"rope_theta", "factor"}
+        if rope_type not in ("default", "linear") or unknown:
+            raise ConfigError(f"{where}: rope {rope_type!r} with {sorted(unknown)} is not supported; default and linear are")
+        if rope_type == "linear":
+            found[factor] = entry.get("factor", 1.0)
+    return found
+
+
+_GGUF_BLOCK = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+# The norm before the MLP has another name in Gemma 1, where none follows the attention.
+_GGUF_NORMS = {"ffn_norm": "post_attention_layernorm"}
+_GGUF_NORMS_2 = {
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+def names(source: str, config: Config) -> NameMap:
+    """How the tensors of a "hf" folder or a "gguf" file are called here."""
+    if source == "hf":
+        return NameMap(
+            (
+                Rule("language_model.model.{}", "model.{}"),
+                Rule("model.language_model.{}", "model.{}"),
+                Rule("language_model.lm_head.weight", "lm_head.weight"),
+            ),
+            ignored=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+        )
+    block = _GGUF_BLOCK | (_GGUF_NORMS if config.model_type == "gemma" else _GGUF_NORMS_2)
+    rules = [
+        Rule("token_embd.weight", "model.embed_tokens.weight"),
+        Rule("output_norm.weight", "model.norm.weight", MINUS_ONE),
+        Rule("output.weight", "lm_head.weight"),
+    ]
+    for theirs, ours in block.items():
+        rules.append(Rule(f"blk.{{}}.{theirs}.weight", f"model.layers.{{}}.{ours}.weight", MINUS_ONE if "norm" in ours else KEEP))
+    return NameMap(tuple(rules))
+
+
+@dataclass
+class Attention(Module):
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    q_norm: nn.RMSNorm | None
+    k_norm: nn.RMSNorm | None
+    kind: str
+    head_dim: int
+    scale: float
+    softcap: float | None
+
+    @classmethod
+    def abstract(cls, cfg: Config, kind: str) -> "Attention":
+        queries, keys = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+        normed = cfg.model_type == "gemma3_text"
+        return cls(
+            nn.Linear.abstract(cfg.hidden_size, queries, cfg.attention_bias),
+            nn.Linear.abstract(cfg.hidden_size, keys, cfg.attention_bias),
+            nn.Linear.abstract(cfg.hidden_size, keys, cfg.attention_bias),
+            nn.Linear.abstract(queries, cfg.hidden_size, cfg.attention_bias),
+            nn.RMSNorm.abstract(cfg.head_dim, cfg.rms_norm_eps, 1.0) if normed else None,
+            nn.RMSNorm.abstract(cfg.head_dim, cfg.rms_norm_eps, 1.0) if normed else None,
+            kind,
+            cfg.head_dim,
+            cfg.query_scale,
+            cfg.attn_logit_softcapping,
+        )
+
+    def __call__(self, xp: Backend, x: Array, context: "Context", layer: int) -> Array:
+        batch, time, _ = x.shape
+
+        def heads(y: Array) -> Array:
+            return xp.transpose(xp.reshape(y, (batch, time, -1, self.head_dim)), (0, 2, 1, 3))  # B H T h
+
+        q, k, v = heads(self.q_proj(xp, x)), heads(self.k_proj(xp, x)), heads(self.v_proj(xp, x))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(xp, q), self.k_norm(xp, k)
+        cos, sin = context.rope[self.kind]
+        q, k = xp.rotate(q, cos, sin), xp.rotate(k, cos, sin)
+        if context.cache is not None:
+            k, v = context.cache.write(xp, layer, k, v, context.start)
+        y = xp.attention(q, k, v, context.mask[self.kind], self.scale, self.softcap)
+        return self.o_proj(xp, xp.reshape(xp.transpose(y, (0, 2, 1, 3)), (batch, time, -1)))
+
+
+@dataclass
+class MLP(Module):
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+    activation: str
+
+    @classmethod
+    def abstract(cls, cfg: Config) -> "MLP":
+        return cls(
+            nn.Linear.abstract(cfg.hidden_size, cfg.intermediate_size),
+            nn.Linear.abstract(cfg.hidden_size, cfg.intermediate_size),
+            nn.Linear.abstract(cfg.intermediate_size, cfg.hidden_size),
+            cfg.hidden_activation,
+        )
+
+    def __call__(self, xp: Backend, x: Array) -> Array:
+        return self.down_proj(xp, nn.ACTIVATIONS[self.activation](xp, self.gate_proj(xp, x)) * self.up_proj(xp, x))
+
+
+@dataclass
+class Block(Module):
+    input_layernorm: nn.RMSNorm
+    self_attn: Attention
+    post_attention_layernorm: nn.RMSNorm
+    mlp: MLP
+    pre_feedforward_layernorm: nn.RMSNorm | None
+    post_feedforward_layernorm: nn.RMSNorm | None
+
+    @classmethod
+    def abstract(cls, cfg: Config, kind: str) -> "Block":
+        def norm() -> nn.RMSNorm:
+            return nn.RMSNorm.abstract(cfg.hidden_size, cfg.rms_norm_eps, 1.0)
+
+        sandwich = cfg.model_type != "gemma"
+        return cls(
+            norm(),
+            Attention.abstract(cfg, kind),
+            norm(),
+            MLP.abstract(cfg),
+            norm() if sandwich else None,
+            norm() if sandwich else None,
+        )
+
+    def __call__(self, xp: Backend, x: Array, context: "Context", layer: int) -> Array:
+        y = self.self_attn(xp, self.input_layernorm(xp, x), context, layer)
+        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:  # Gemma 1
+            x = x + y
+            return x + self.mlp(xp, self.post_attention_layernorm(xp, x))
+        x = x + self.post_attention_layernorm(xp, y)
+        return x + self.post_feedforward_layernorm(xp, self.mlp(xp, self.pre_feedforward_layernorm(xp, x)))
+
+
+@dataclass
+class Context:
+    """What all layers of one forward pass share."""
+
+    rope: dict[str, tuple[Array, Array]]
+    mask: dict[str, Array]
+    cache: nn.KVCache | None
+    start: Array | None
+
+
+@dataclass
+class Decoder(Module):
+    embed_tokens: nn.Embedding
+    layers: list
+    norm: nn.RMSNorm
+    config: Config
+
+    def __call__(
+        self, xp: Backend, ids: Array, start: Array | None = None, cache: nn.KVCache | None = None,
+        positions: Array | None = None, segments: Array | None = None,
+    ) -> Array:  # fmt: skip
+        """Hidden states (B, T, D) of ids (B, T).
+
+        With a cache, the tokens take the slots from start (B,) on, and the cache is written to. Without, positions
+        (B, T) default to 0 ... T - 1, and segments (B, T) keep packed examples apart.
+        """
+        cfg = self.config
+        time = ids.shape[1]
+        steps = xp.expand_dims(xp.arange(time), 0)
+        if cache is not None:
+            positions = xp.expand_dims(start, 1) + steps
+            keys = xp.expand_dims(xp.arange(cache.k[0].shape[2]), 0)
+            order = positions
+        else:
+            order = keys = steps  # what a token may see depends on its place in the row, also where positions restart
+            positions = steps if positions is None else positions
+        x = self.embed_tokens(xp, ids)
+        dtype = xp.dtype(x)
+        x = x * _rounded(cfg.hidden_size**0.5, dtype)
+        frequencies = {
+            GLOBAL: nn.rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_factor),
+            LOCAL: nn.rope_frequencies(cfg.head_dim, cfg.rope_local_base_freq, cfg.rope_local_factor),
+        }
+        if cfg.model_type != "gemma3_text":
+            frequencies[LOCAL] = frequencies[GLOBAL]
+        kinds = sorted(set(cfg.layer_types))
+        context = Context(
+            rope={kind: nn.rope_tables(xp, positions, frequencies[kind], dtype) for kind in kinds},
+            mask={
+                kind: nn.causal_mask(order, keys, cfg.sliding_window if kind == LOCAL else None, segments) for kind in kinds
+            },
+            cache=cache,
+            start=start,
+        )
+        for index, layer in enumerate(self.layers):
+            x = layer(xp, x, context, index)
+        return self.norm(xp, x)
+
+
+def _rounded(value: float, dtype: str) -> float:
+    """The value as the model's dtype holds it: Gemma was trained with sqrt(D) rounded to bfloat16."""
+    return float(np.asarray(value, np.float32).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
+
+
+@dataclass
+class Model(Module):
+    model: Decoder
+    lm_head: nn.Linear | None  # None: the embedding table is the head
+
+    @classmethod
+    def abstract(cls, cfg: Config) -> "Model":
+        return cls(
+            Decoder(
+                nn.Embedding.abstract(cfg.vocab_size, cfg.hidden_size),
+                [Block.abstract(cfg, kind) for kind in cfg.layer_types],
+                nn.RMSNorm.abstract(cfg.hidden_size, cfg.rms_norm_eps, 1.0),
+                cfg,
+            ),
+            None if cfg.tie_word_embeddings else nn.Linear.abstract(cfg.hidden_size, cfg.vocab_size),
+        )
+
+    def logits(self, xp: Backend, hidden: Array) -> Array:
+        """float32 logits (..., V) of hidden states (..., D)."""
+        y = self.model.embed_tokens.unembed(xp, hidden) if self.lm_head is None else self.lm_head(xp, hidden)
+        y = xp.cast(y, "float32")
+        cap = self.model.config.final_logit_softcapping
+        return xp.tanh(y / cap) * cap if cap else y
+
+    def new_cache(self, batch: int, slots: int) -> nn.KVCache:
+        cfg = self.model.config
+        return nn.KVCache.abstract(cfg.num_hidden_layers, batch, cfg.num_key_value_heads, slots, cfg.head_dim)

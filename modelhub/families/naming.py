@@ -1,0 +1,70 @@
+"""Two-way tables between the names of a file format and ours. Ours are Hugging Face's, so most tables are short."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Via:
+    """A change of values that goes with a change of name, and its inverse. Both may write to their argument."""
+
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_theirs: Callable[[np.ndarray], np.ndarray]
+
+
+KEEP = Via(lambda x: x, lambda x: x)
+
+
+def _add(amount: float) -> Callable[[np.ndarray], np.ndarray]:
+    def add(x: np.ndarray) -> np.ndarray:
+        x += x.dtype.type(amount)
+        return x
+
+    return add
+
+
+# GGUF stores Gemma's norm weights as w + 1, so that its readers need no special norm.
+MINUS_ONE = Via(_add(-1), _add(1))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """theirs <-> ours. "{}" stands for the same text on both sides, in the same order."""
+
+    theirs: str
+    ours: str
+    via: Via = KEEP
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """The first rule that fits decides; a name that none fits is the same on both sides.
+
+    ignored: prefixes of tensors that the family does not use (the image tower of a text model).
+    """
+
+    rules: tuple[Rule, ...] = ()
+    ignored: tuple[str, ...] = field(default=())
+
+    def to_ours(self, name: str) -> tuple[str, Via] | None:
+        """Our name for theirs, and what happens to the values; None for an ignored tensor."""
+        if name.startswith(self.ignored):
+            return None
+        for rule in self.rules:
+            if (found := _rename(name, rule.theirs, rule.ours)) is not None:
+                return found, rule.via
+        return name, KEEP
+
+    def to_theirs(self, name: str) -> tuple[str, Via]:
+        for rule in self.rules:
+            if (found := _rename(name, rule.ours, rule.theirs)) is not None:
+                return found, rule.via
+        return name, KEEP
+
+
+def _rename(name: str, source: str, target: str) -> str | None:
+    match = re.fullmatch(re.escape(source).replace(r"\{\}", "(.+?)"), name)
+    return target.format(*match.groups()) if match else None
