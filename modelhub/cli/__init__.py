@@ -1,0 +1,20 @@
+"""The `modelhub` command. Results go to standard output, progress and remarks to standard error."""
+
+import sys
+
+
+def main() -> None:
+    """Entry point: errors made for the user are printed without a traceback."""
+    from modelhub.cli.commands import app
+    from modelhub.errors import ModelhubError
+
+    try:
+        app()
+    except ModelhubError as error:
+        print(f"modelhub: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe (head) has left; closing again at exit must not complain
+        sys.stdout = None  # type: ignore[assignment]
+        sys.exit(141)

@@ -244,13 +244,20 @@ def names(source: str, config: Config) -> NameMap:
     """How the tensors of a "hf" folder or a "gguf" file are called here."""
     if source == "hf":
         return NameMap(
-            (
+            aliases=(
                 Rule("language_model.model.{}", "model.{}"),
                 Rule("model.language_model.{}", "model.{}"),
                 Rule("language_model.lm_head.weight", "lm_head.weight"),
+                # The backbone saved without its head.
+                Rule("embed_tokens.weight", "model.embed_tokens.weight"),
+                Rule("layers.{}", "model.layers.{}"),
+                Rule("norm.weight", "model.norm.weight"),
             ),
-            ignored=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
-        )
+            ignored=(
+                "vision_tower.{}", "multi_modal_projector.{}", "model.vision_tower.{}", "model.multi_modal_projector.{}",
+                "{}.rotary_emb.inv_freq", *(("lm_head.weight", "language_model.lm_head.weight") if config.tie_word_embeddings else ()),
+            ),
+        )  # fmt: skip
     block = _GGUF_BLOCK | (_GGUF_NORMS if config.model_type == "gemma" else _GGUF_NORMS_2)
     rules = [
         Rule("token_embd.weight", "model.embed_tokens.weight"),
@@ -388,6 +395,7 @@ class Decoder(Module):
         With a cache, the tokens take the slots from start (B,) on, and the cache is written to. Without, positions
         (B, T) default to 0 ... T - 1, and segments (B, T) keep packed examples apart.
         """
+        xp.expect(ids=ids, embed_tokens=self.embed_tokens.weight)
         cfg = self.config
         time = ids.shape[1]
         steps = xp.expand_dims(xp.arange(time), 0)

@@ -1,8 +1,9 @@
 """Two-way tables between the names of a file format and ours. Ours are Hugging Face's, so most tables are short."""
 
+import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -43,17 +44,19 @@ class Rule:
 class NameMap:
     """The first rule that fits decides; a name that none fits is the same on both sides.
 
-    ignored: prefixes of tensors that the family does not use (the image tower of a text model).
+    aliases: further spellings that are read but never written.
+    ignored: patterns of tensors that the family does not use (the image tower of a text model).
     """
 
     rules: tuple[Rule, ...] = ()
-    ignored: tuple[str, ...] = field(default=())
+    aliases: tuple[Rule, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     def to_ours(self, name: str) -> tuple[str, Via] | None:
         """Our name for theirs, and what happens to the values; None for an ignored tensor."""
-        if name.startswith(self.ignored):
+        if any(_rename(name, pattern, pattern) for pattern in self.ignored):
             return None
-        for rule in self.rules:
+        for rule in self.rules + self.aliases:
             if (found := _rename(name, rule.theirs, rule.ours)) is not None:
                 return found, rule.via
         return name, KEEP
@@ -66,5 +69,10 @@ class NameMap:
 
 
 def _rename(name: str, source: str, target: str) -> str | None:
-    match = re.fullmatch(re.escape(source).replace(r"\{\}", "(.+?)"), name)
+    match = _pattern(source).fullmatch(name)
     return target.format(*match.groups()) if match else None
+
+
+@functools.cache
+def _pattern(source: str) -> re.Pattern[str]:
+    return re.compile(re.escape(source).replace(r"\{\}", "(.+?)"))

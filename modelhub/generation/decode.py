@@ -29,10 +29,12 @@ class Engine:
         self._step = xp.compile(functools.partial(_step, xp), skeleton, donate=(4,))
         self._logits = xp.compile(functools.partial(_all_logits, xp), skeleton)
         self._greedy = xp.compile(functools.partial(greedy, xp))
+        self._samplers: dict[tuple[str, ...], Any] = {}
 
-    @functools.cache  # noqa: B019  an engine lives as long as its task
     def _sampled(self, truncations: tuple[str, ...]) -> Any:
-        return self.xp.compile(functools.partial(sample, self.xp, truncations=truncations))
+        if truncations not in self._samplers:
+            self._samplers[truncations] = self.xp.compile(functools.partial(sample, self.xp, truncations=truncations))
+        return self._samplers[truncations]
 
     def logits(self, params: Params, ids: np.ndarray) -> np.ndarray:
         """float32 logits (B, T, V) of int32 ids (B, T), without a cache."""
@@ -45,29 +47,35 @@ class Engine:
         self, params: Params, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler, seed: int
     ) -> Iterator[np.ndarray]:
         """Yield int32 arrays (B,), the next token of every row, max_new_tokens times. Close it to stop earlier."""
-        xp = self.xp
+        xp, rows = self.xp, len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        generator = np.random.default_rng(seed)
+        # One generator a row: a prompt gets the same numbers alone and in a batch.
+        generators = [np.random.default_rng([seed, row]) for row in range(rows)]
         values = xp.array(sampler.values())
-        pick = self._greedy if sampler.greedy else self._sampled(sampler.truncations)
 
         def choose(logits: Array) -> Array:
             if sampler.greedy:
-                return pick(logits)
-            return pick(logits, xp.array(draw(generator, len(prompts))), values)
+                return self._greedy(logits)
+            return self._sampled(sampler.truncations)(logits, xp.array(draw(generators)), values)
 
-        cache = self._new_cache(len(prompts), self._slots(int(lengths.max()), max_new_tokens))
+        cache = self._new_cache(rows, self._slots(int(lengths.max()), max_new_tokens))
         logits, cache = self._prefill(params, prompts, lengths, cache)
         token = choose(logits)
-        last = xp.zeros((len(prompts),), "int32")
+        yield xp.get(token)
+        last = xp.zeros((rows,), "int32")
+        ahead = None  # on asynchronous backends a token is computed while the caller handles the one before
         for index in range(max_new_tokens - 1):
             start = xp.array(lengths + index, "int32")
             logits, cache = self._step(params, xp.expand_dims(token, 1), start, last, cache)
-            # The next token is computed while the caller handles this one (on backends that run asynchronously).
-            upcoming = choose(logits)
-            yield xp.get(token)
-            token = upcoming
-        yield xp.get(token)
+            token = choose(logits)
+            if not xp.asynchronous:
+                yield xp.get(token)
+                continue
+            if ahead is not None:
+                yield xp.get(ahead)
+            ahead = token
+        if ahead is not None:
+            yield xp.get(ahead)
 
     def _slots(self, longest: int, max_new_tokens: int) -> int:
         chunks, rest = divmod(longest, CHUNK)

@@ -91,6 +91,9 @@ def _keep(xp: Backend, x: Array, weight: Array, target: Array) -> Array:
     return xp.where(x >= low, x, xp.full((), _LOWEST))
 
 
-def draw(generator: np.random.Generator, rows: int) -> np.ndarray:
-    """(rows,) float32 in [0, 1). The factor keeps u * mass below mass in float32, so that a token is always found."""
-    return generator.random(rows, dtype=np.float32) * np.float32(1 - 1e-6)
+def draw(generators: list[np.random.Generator]) -> np.ndarray:
+    """(B,) float32 in [0, 1), one number from each generator.
+
+    The factor keeps u * mass below mass in float32, so that a token is always found.
+    """
+    return np.array([g.random(dtype=np.float32) for g in generators], np.float32) * np.float32(1 - 1e-6)

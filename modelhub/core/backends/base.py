@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from modelhub.core.tree import bind
-from modelhub.errors import DeviceError
+from modelhub.errors import DeviceError, MixedBackends
 
 Array = Any
 Shape = Sequence[int]
@@ -53,6 +53,21 @@ class Backend:
         Arguments at the positions in `donate` are consumed: their memory may be reused for the results.
         """
         raise NotImplementedError
+
+    @property
+    def asynchronous(self) -> bool:
+        """True where a call returns before its result is there, so that the host can work on ahead."""
+        return self.device != "cpu"
+
+    def expect(self, **arrays: Any) -> None:
+        """Raise MixedBackends for an array of another framework than this one."""
+        for name, array in arrays.items():
+            if not self.owns(array):
+                kind = type(array)
+                raise MixedBackends(
+                    f"{name} is a {kind.__module__}.{kind.__qualname__}, but the model is on {self.name}: "
+                    f"pass an array of {self.name}, or plain numbers to the task's own methods"
+                )
 
     @staticmethod
     def owns(x: object) -> bool:

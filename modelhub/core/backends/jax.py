@@ -33,6 +33,10 @@ class JaxBackend(Backend):
         self._device = jax.devices(kind)[int(index or 0)]
         _use_compilation_cache()
 
+    @property
+    def asynchronous(self) -> bool:
+        return True
+
     @classmethod
     def devices(cls) -> list[str]:
         found = [f"{d.platform}:{d.id}" for d in jax.devices() if d.platform != "cpu"]

@@ -1,0 +1,37 @@
+"""modelhub: pretrained models and fine-tuning on numpy, JAX, PyTorch and TensorFlow.
+
+Importing this package imports no framework; each name below is loaded when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Backbone": "modelhub.tasks.backbone",
+    "CausalLM": "modelhub.tasks.causal_lm",
+    "Tokenizer": "modelhub.tasks.tokenizer",
+    "list_presets": "modelhub.hub.registry",
+    "set_backend": "modelhub.core.backends",
+}
+__all__ = ["Backbone", "CausalLM", "Tokenizer", "__version__", "list_presets", "set_backend"]
+
+if TYPE_CHECKING:
+    from modelhub.core.backends import set_backend
+    from modelhub.hub.registry import list_presets
+    from modelhub.tasks.backbone import Backbone
+    from modelhub.tasks.causal_lm import CausalLM
+    from modelhub.tasks.tokenizer import Tokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'modelhub' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

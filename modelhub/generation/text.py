@@ -1,0 +1,62 @@
+"""From token ids to the text a caller sees: stop ids, stop strings, and never half a character."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from modelhub.errors import InputError
+
+
+class DecodeStream(Protocol):
+    def push(self, token_id: int) -> str: ...
+    def flush(self) -> str: ...
+
+
+class TextRow:
+    """One answer in the making. `push` returns the text that is safe to show; what may belong to a stop is held back.
+
+    tokens: the ids so far, without the stop id. done: a stop id or stop string was met.
+    """
+
+    def __init__(self, stream: DecodeStream, stop_ids: frozenset[int], stop: Sequence[str] = ()):
+        if any(not string for string in stop):
+            raise InputError("a stop string is empty: it would stop every answer before its first character")
+        self._stream = stream
+        self._stop_ids = stop_ids
+        self._stop = tuple(stop)
+        self._held = ""
+        self.tokens: list[int] = []
+        self.text = ""
+        self.done = False
+
+    def push(self, token_id: int) -> str:
+        if self.done:
+            return ""
+        if token_id in self._stop_ids:
+            self.done = True
+            return self.flush()
+        self.tokens.append(token_id)
+        return self._show(self._stream.push(token_id))
+
+    def flush(self) -> str:
+        """What is left when the answer is over."""
+        return self._show(self._stream.flush(), last=True)
+
+    def _show(self, piece: str, last: bool = False) -> str:
+        text = self._held + piece
+        found = [at for string in self._stop if (at := text.find(string)) >= 0]
+        if found:
+            self.done = True
+            text, keep = text[: min(found)], 0
+        else:
+            keep = 0 if last else self._beginning_of_stop(text)
+        shown, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        self.text += shown
+        return shown
+
+    def _beginning_of_stop(self, text: str) -> int:
+        """Length of the longest end of `text` with which a stop string could begin."""
+        longest = max((len(string) - 1 for string in self._stop), default=0)
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(string.startswith(text[-length:]) for string in self._stop):
+                return length
+        return 0

@@ -1,0 +1,315 @@
+"""Reads the tokenizer of a Hugging Face folder.
+
+tokenizer.json decides the ids, as in transformers. Where a tokenizer.model lies beside it and gives the same ids, that
+is loaded in its place, which takes a tenth of the time. How this is known without parsing the vocabulary:
+
+1. The head of tokenizer.json says Gemma's kind: BPE with byte fallback; " " becomes "▁" and nothing else is normalized;
+   no prefix space; the plain SentencePiece decoder; every added token is matched in the raw text.
+2. Its vocabulary has as many entries as the model, and 64 of them, spread evenly, have the model's ids.
+3. It merges runs of spaces in the order that `spm.merge_space_runs` gives the model.
+4. The model normalizes nothing, has all the byte pieces, and scores that are ranks (BPE's, not unigram's).
+
+Anything else is read by the `tokenizers` library.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as HFTokenizer
+
+from modelhub.errors import TokenizerError
+from modelhub.processing import spm
+
+
+class Engine(Protocol):
+    """Text to ids and back, without the special tokens around a text."""
+
+    size: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def id_to_token(self, token_id: int) -> str | None: ...
+    def token_to_id(self, token: str) -> int | None: ...
+
+
+@dataclass
+class TokenizerParts:
+    """All that a Tokenizer is made of, wherever it came from."""
+
+    engine: Engine
+    decoder: dict[str, Any] | None  # as tokenizer.json spells it
+    special_ids: frozenset[int]
+    named: dict[str, str | None]  # "bos" -> "<bos>"
+    prefix_ids: list[int]
+    suffix_ids: list[int]
+    chat_template: str | None = None
+
+
+class TokenizersEngine:
+    """The `tokenizers` library behind the interface of Engine."""
+
+    def __init__(self, backend: HFTokenizer) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.size = max([backend.get_vocab_size(), *(i + 1 for i in backend.get_added_tokens_decoder())])
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def id_to_token(self, token_id: int) -> str | None:
+        return self.backend.id_to_token(token_id)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self.backend.token_to_id(token)
+
+
+def read_folder(folder: Path) -> TokenizerParts:
+    """Reads tokenizer.json and/or tokenizer.model, with the config files beside them."""
+    config = _read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:  # else it is complete, and transformers reads neither of these
+        config = {**config, **_read_json(folder / "special_tokens_map.json")}
+        config["added_tokens_legacy"] = _read_json(folder / "added_tokens.json")
+    json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
+    if json_file.is_file():
+        parts = _read_json_through_model(json_file, model_file, config) or _read_tokenizer_json(json_file, config)
+    elif model_file.is_file():
+        parts = _read_tokenizer_model(model_file, config)
+    else:
+        found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
+        raise TokenizerError(
+            f"No tokenizer in {folder}: looked for tokenizer.json and tokenizer.model, found {found}. Copy one of them "
+            "there, or write tokenizer.json with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        )
+    parts.chat_template = _chat_template(folder, config)
+    return parts
+
+
+def _read_tokenizer_json(path: Path, config: Mapping[str, Any]) -> TokenizerParts:
+    try:
+        backend = HFTokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise TokenizerError(
+            f"{path} ({path.stat().st_size} bytes) is not a tokenizer that the tokenizers library reads: {error}. "
+            "Download it again; a file of some 130 bytes is a Git LFS pointer, not the tokenizer."
+        ) from error
+    backend.add_tokens(tokens_to_add(config, backend.get_added_tokens_decoder()))
+    added = backend.get_added_tokens_decoder()
+    post_processor, decoder = (part and json.loads(part.__getstate__()) for part in (backend.post_processor, backend.decoder))
+    return make_parts(TokenizersEngine(backend), added, config, decoder, _template_ids(post_processor))
+
+
+def _read_json_through_model(json_file: Path, model_file: Path, config: Mapping[str, Any]) -> TokenizerParts | None:
+    """Loads tokenizer.model in place of tokenizer.json; None where the ids could differ (the rule is at the top)."""
+    if not model_file.is_file() or not json_file.stat().st_size:
+        return None
+    with json_file.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        head = _head_of_gemma_kind(data)
+        if head is None:
+            return None
+        try:
+            sp = spm.load_model(spm.merge_space_runs(model_file.read_bytes()))
+        except TokenizerError:  # tokenizer.json alone is enough
+            return None
+        if not _same_vocabulary(data, head["model_start"], sp):
+            return None
+    added = {token.pop("id"): AddedToken(**token) for token in head["added_tokens"]}
+    add_tokens(added, sp, tokens_to_add(config, added))
+    if any(token.normalized for token in added.values()):
+        return None
+    engine = spm.SentencePieceEngine(sp, added)
+    return make_parts(engine, added, config, head["decoder"], _template_ids(head["post_processor"]))
+
+
+def _read_tokenizer_model(path: Path, config: Mapping[str, Any]) -> TokenizerParts:
+    """tokenizer.model alone: BPE that keeps the text as transformers converts it, other kinds as SentencePiece does."""
+    model = path.read_bytes()
+    sp = spm.load_model(model)
+    spec = spm.read_spec(model)
+    prefix_space = config.get("add_prefix_space")
+    prefix_space = spec.add_dummy_prefix if prefix_space is None else bool(prefix_space)
+    as_transformers = spec.model_type == spm.BPE and spec.keeps_text
+    if as_transformers:
+        sp = spm.load_model(spm.merge_space_runs(model) + spm.NO_DUMMY_PREFIX)
+    own = {"unk": sp.unk_id(), "bos": sp.bos_id(), "eos": sp.eos_id(), "pad": sp.pad_id()}
+    config = {**{f"{name}_token": sp.id_to_piece(i) for name, i in own.items() if i >= 0}, **config}
+    added = dict(spec.added)
+    add_tokens(added, sp, tokens_to_add(config, added))
+    engine = spm.SentencePieceEngine(sp, added, prefix_space=as_transformers and prefix_space)
+    around = ids_around(engine, config, add_bos=config.get("add_bos_token", True), add_eos=config.get("add_eos_token", False))
+    return make_parts(engine, added, config, sentencepiece_decoder(prefix_space), around)
+
+
+def make_parts(
+    engine: Engine,
+    added: Mapping[int, AddedToken],
+    config: Mapping[str, Any],
+    decoder: dict[str, Any] | None,
+    around: tuple[list[int], list[int]],
+) -> TokenizerParts:
+    special = frozenset(i for i, token in added.items() if token.special)
+    named = {name: _content(config.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")}
+    return TokenizerParts(engine, decoder, special, named, *around)
+
+
+def tokens_to_add(config: Mapping[str, Any], known: Mapping[int, AddedToken]) -> list[AddedToken]:
+    """The config's tokens that the tokenizer does not have, or has with other flags, in transformers' order."""
+    known_flags = {repr(token) for token in known.values()}
+    special = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str | dict)}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    specials = [*special.values(), *(extra.values() if isinstance(extra, dict) else extra)]
+    contents = {_content(token) for token in specials}
+
+    decoder = {int(i): _added_token(token) for i, token in config.get("added_tokens_decoder", {}).items()}
+    for content, index in config.get("added_tokens_legacy", {}).items():
+        decoder[index] = AddedToken(content, normalized=content not in contents, special=content in contents)
+    tokens = [token for _, token in sorted(decoder.items()) if repr(token) not in known_flags]
+    names = {token.content for token in [*known.values(), *tokens]}
+    for token in specials:
+        if _content(token) not in names:
+            tokens.append(_added_token(token, special=True))
+            names.add(_content(token))
+    return tokens
+
+
+def add_tokens(added: dict[int, AddedToken], sp: SentencePieceProcessor, tokens: Iterable[AddedToken]) -> None:
+    """Gives tokens the ids that the tokenizers library would: their own where they have one, else the next."""
+    ids = {token.content: i for i, token in added.items()}
+    for token in tokens:
+        index = ids.get(token.content, spm.piece_id(sp, token.content))
+        if index is None:
+            index = max([len(sp), *(i + 1 for i in added)])
+        added[index] = token
+        ids[token.content] = index
+
+
+def _added_token(token: str | Mapping[str, Any], **flags: bool) -> AddedToken:
+    if isinstance(token, str):
+        return AddedToken(token, **flags)
+    return AddedToken(**{key: value for key, value in token.items() if key != "__type"} | flags)
+
+
+def _content(token: Any) -> str | None:
+    """A token's text: configs hold a string, or a dict with its flags."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _head_of_gemma_kind(data: mmap.mmap) -> dict[str, Any] | None:
+    """What stands before the vocabulary of tokenizer.json, with its offset as "model_start"; None for other kinds."""
+    start = data.find(b'"model":')  # the tokenizers library writes the model last
+    end = data.find(b'"vocab":', start)
+    try:
+        head = json.loads(data[:start].decode().rstrip().rstrip(",") + "}")
+        model = json.loads(data[start + len('"model":') : end].decode().rstrip().rstrip(",") + "}")
+        pre_tokenizer = head["pre_tokenizer"]
+        gemma_kind = (
+            head["normalizer"] == {"type": "Replace", "pattern": {"String": " "}, "content": spm.SPACE}
+            # splitting at spaces does nothing after the normalizer left none
+            and (pre_tokenizer is None or (pre_tokenizer["type"], pre_tokenizer["pattern"]) == ("Split", {"String": " "}))
+            and head["decoder"] == sentencepiece_decoder(prefix_space=False)
+            and (model["type"], model["byte_fallback"], model["dropout"]) == ("BPE", True, None)
+            and not (model.get("ignore_merges") or model["continuing_subword_prefix"] or model["end_of_word_suffix"])
+            and isinstance(head["added_tokens"], list)
+            and (head["post_processor"] is None or head["post_processor"]["type"] == "TemplateProcessing")
+        )
+    except (ValueError, LookupError, TypeError):
+        return None
+    return {**head, "model_start": end} if gemma_kind else None
+
+
+def _same_vocabulary(data: mmap.mmap, start: int, sp: SentencePieceProcessor) -> bool:
+    """Rules 2 to 4; start: where the vocabulary of tokenizer.json begins."""
+    if not sp.is_byte(sp.piece_to_id("<0x00>")) or sp.normalize("  a\tﬁ ") != "  a\tﬁ ".replace(" ", spm.SPACE):
+        return False
+    size = len(sp)
+    position = start
+    for index in [*range(0, size, -(-size // 64)), size - 1]:
+        key = json.dumps(sp.id_to_piece(index), ensure_ascii=False).encode() + b":"
+        position = data.find(key, position)
+        if position < 0 or not re.match(rb" ?%d[,\s}]" % index, data[position + len(key) :][:32]):
+            return False
+        if not sp.get_score(index).is_integer():
+            return False
+    merges = data.find(b'"merges"', position)
+    if merges < 0 or b":" in data[position + len(key) : merges]:
+        return False
+    # A pair is written ["a", "b"], by older versions "a b". 512 KB hold all of Gemma's first merges, runs of newlines
+    # and of spaces.
+    text = data[merges : merges + 2**19].decode(errors="ignore")
+    pairs = re.findall(f'"({spm.SPACE}+)(?:"\\s*,\\s*"| )({spm.SPACE}+)"', text)
+    lengths = [len(left) + len(right) for left, right in pairs]
+    return lengths == sorted(lengths) and bool(lengths) == (spm.piece_id(sp, spm.SPACE * 2) is not None)
+
+
+def _template_ids(post_processor: Mapping[str, Any] | None) -> tuple[list[int], list[int]]:
+    """The special ids that a post-processor puts before and after one text."""
+    kind = post_processor and post_processor["type"]
+    if kind == "Sequence":
+        around = [_template_ids(part) for part in post_processor["processors"]]
+        return [i for before, _ in reversed(around) for i in before], [i for _, after in around for i in after]
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        return [post_processor["cls"][1]], [post_processor["sep"][1]]
+    sides: tuple[list[int], list[int]] = ([], [])
+    if kind == "TemplateProcessing":
+        side = 0
+        for part in post_processor["single"]:
+            if "Sequence" in part:
+                side = 1
+            else:
+                sides[side].extend(post_processor["special_tokens"][part["SpecialToken"]["id"]]["ids"])
+    return sides
+
+
+def ids_around(engine: Engine, config: Mapping[str, Any], add_bos: bool, add_eos: bool) -> tuple[list[int], list[int]]:
+    """The special ids before and after one text, where flags say so and not a post-processor."""
+    sides = []
+    for key, wanted in (("bos_token", add_bos), ("eos_token", add_eos)):
+        token = _content(config.get(key))
+        index = engine.token_to_id(token) if wanted and token else None
+        sides.append([] if index is None else [index])
+    return sides[0], sides[1]
+
+
+def sentencepiece_decoder(prefix_space: bool) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": spm.SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix_space:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, else the config's; of several named templates the one called default."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, without its nulls; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {key: value for key, value in content.items() if value is not None}
+    except (ValueError, AttributeError) as error:
+        raise TokenizerError(f"{path} does not hold a JSON object: {error}. Download it again, or remove it.") from error
