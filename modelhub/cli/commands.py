@@ -3,7 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,10 +24,8 @@ err = Console(stderr=True)
 DEMO_PRESET = "gemma3_270m_q4"
 DEMO_PROMPT = "The capital of France is"
 
-BackendOption = Annotated[
-    Optional[str], typer.Option(help="jax, torch, tensorflow or numpy; default: the best installed")
-]
-DeviceOption = Annotated[Optional[str], typer.Option(help="cpu, gpu, gpu:1, tpu or mps; default: the best present")]
+BackendOption = Annotated[str | None, typer.Option(help="jax, torch, tensorflow or numpy; default: the best installed")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, gpu, gpu:1, tpu or mps; default: the best present")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
 
 
@@ -39,16 +37,18 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     pass
 
 
 @app.command("list")
 def list_(
-    family: Annotated[Optional[str], typer.Option(help="only this family")] = None,
-    task: Annotated[Optional[str], typer.Option(help="only this task")] = None,
-    max_params: Annotated[Optional[float], typer.Option(help="at most this many parameters, e.g. 3e9")] = None,
+    family: Annotated[str | None, typer.Option(help="only this family")] = None,
+    task: Annotated[str | None, typer.Option(help="only this task")] = None,
+    max_params: Annotated[float | None, typer.Option(help="at most this many parameters, e.g. 3e9")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the presets that can be loaded by name."""
@@ -60,6 +60,7 @@ def list_(
         print(json.dumps([_card(card) for card in cards], indent=2))
         return
     table = Table("preset", "family", "parameters", "licence", "here", "description")
+    table.columns[0].no_wrap = True
     for card in cards:
         here = "yes" if cached(card.name) else ""
         table.add_row(card.name, card.family, _count(card.parameters), card.licence, here, card.description)
@@ -85,7 +86,7 @@ def info(preset: str, as_json: JsonOption = False) -> None:
 @app.command()
 def pull(
     preset: str,
-    revision: Annotated[Optional[str], typer.Option(help="branch, tag or commit on the hub")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit on the hub")] = None,
 ) -> None:
     """Fetch a preset into the cache, so that it loads without a network ever after."""
     from modelhub.hub.preset import resolve
@@ -98,16 +99,18 @@ def generate(
     preset: Annotated[str, typer.Argument(help="a registry name, a folder, a .gguf file or an hf:// address")],
     prompt: Annotated[str, typer.Argument(help="the text to continue; - reads standard input")],
     max_new_tokens: Annotated[int, typer.Option(help="stop after this many tokens")] = 64,
-    temperature: Annotated[Optional[float], typer.Option(help="divide the logits by this before sampling")] = None,
-    top_k: Annotated[Optional[int], typer.Option(help="sample among the k likeliest tokens")] = None,
-    top_p: Annotated[Optional[float], typer.Option(help="sample among the likeliest that make up this probability")] = None,
-    min_p: Annotated[Optional[float], typer.Option(help="... at least this likely, relative to the likeliest")] = None,
-    stop: Annotated[Optional[list[str]], typer.Option(help="end before this text; may be given several times")] = None,
+    temperature: Annotated[float | None, typer.Option(help="divide the logits by this before sampling")] = None,
+    top_k: Annotated[int | None, typer.Option(help="sample among the k likeliest tokens")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="sample among the likeliest that make up this probability")
+    ] = None,
+    min_p: Annotated[float | None, typer.Option(help="... at least this likely, relative to the likeliest")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="end before this text; may be given several times")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same text on every backend")] = 0,
     echo: Annotated[bool, typer.Option(help="print the prompt too")] = False,
     backend: BackendOption = None,
     device: DeviceOption = None,
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
     offline: Annotated[bool, typer.Option(help="use the cache only")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -120,8 +123,8 @@ def generate(
     )  # fmt: skip
     if as_json:
         answer = "".join(pieces)
-        run = asdict(lm.last_run) | {"tokens_per_second": lm.last_run.tokens_per_second}
-        print(json.dumps({"preset": preset, "backend": lm.backend, "device": lm.device, "text": answer} | run))
+        about = {"preset": preset, "backend": lm.backend, "device": lm.device, "text": answer}
+        print(json.dumps(about | asdict(lm.last_run)))
         return
     _print_stream(pieces)
     err.print(_speed(lm), style="dim")
@@ -157,7 +160,7 @@ def demo(
     from modelhub.hub.registry import find_card
 
     card = find_card(DEMO_PRESET)
-    err.print(f"{card.name}: {card.description} Licence: {card.licence}.")
+    err.print(f"{card.name}: {card.description} Licence: {card.licence}.", soft_wrap=True)
     lm = _load(DEMO_PRESET, backend, device, None, offline)
     out.print(f"[dim]{escape(prompt)}[/dim]", end="", soft_wrap=True)
     _print_stream(lm.generate(prompt, max_new_tokens, stream=True))
@@ -165,7 +168,11 @@ def demo(
     others = [name for name in _installed() if name != lm.backend]
     backend_hint = f" --backend {others[0]}" if others else ""
     err.print("Next, your own words, or another backend with the same text:")
-    err.print(f'  modelhub generate {DEMO_PRESET} "Once upon a time" --temperature 0.8{backend_hint}', style="bold")
+    err.print(
+        f'  modelhub generate {DEMO_PRESET} "Once upon a time" --temperature 0.8{backend_hint}',
+        style="bold",
+        soft_wrap=True,
+    )
 
 
 def _installed() -> list[str]:
@@ -185,6 +192,7 @@ def _print_stream(pieces: Any) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+    sys.stdout.flush()
 
 
 def _speed(lm: Any) -> str:

@@ -112,6 +112,41 @@ class KVCache(Module):
         return self.k[layer], self.v[layer]
 
 
+@dataclass
+class Context:
+    """What all layers of one forward pass share; rope and mask by kind of layer ("full_attention", ...)."""
+
+    rope: dict[str, tuple[Array, Array]]
+    mask: dict[str, Array]
+    cache: KVCache | None
+    start: Array | None
+
+
+def decoder_context(
+    xp: Backend, time: int, dtype: str, frequencies: dict[str, np.ndarray], windows: dict[str, int | None],
+    start: Array | None = None, cache: KVCache | None = None, positions: Array | None = None,
+    segments: Array | None = None,
+) -> Context:  # fmt: skip
+    """The Context of a causal decoder for `time` new tokens, per kind of layer: rope frequencies, attention window.
+
+    With a cache the tokens take the slots from start (B,) on. Without, positions (B, T) default to 0 ... T - 1, and
+    segments (B, T) keep packed examples apart.
+    """
+    steps = xp.expand_dims(xp.arange(time), 0)
+    if cache is not None:
+        order = positions = xp.expand_dims(start, 1) + steps
+        keys = xp.expand_dims(xp.arange(cache.k[0].shape[2]), 0)
+    else:
+        order = keys = steps  # what a token may see depends on its place in the row, also where positions restart
+        positions = steps if positions is None else positions
+    return Context(
+        rope={kind: rope_tables(xp, positions, angles, dtype) for kind, angles in frequencies.items()},
+        mask={kind: causal_mask(order, keys, window, segments) for kind, window in windows.items()},
+        cache=cache,
+        start=start,
+    )
+
+
 ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda xp, x: xp.gelu(x, approximate=True),
     "gelu_new": lambda xp, x: xp.gelu(x, approximate=True),
@@ -119,4 +154,3 @@ ACTIVATIONS = {
     "silu": lambda xp, x: xp.silu(x),
     "swish": lambda xp, x: xp.silu(x),
 }
-

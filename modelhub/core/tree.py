@@ -86,10 +86,12 @@ def _bind(node: Any, params: Mapping[str, Array], prefix: str) -> Any:
             elif isinstance(child, (Module, list)):
                 fields[name] = _bind(child, params, f"{prefix}{name}.")
         return bound
-    return [
-        params[f"{prefix}{index}"] if is_leaf(item) else _bind(item, params, f"{prefix}{index}.")
-        for index, item in enumerate(node)
-    ]
+    if isinstance(node, list):
+        return [
+            params[f"{prefix}{index}"] if is_leaf(item) else _bind(item, params, f"{prefix}{index}.")
+            for index, item in enumerate(node)
+        ]
+    return node  # a static value in a list
 
 
 def check(skeleton: Module, found: Mapping[str, tuple[int, ...]], where: str) -> None:

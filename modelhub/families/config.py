@@ -7,11 +7,12 @@ from modelhub.errors import ConfigError
 
 # Keys that say nothing about the forward pass. They are kept and written back.
 COSMETIC = {
-    "architectures", "attn_implementation", "auto_map", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
-    "dtype", "eos_token_id", "finetuning_task", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
-    "label2id", "max_length", "model_type", "name_or_path", "output_attentions", "output_hidden_states", "pad_token_id",
-    "pretraining_tp", "problem_type", "return_dict", "tf_legacy_loss", "tokenizer_class", "torch_dtype", "torchscript",
-    "transformers_version", "unsloth_fixed", "use_bfloat16", "use_cache",
+    "architectures", "attn_implementation", "auto_map", "bos_token_id", "cache_implementation",
+    "chunk_size_feed_forward", "dtype", "eos_token_id", "finetuning_task", "id2label", "initializer_range",
+    "is_decoder", "is_encoder_decoder", "label2id", "max_length", "model_type", "name_or_path", "output_attentions",
+    "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "tf_legacy_loss",
+    "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "unsloth_fixed", "use_bfloat16",
+    "use_cache",
 }  # fmt: skip
 
 
@@ -23,7 +24,9 @@ def check_keys(data: Mapping[str, Any], known: Iterable[str], where: str) -> dic
     known = set(known)
     extra = {key: value for key, value in data.items() if key not in known}
     unknown = sorted(
-        key for key, value in extra.items() if key not in COSMETIC and not key.startswith("_") and value not in (None, False, [], {}, "")
+        key
+        for key, value in extra.items()
+        if key not in COSMETIC and not key.startswith("_") and value not in (None, False, [], {}, "")
     )
     if unknown:
         listed = ", ".join(f"{key}={extra[key]!r}" for key in unknown)

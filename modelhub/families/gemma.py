@@ -73,7 +73,11 @@ class Config:
         """From config.json, in the spelling of transformers 4 or 5. Raises ConfigError."""
         data = dict(data)
         if data.get("model_type") == "gemma3":  # multimodal: the text tower is a config of its own
-            shared = {k: data[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype") if k in data}
+            shared = {
+                k: data[k]
+                for k in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
+                if k in data
+            }
             data = shared | {"model_type": "gemma3_text"} | dict(data.get("text_config") or {})
         kind = data.get("model_type")
         if kind not in _DEFAULTS:
@@ -82,18 +86,26 @@ class Config:
         values = dict(_DEFAULTS[kind])
         known = set(cls.__dataclass_fields__) - {"extra", "rope_factor", "rope_local_factor"}
         extra = check_keys(
-            data, known | {"hidden_act", "rope_scaling", "rope_parameters", "sliding_window_pattern", "attention_dropout"}, where
+            data,
+            known | {"hidden_act", "rope_scaling", "rope_parameters", "sliding_window_pattern", "attention_dropout"},
+            where,
         )
         require(data, "use_bidirectional_attention", (False,), where)
         values |= {key: data[key] for key in known if data.get(key) is not None}
         # A key given as null switches the feature off; only an absent one means the default.
-        values |= {k: None for k in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping") if k in data and data[k] is None}
+        values |= {
+            k: None
+            for k in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+            if k in data and data[k] is None
+        }
         if not data.get("hidden_activation"):
             act = data.get("hidden_act", "gelu_pytorch_tanh")
             # The first Gemma configs said "gelu" and meant its tanh form; transformers reads them so too.
             values["hidden_activation"] = "gelu_pytorch_tanh" if act == "gelu" else act
         if values["hidden_activation"] not in nn.ACTIVATIONS:
-            raise ConfigError(f"{where}: hidden_activation {values['hidden_activation']!r}; known: {', '.join(nn.ACTIVATIONS)}")
+            raise ConfigError(
+                f"{where}: hidden_activation {values['hidden_activation']!r}; known: {', '.join(nn.ACTIVATIONS)}"
+            )
         values |= _read_rope(data, where)
         if not values.get("layer_types"):
             values["layer_types"] = _layer_types(kind, values["num_hidden_layers"], data.get("sliding_window_pattern"))
@@ -111,7 +123,9 @@ class Config:
         if missing := [f"{arch}.{key}" for key in needed if get(key) is None]:
             raise ConfigError(f"GGUF metadata lacks {', '.join(missing)}; the file is incomplete")
         if get("rope.scaling.type") not in (None, "none", "linear"):
-            raise ConfigError(f"GGUF: {arch}.rope.scaling.type {get('rope.scaling.type')!r} is not supported; linear is")
+            raise ConfigError(
+                f"GGUF: {arch}.rope.scaling.type {get('rope.scaling.type')!r} is not supported; linear is"
+            )
         layers, width, heads = get("block_count"), get("embedding_length"), get("attention.head_count")
         head_dim = get("attention.key_length", 256)
         # The 27B models scale queries by the mean head width instead of the real one; the format has no key for it.
@@ -119,7 +133,9 @@ class Config:
         kind = "gemma3_text" if arch == "gemma3" else arch
         return cls(
             model_type=kind,
-            vocab_size=len(metadata["tokenizer.ggml.tokens"]) if "tokenizer.ggml.tokens" in metadata else get("vocab_size"),
+            vocab_size=len(metadata["tokenizer.ggml.tokens"])
+            if "tokenizer.ggml.tokens" in metadata
+            else get("vocab_size"),
             hidden_size=width,
             intermediate_size=get("feed_forward_length"),
             num_hidden_layers=layers,
@@ -167,7 +183,13 @@ class Config:
             data["rope_scaling"] = {"rope_type": "linear", "factor": self.rope_factor}
         if self.model_type == "gemma":
             data["hidden_act"] = self.hidden_activation
-            for key in ("sliding_window", "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+            for key in (
+                "sliding_window",
+                "layer_types",
+                "query_pre_attn_scalar",
+                "attn_logit_softcapping",
+                "final_logit_softcapping",
+            ):
                 del data[key]
         return data
 
@@ -175,16 +197,28 @@ class Config:
     def query_scale(self) -> float:
         return float(self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
+    def rope_frequencies(self) -> dict[str, np.ndarray]:
+        """Gemma 3 turns the queries and keys of local layers by other angles than those of global ones."""
+        frequencies = {GLOBAL: nn.rope_frequencies(self.head_dim, self.rope_theta, self.rope_factor)}
+        local = nn.rope_frequencies(self.head_dim, self.rope_local_base_freq, self.rope_local_factor)
+        frequencies[LOCAL] = local if self.model_type == "gemma3_text" else frequencies[GLOBAL]
+        return {kind: frequencies[kind] for kind in sorted(set(self.layer_types))}
+
+    def windows(self) -> dict[str, int | None]:
+        return {kind: self.sliding_window if kind == LOCAL else None for kind in sorted(set(self.layer_types))}
+
     def _checked(self, where: str) -> "Config":
         if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - {LOCAL, GLOBAL}:
             raise ConfigError(
-                f"{where}: layer_types must hold {self.num_hidden_layers} entries of {LOCAL!r} or {GLOBAL!r}, got {self.layer_types}"
+                f"{where}: layer_types must hold {self.num_hidden_layers} (num_hidden_layers) entries of {LOCAL!r} or "
+                f"{GLOBAL!r}, got {self.layer_types}"
             )
         if LOCAL in self.layer_types and not self.sliding_window:
             raise ConfigError(f"{where}: layers of type {LOCAL!r} need a sliding_window, got {self.sliding_window!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
-                f"{where}: num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
+                f"{where}: num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
             )
         return self
 
@@ -192,7 +226,7 @@ class Config:
 _ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 
 
-def _layer_types(kind: str, layers: int, pattern: int | None) -> list[str]:
+def _layer_types(kind: str, layers: int, pattern: Any) -> list[str]:
     every = {"gemma": 1, "gemma2": 2, "gemma3_text": pattern or 6}[kind]  # every n-th layer is global
     return [LOCAL if (index + 1) % every else GLOBAL for index in range(layers)]
 
@@ -220,16 +254,19 @@ def _read_rope(data: Mapping[str, Any], where: str) -> dict[str, float]:
             found[theta] = entry["rope_theta"]
         unknown = set(entry) - {"rope_theta", "factor"}
         if rope_type not in ("default", "linear") or unknown:
-            raise ConfigError(f"{where}: rope {rope_type!r} with {sorted(unknown)} is not supported; default and linear are")
+            raise ConfigError(
+                f"{where}: rope {rope_type!r} with {sorted(unknown)} is not supported; default and linear are"
+            )
         if rope_type == "linear":
             found[factor] = entry.get("factor", 1.0)
     return found
 
 
 _GGUF_BLOCK = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 # The norm before the MLP has another name in Gemma 1, where none follows the attention.
 _GGUF_NORMS = {"ffn_norm": "post_attention_layernorm"}
@@ -238,6 +275,12 @@ _GGUF_NORMS_2 = {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+
+
+_IGNORED = (
+    "vision_tower.{}", "multi_modal_projector.{}", "model.vision_tower.{}", "model.multi_modal_projector.{}",
+    "{}.rotary_emb.inv_freq",
+)  # fmt: skip
 
 
 def names(source: str, config: Config) -> NameMap:
@@ -253,11 +296,8 @@ def names(source: str, config: Config) -> NameMap:
                 Rule("layers.{}", "model.layers.{}"),
                 Rule("norm.weight", "model.norm.weight"),
             ),
-            ignored=(
-                "vision_tower.{}", "multi_modal_projector.{}", "model.vision_tower.{}", "model.multi_modal_projector.{}",
-                "{}.rotary_emb.inv_freq", *(("lm_head.weight", "language_model.lm_head.weight") if config.tie_word_embeddings else ()),
-            ),
-        )  # fmt: skip
+            ignored=_IGNORED + (("{}lm_head.weight",) if config.tie_word_embeddings else ()),
+        )
     block = _GGUF_BLOCK | (_GGUF_NORMS if config.model_type == "gemma" else _GGUF_NORMS_2)
     rules = [
         Rule("token_embd.weight", "model.embed_tokens.weight"),
@@ -265,7 +305,9 @@ def names(source: str, config: Config) -> NameMap:
         Rule("output.weight", "lm_head.weight"),
     ]
     for theirs, ours in block.items():
-        rules.append(Rule(f"blk.{{}}.{theirs}.weight", f"model.layers.{{}}.{ours}.weight", MINUS_ONE if "norm" in ours else KEEP))
+        rules.append(
+            Rule(f"blk.{{}}.{theirs}.weight", f"model.layers.{{}}.{ours}.weight", MINUS_ONE if "norm" in ours else KEEP)
+        )
     return NameMap(tuple(rules))
 
 
@@ -299,7 +341,7 @@ class Attention(Module):
             cfg.attn_logit_softcapping,
         )
 
-    def __call__(self, xp: Backend, x: Array, context: "Context", layer: int) -> Array:
+    def __call__(self, xp: Backend, x: Array, context: nn.Context, layer: int) -> Array:
         batch, time, _ = x.shape
 
         def heads(y: Array) -> Array:
@@ -360,23 +402,13 @@ class Block(Module):
             norm() if sandwich else None,
         )
 
-    def __call__(self, xp: Backend, x: Array, context: "Context", layer: int) -> Array:
+    def __call__(self, xp: Backend, x: Array, context: nn.Context, layer: int) -> Array:
         y = self.self_attn(xp, self.input_layernorm(xp, x), context, layer)
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:  # Gemma 1
             x = x + y
             return x + self.mlp(xp, self.post_attention_layernorm(xp, x))
         x = x + self.post_attention_layernorm(xp, y)
         return x + self.post_feedforward_layernorm(xp, self.mlp(xp, self.pre_feedforward_layernorm(xp, x)))
-
-
-@dataclass
-class Context:
-    """What all layers of one forward pass share."""
-
-    rope: dict[str, tuple[Array, Array]]
-    mask: dict[str, Array]
-    cache: nn.KVCache | None
-    start: Array | None
 
 
 @dataclass
@@ -390,39 +422,14 @@ class Decoder(Module):
         self, xp: Backend, ids: Array, start: Array | None = None, cache: nn.KVCache | None = None,
         positions: Array | None = None, segments: Array | None = None,
     ) -> Array:  # fmt: skip
-        """Hidden states (B, T, D) of ids (B, T).
-
-        With a cache, the tokens take the slots from start (B,) on, and the cache is written to. Without, positions
-        (B, T) default to 0 ... T - 1, and segments (B, T) keep packed examples apart.
-        """
+        """Hidden states (B, T, D) of ids (B, T); the other arguments are those of nn.decoder_context."""
         xp.expect(ids=ids, embed_tokens=self.embed_tokens.weight)
         cfg = self.config
-        time = ids.shape[1]
-        steps = xp.expand_dims(xp.arange(time), 0)
-        if cache is not None:
-            positions = xp.expand_dims(start, 1) + steps
-            keys = xp.expand_dims(xp.arange(cache.k[0].shape[2]), 0)
-            order = positions
-        else:
-            order = keys = steps  # what a token may see depends on its place in the row, also where positions restart
-            positions = steps if positions is None else positions
         x = self.embed_tokens(xp, ids)
         dtype = xp.dtype(x)
         x = x * _rounded(cfg.hidden_size**0.5, dtype)
-        frequencies = {
-            GLOBAL: nn.rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_factor),
-            LOCAL: nn.rope_frequencies(cfg.head_dim, cfg.rope_local_base_freq, cfg.rope_local_factor),
-        }
-        if cfg.model_type != "gemma3_text":
-            frequencies[LOCAL] = frequencies[GLOBAL]
-        kinds = sorted(set(cfg.layer_types))
-        context = Context(
-            rope={kind: nn.rope_tables(xp, positions, frequencies[kind], dtype) for kind in kinds},
-            mask={
-                kind: nn.causal_mask(order, keys, cfg.sliding_window if kind == LOCAL else None, segments) for kind in kinds
-            },
-            cache=cache,
-            start=start,
+        context = nn.decoder_context(
+            xp, ids.shape[1], dtype, cfg.rope_frequencies(), cfg.windows(), start, cache, positions, segments
         )
         for index, layer in enumerate(self.layers):
             x = layer(xp, x, context, index)

@@ -75,4 +75,4 @@ def _rename(name: str, source: str, target: str) -> str | None:
 
 @functools.cache
 def _pattern(source: str) -> re.Pattern[str]:
-    return re.compile(re.escape(source).replace(r"\{\}", "(.+?)"))
+    return re.compile(re.escape(source).replace(r"\{\}", "(.*?)"))

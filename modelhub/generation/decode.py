@@ -1,7 +1,7 @@
 """The decode loop: prefill in buckets, then one token per step for all rows, over a cache that is never copied."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,11 @@ class Engine:
         self.xp = xp
         self.skeleton: Any = skeleton
         self.cache_dtype = cache_dtype
-        self._step = xp.compile(functools.partial(_step, xp), skeleton, donate=(4,))
-        self._logits = xp.compile(functools.partial(_all_logits, xp), skeleton)
-        self._greedy = xp.compile(functools.partial(greedy, xp))
+        step = functools.partial(_step, xp)
+        self._prefill_step = xp.compile(step, skeleton, donate=(4,), hot=False)
+        self._decode_step = xp.compile(step, skeleton, donate=(4,))
+        self._logits = xp.compile(functools.partial(_all_logits, xp), skeleton, hot=False)
+        self._greedy = xp.compile(functools.partial(greedy, xp), hot=False)
         self._samplers: dict[tuple[str, ...], Any] = {}
 
     def _sampled(self, truncations: tuple[str, ...]) -> Any:
@@ -45,7 +47,7 @@ class Engine:
 
     def run(
         self, params: Params, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler, seed: int
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[np.ndarray, None, None]:
         """Yield int32 arrays (B,), the next token of every row, max_new_tokens times. Close it to stop earlier."""
         xp, rows = self.xp, len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -66,7 +68,7 @@ class Engine:
         ahead = None  # on asynchronous backends a token is computed while the caller handles the one before
         for index in range(max_new_tokens - 1):
             start = xp.array(lengths + index, "int32")
-            logits, cache = self._step(params, xp.expand_dims(token, 1), start, last, cache)
+            logits, cache = self._decode_step(params, xp.expand_dims(token, 1), start, last, cache)
             token = choose(logits)
             if not xp.asynchronous:
                 yield xp.get(token)
@@ -104,7 +106,7 @@ class Engine:
                 ids[row, : len(piece)] = piece
             start = np.full(len(prompts), first, np.int32)
             last = np.clip(lengths - 1 - first, 0, time - 1).astype(np.int32)
-            logits, cache = self._step(params, *(xp.array(a, "int32") for a in (ids, start, last)), cache)
+            logits, cache = self._prefill_step(params, *(xp.array(a, "int32") for a in (ids, start, last)), cache)
             ends_here = (lengths > first) & (lengths <= first + time)
             result = logits if result is None else xp.where(xp.array(ends_here[:, None]), logits, result)
         return result, cache

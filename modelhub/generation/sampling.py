@@ -81,7 +81,7 @@ def sample(xp: Backend, logits: Array, uniform: Array, values: Array, truncation
 
 
 def _keep(xp: Backend, x: Array, weight: Array, target: Array) -> Array:
-    """Keep the largest entries of x (B, V; maximum 0) whose weights (B, V) together reach target; the rest become -1e30."""
+    """Keep the largest of x (B, V; maximum 0) whose weights (B, V) together reach target; the rest become -1e30."""
     low = xp.full((x.shape[0], 1), -_RANGE)
     high = xp.full((x.shape[0], 1), 0.0)
     for _ in range(_HALVINGS):

@@ -1,15 +1,17 @@
-"""One tokenizer for every model: the ids of transformers, with or without tokenizer.json, from a folder or a GGUF file."""
+"""One tokenizer for every model, from a folder or a GGUF file, with the ids that transformers gives."""
 
 from __future__ import annotations
 
 import codecs
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from modelhub.errors import TokenizerError
-from modelhub.processing.tokenizer_files import TokenizerParts, read_folder
+from modelhub.processing import spm
+from modelhub.processing.tokenizer_files import TokenizerParts, TokenizersEngine, read_folder, sentencepiece_decoder
 from modelhub.processing.tokenizer_gguf import read_gguf
 
 
@@ -25,25 +27,24 @@ class Tokenizer:
     def __init__(self, parts: TokenizerParts) -> None:
         self._engine = parts.engine
         self._prefix_ids, self._suffix_ids = parts.prefix_ids, parts.suffix_ids
-        self._decoder = parts.decoder
         self._to_bytes, self._strips_space = _piece_decoder(parts.decoder)
         self._bytes: dict[int, bytes] = {}  # of the ids decoded so far
         self.vocab_size = parts.engine.size
         self.special_ids = parts.special_ids
         self.chat_template = parts.chat_template
         self.add_bos, self.add_eos = bool(parts.prefix_ids), bool(parts.suffix_ids)
-        self.bos_token, self.bos_token_id = self._named(parts, "bos")
-        self.eos_token, self.eos_token_id = self._named(parts, "eos")
-        self.pad_token, self.pad_token_id = self._named(parts, "pad")
-        self.unk_token, self.unk_token_id = self._named(parts, "unk")
+        self.bos_token, self.bos_token_id = self._named(parts.named["bos"])
+        self.eos_token, self.eos_token_id = self._named(parts.named["eos"])
+        self.pad_token, self.pad_token_id = self._named(parts.named["pad"])
+        self.unk_token, self.unk_token_id = self._named(parts.named["unk"])
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> Tokenizer:
+    def from_folder(cls, folder: str | Path) -> Self:
         """Loads a Hugging Face folder: tokenizer.json and/or tokenizer.model, and the config files beside them."""
         return cls(read_folder(Path(folder)))
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Self:
         """Builds the tokenizer that a GGUF file's metadata holds.
 
         metadata: the keys as GGUF names them, `tokenizer.ggml.tokens` a list of str, `tokenizer.ggml.scores` a float32
@@ -60,9 +61,12 @@ class Tokenizer:
         return [self._around(ids, add_special_tokens) for ids in _checked(self._engine.encode_batch, list(texts))]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of some ids; bytes that are not UTF-8 become U+FFFD."""
-        stream = self.stream(skip_special_tokens)
-        return stream._text(b"".join(stream._bytes(i) for i in ids), final=True)
+        """The text of token ids. Bytes that are not UTF-8 become U+FFFD; their valid neighbours stay."""
+        if self._to_bytes is None:
+            assert isinstance(self._engine, TokenizersEngine)
+            return self._engine.decode([i for i in map(int, ids) if self.id_to_token(i)], skip_special_tokens)
+        text = b"".join([self._token_bytes(i, skip_special_tokens) for i in ids]).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self._strips_space else text
 
     def stream(self, skip_special_tokens: bool = True) -> DecodeStream:
         """Decodes ids as they come; all that it returns, joined, is what `decode` returns."""
@@ -83,8 +87,115 @@ class Tokenizer:
             )
         return token
 
+    def _around(self, ids: list[int], add_special_tokens: bool) -> list[int]:
+        return self._prefix_ids + ids + self._suffix_ids if add_special_tokens else ids
+
+    def _token_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
+        token_id = int(token_id)
+        if skip_special_tokens and token_id in self.special_ids:
+            return b""
+        data = self._bytes.get(token_id)
+        if data is None:
+            assert self._to_bytes is not None
+            data = self._bytes[token_id] = self._to_bytes(self.id_to_token(token_id))
+        return data
+
+    def _named(self, token: str | None) -> tuple[str | None, int | None]:
+        token_id = None if token is None else self._engine.token_to_id(token)
+        return (None, None) if token_id is None else (token, token_id)
+
     def __len__(self) -> int:
         return self.vocab_size
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, bos={self.bos_token!r}, eos={self.eos_token!r})"
+
+
+class DecodeStream:
+    """Text from ids that come one at a time, in constant time for each; never shows half a character."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        if tokenizer._to_bytes is None:
+            raise TokenizerError(
+                "This tokenizer's decoder cannot stream: only byte-level and SentencePiece decoders work token by "
+                "token. Collect the ids and call decode()."
+            )
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at_start = True
+
+    def push(self, token_id: int) -> str:
+        """The text that this id completes: "" for special tokens and in the middle of a character."""
+        return self._emit(self._decoder.decode(self._tokenizer._token_bytes(token_id, self._skip)))
+
+    def flush(self) -> str:
+        """What is left at the end, U+FFFD for a character that was never completed; the stream starts anew."""
+        text = self._emit(self._decoder.decode(b"", final=True))
+        self._decoder.reset()
+        self._at_start = True
+        return text
+
+    def _emit(self, text: str) -> str:
+        if text and self._at_start:
+            self._at_start = False
+            if self._tokenizer._strips_space:
+                return text.removeprefix(" ")
+        return text
+
+
+def _checked(encode: Callable[[Any], Any], texts: Any) -> Any:
+    """Runs an encoder; says what was wrong with the text where the library only says "must be str"."""
+    try:
+        return encode(texts)
+    except TypeError:
+        for text in texts if isinstance(texts, list) else [texts]:
+            if not isinstance(text, str):
+                raise TokenizerError(
+                    f"A text to encode must be a str, found {type(text).__name__}: {text!r:.80}"
+                ) from None
+            broken = re.search("[\ud800-\udfff]", text)
+            if broken:
+                raise TokenizerError(
+                    f"The text is not valid Unicode: a lone surrogate {broken[0]!r} at position {broken.start()}. "
+                    "Mend it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
+                ) from None
+        raise
+
+
+def _piece_decoder(decoder: Mapping[str, Any] | None) -> tuple[Callable[[str], bytes] | None, bool]:
+    """How a token becomes bytes, and whether the text loses its first space; (None, False): not token by token."""
+    if decoder is None:  # tokens joined by spaces
+        return _spaced_bytes, True
+    if decoder["type"] == "ByteLevel":
+        return _byte_level_bytes, False
+    for strips_space in (False, True):
+        if decoder == sentencepiece_decoder(strips_space):
+            return _sentencepiece_bytes, strips_space
+    return None, False
+
+
+def _spaced_bytes(token: str) -> bytes:
+    return b" " + token.encode()
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace(spm.SPACE, " ").encode()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    alphabet = _byte_alphabet()
+    try:
+        return bytes([alphabet[character] for character in token])
+    except KeyError:  # an added token, spelled as it reads
+        return token.encode()
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's `bytes_to_unicode`)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

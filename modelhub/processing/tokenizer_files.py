@@ -4,7 +4,7 @@ tokenizer.json decides the ids, as in transformers. Where a tokenizer.model lies
 is loaded in its place, which takes a tenth of the time. How this is known without parsing the vocabulary:
 
 1. The head of tokenizer.json says Gemma's kind: BPE with byte fallback; " " becomes "▁" and nothing else is normalized;
-   no prefix space; the plain SentencePiece decoder; every added token is matched in the raw text.
+   no prefix space; the plain SentencePiece decoder; every added token is matched in the raw text, inside words too.
 2. Its vocabulary has as many entries as the model, and 64 of them, spread evenly, have the model's ids.
 3. It merges runs of spaces in the order that `spm.merge_space_runs` gives the model.
 4. The model normalizes nothing, has all the byte pieces, and scores that are ranks (BPE's, not unigram's).
@@ -75,6 +75,9 @@ class TokenizersEngine:
     def token_to_id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
 
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return self.backend.decode(ids, skip_special_tokens)
+
 
 def read_folder(folder: Path) -> TokenizerParts:
     """Reads tokenizer.json and/or tokenizer.model, with the config files beside them."""
@@ -82,19 +85,33 @@ def read_folder(folder: Path) -> TokenizerParts:
     if "added_tokens_decoder" not in config:  # else it is complete, and transformers reads neither of these
         config = {**config, **_read_json(folder / "special_tokens_map.json")}
         config["added_tokens_legacy"] = _read_json(folder / "added_tokens.json")
-    json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
-    if json_file.is_file():
-        parts = _read_json_through_model(json_file, model_file, config) or _read_tokenizer_json(json_file, config)
-    elif model_file.is_file():
-        parts = _read_tokenizer_model(model_file, config)
-    else:
-        found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
+    try:
+        parts = _read_tokenizer(folder, config)
+    except (AttributeError, LookupError, TypeError, OverflowError) as error:
         raise TokenizerError(
-            f"No tokenizer in {folder}: looked for tokenizer.json and tokenizer.model, found {found}. Copy one of them "
-            "there, or write tokenizer.json with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)."
-        )
+            f"The tokenizer files in {folder} hold something unexpected: {error!r}. Download them again."
+        ) from error
+    if not (folder / "tokenizer_config.json").is_file() and not any(parts.named.values()):
+        ids = {**_read_json(folder / "config.json"), **_read_json(folder / "generation_config.json")}
+        for name in ("bos", "eos", "pad"):
+            index = ids.get(f"{name}_token_id")
+            index = index[0] if isinstance(index, list) else index  # generation may stop at several
+            parts.named[name] = parts.engine.id_to_token(index) if index is not None else None
     parts.chat_template = _chat_template(folder, config)
     return parts
+
+
+def _read_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerParts:
+    json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
+    if json_file.is_file():
+        return _read_json_through_model(json_file, model_file, config) or _read_tokenizer_json(json_file, config)
+    if model_file.is_file():
+        return _read_tokenizer_model(model_file, config)
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
+    raise TokenizerError(
+        f"No tokenizer in {folder}: looked for tokenizer.json and tokenizer.model, found {found}. Copy one of them "
+        "there, or write tokenizer.json with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+    )
 
 
 def _read_tokenizer_json(path: Path, config: Mapping[str, Any]) -> TokenizerParts:
@@ -107,7 +124,9 @@ def _read_tokenizer_json(path: Path, config: Mapping[str, Any]) -> TokenizerPart
         ) from error
     backend.add_tokens(tokens_to_add(config, backend.get_added_tokens_decoder()))
     added = backend.get_added_tokens_decoder()
-    post_processor, decoder = (part and json.loads(part.__getstate__()) for part in (backend.post_processor, backend.decoder))
+    post_processor, decoder = (
+        part and json.loads(part.__getstate__()) for part in (backend.post_processor, backend.decoder)
+    )
     return make_parts(TokenizersEngine(backend), added, config, decoder, _template_ids(post_processor))
 
 
@@ -127,7 +146,7 @@ def _read_json_through_model(json_file: Path, model_file: Path, config: Mapping[
             return None
     added = {token.pop("id"): AddedToken(**token) for token in head["added_tokens"]}
     add_tokens(added, sp, tokens_to_add(config, added))
-    if any(token.normalized for token in added.values()):
+    if any(token.normalized or token.single_word for token in added.values()):
         return None
     engine = spm.SentencePieceEngine(sp, added)
     return make_parts(engine, added, config, head["decoder"], _template_ids(head["post_processor"]))
@@ -148,7 +167,9 @@ def _read_tokenizer_model(path: Path, config: Mapping[str, Any]) -> TokenizerPar
     added = dict(spec.added)
     add_tokens(added, sp, tokens_to_add(config, added))
     engine = spm.SentencePieceEngine(sp, added, prefix_space=as_transformers and prefix_space)
-    around = ids_around(engine, config, add_bos=config.get("add_bos_token", True), add_eos=config.get("add_eos_token", False))
+    around = ids_around(
+        engine, config, add_bos=config.get("add_bos_token", True), add_eos=config.get("add_eos_token", False)
+    )
     return make_parts(engine, added, config, sentencepiece_decoder(prefix_space), around)
 
 
@@ -201,9 +222,9 @@ def _added_token(token: str | Mapping[str, Any], **flags: bool) -> AddedToken:
     return AddedToken(**{key: value for key, value in token.items() if key != "__type"} | flags)
 
 
-def _content(token: Any) -> str | None:
+def _content(token: Any) -> Any:
     """A token's text: configs hold a string, or a dict with its flags."""
-    return token.get("content") if isinstance(token, dict) else token
+    return token["content"] if isinstance(token, dict) else token
 
 
 def _head_of_gemma_kind(data: mmap.mmap) -> dict[str, Any] | None:
@@ -217,14 +238,16 @@ def _head_of_gemma_kind(data: mmap.mmap) -> dict[str, Any] | None:
         gemma_kind = (
             head["normalizer"] == {"type": "Replace", "pattern": {"String": " "}, "content": spm.SPACE}
             # splitting at spaces does nothing after the normalizer left none
-            and (pre_tokenizer is None or (pre_tokenizer["type"], pre_tokenizer["pattern"]) == ("Split", {"String": " "}))
+            and (
+                pre_tokenizer is None or (pre_tokenizer["type"], pre_tokenizer["pattern"]) == ("Split", {"String": " "})
+            )
             and head["decoder"] == sentencepiece_decoder(prefix_space=False)
             and (model["type"], model["byte_fallback"], model["dropout"]) == ("BPE", True, None)
             and not (model.get("ignore_merges") or model["continuing_subword_prefix"] or model["end_of_word_suffix"])
             and isinstance(head["added_tokens"], list)
             and (head["post_processor"] is None or head["post_processor"]["type"] == "TemplateProcessing")
         )
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
     return {**head, "model_start": end} if gemma_kind else None
 
@@ -234,16 +257,14 @@ def _same_vocabulary(data: mmap.mmap, start: int, sp: SentencePieceProcessor) ->
     if not sp.is_byte(sp.piece_to_id("<0x00>")) or sp.normalize("  a\tﬁ ") != "  a\tﬁ ".replace(" ", spm.SPACE):
         return False
     size = len(sp)
-    position = start
     for index in [*range(0, size, -(-size // 64)), size - 1]:
         key = json.dumps(sp.id_to_piece(index), ensure_ascii=False).encode() + b":"
-        position = data.find(key, position)
-        if position < 0 or not re.match(rb" ?%d[,\s}]" % index, data[position + len(key) :][:32]):
+        start = data.find(key, start) + len(key)
+        found = start >= len(key) and re.match(rb"\s*%d\b" % index, data[start : start + 32])
+        if not found or not sp.get_score(index).is_integer():
             return False
-        if not sp.get_score(index).is_integer():
-            return False
-    merges = data.find(b'"merges"', position)
-    if merges < 0 or b":" in data[position + len(key) : merges]:
+    merges = data.find(b'"merges"', start)
+    if merges < 0 or b":" in data[start:merges] or not re.search(rb"\]\s*\}\s*\}\s*$", data[-64:]):
         return False
     # A pair is written ["a", "b"], by older versions "a b". 512 KB hold all of Gemma's first merges, runs of newlines
     # and of spaces.
@@ -255,7 +276,9 @@ def _same_vocabulary(data: mmap.mmap, start: int, sp: SentencePieceProcessor) ->
 
 def _template_ids(post_processor: Mapping[str, Any] | None) -> tuple[list[int], list[int]]:
     """The special ids that a post-processor puts before and after one text."""
-    kind = post_processor and post_processor["type"]
+    if post_processor is None:
+        return [], []
+    kind = post_processor["type"]
     if kind == "Sequence":
         around = [_template_ids(part) for part in post_processor["processors"]]
         return [i for before, _ in reversed(around) for i in before], [i for _, after in around for i in after]
@@ -311,5 +334,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {key: value for key, value in content.items() if value is not None}
-    except (ValueError, AttributeError) as error:
-        raise TokenizerError(f"{path} does not hold a JSON object: {error}. Download it again, or remove it.") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise TokenizerError(
+            f"{path} does not hold a JSON object: {error}. Download it again, or remove it."
+        ) from error

@@ -47,7 +47,7 @@ def read_gguf(metadata: Mapping[str, Any]) -> TokenizerParts:
         found = sorted(key for key in metadata if key.startswith("tokenizer."))
         raise TokenizerError(
             f"No tokenizer can be built from this GGUF file: tokenizer.ggml.model is {kind!r} (supported: "
-            f"{', '.join(NEEDED)}), missing are {missing}, found {found}. Use the Hugging Face folder of the same model."
+            f"{', '.join(NEEDED)}), missing are {missing}, found {found}. Use the model's Hugging Face folder."
         )
     tokens = list(metadata["tokenizer.ggml.tokens"])
     types = np.array(metadata["tokenizer.ggml.token_type"], np.int32)
@@ -57,7 +57,9 @@ def read_gguf(metadata: Mapping[str, Any]) -> TokenizerParts:
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         index = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if index is not None and not 0 <= index < len(tokens):
-            raise TokenizerError(f"tokenizer.ggml.{key}_token_id is {index}, but the GGUF file holds {len(tokens)} tokens.")
+            raise TokenizerError(
+                f"tokenizer.ggml.{key}_token_id is {index}, but the GGUF file holds {len(tokens)} tokens."
+            )
         config[f"{name}_token"] = None if index is None else tokens[index]
     # llama.cpp's defaults, for files without the flags
     pre = metadata.get("tokenizer.ggml.pre")
@@ -86,13 +88,15 @@ def _sentencepiece(
 ) -> TokenizerParts:
     scores = np.asarray(metadata["tokenizer.ggml.scores"], np.float32)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", next(iter(np.flatnonzero(types == spm.UNKNOWN)), None))
-    if len(scores) != len(tokens) or unknown is None:
+    if len(scores) != len(tokens) or unknown is None or not np.isin(types, range(1, 7)).all():
         raise TokenizerError(
-            f"The GGUF file's tokenizer is damaged: {len(tokens)} tokens, {len(scores)} scores, unknown token {unknown}."
+            f"The GGUF file is damaged: {len(tokens)} tokens, {len(scores)} scores, the unknown token is {unknown}, "
+            f"token types {np.unique(types)} (1 to 6 exist)."
         )
     types[types == spm.UNKNOWN] = spm.NORMAL  # SentencePiece wants exactly one, and Gemma's files call it CONTROL
     types[unknown] = spm.UNKNOWN
     sp = spm.load_model(spm.merge_space_runs(spm.build_model(tokens, scores, types)))
+    config = {**config, "unk_token": tokens[unknown]}
     add_tokens(added, sp, tokens_to_add(config, added))
     prefix_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     engine = spm.SentencePieceEngine(sp, added, prefix_space)
@@ -103,7 +107,9 @@ def _byte_level(
     metadata: Mapping[str, Any], tokens: list[str], added: dict[int, AddedToken], config: Mapping[str, Any]
 ) -> TokenizerParts:
     pre = metadata.get("tokenizer.ggml.pre")
-    cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in GPT2 | GPT2_SINGLE_DIGITS)
+    cut: pre_tokenizers.PreTokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=pre in GPT2 | GPT2_SINGLE_DIGITS
+    )
     if pre in GPT2_SINGLE_DIGITS:
         cut = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), cut])
     elif pre in LLAMA3 | QWEN2:
@@ -113,7 +119,7 @@ def _byte_level(
         known = sorted(GPT2 | GPT2_SINGLE_DIGITS | LLAMA3 | QWEN2)
         raise TokenizerError(
             f"tokenizer.ggml.pre is {pre!r}, which is not supported yet (supported: {', '.join(known)}). "
-            "Use the Hugging Face folder of the same model."
+            "Use the model's Hugging Face folder."
         )
     try:
         merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]

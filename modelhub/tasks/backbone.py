@@ -22,7 +22,7 @@ class Backbone:
         self.config = config
         self.dtype = dtype
         self.params = params
-        self._hidden = xp.compile(functools.partial(_hidden, xp), model)
+        self._hidden = xp.compile(functools.partial(_hidden, xp), model, hot=False)
 
     @classmethod
     def from_preset(
@@ -111,7 +111,7 @@ class Backbone:
 
 
 def _part(name: str) -> str:
-    """"model.layers.7.mlp.up_proj.weight" belongs to "model.layers.*.mlp"."""
+    """ "model.layers.7.mlp.up_proj.weight" belongs to "model.layers.*.mlp"."""
     pieces = ["*" if piece.isdigit() else piece for piece in name.split(".")]
     return ".".join(pieces[:4] if "*" in pieces else pieces[:2])
 

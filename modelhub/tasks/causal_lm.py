@@ -4,7 +4,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import numpy as np
 
@@ -22,18 +22,17 @@ from modelhub.tasks.loading import open_preset
 
 @dataclass(frozen=True)
 class RunStats:
-    """What the last call of generate did. Seconds are wall time."""
+    """What the last call of generate did. Seconds are wall time from the call on.
+
+    tokens_per_second: all rows together, from the second step on: what comes before is reading the prompt and, on
+    backends that compile, compiling. 0 if there were no more than two steps.
+    """
 
     prompt_tokens: int
     new_tokens: int
     seconds_to_first_token: float
     seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Speed after the first token, all rows together; 0 if there was only one step."""
-        decoding = self.seconds - self.seconds_to_first_token
-        return (self.new_tokens - 1) / decoding if self.new_tokens > 1 and decoding > 0 else 0.0
+    tokens_per_second: float
 
 
 class CausalLM:
@@ -122,13 +121,8 @@ class CausalLM:
         self.backbone.summary(title=repr(self))
 
     def logits(self, token_ids: Any) -> np.ndarray:
-        """float32 logits (batch, time, vocabulary) of token ids (batch, time): numbers, or an array of any framework."""
+        """float32 logits (batch, time, vocabulary) of token ids (batch, time): lists, or an array of any framework."""
         return self._engine.logits(self.params, self.backbone.check_ids(token_ids))
-
-    @overload
-    def generate(self, prompt: str, **options: Any) -> str: ...
-    @overload
-    def generate(self, prompt: Sequence[str], **options: Any) -> list[str]: ...
 
     def generate(
         self,
@@ -143,8 +137,8 @@ class CausalLM:
         seed: int = 0,
         stream: bool = False,
         echo: bool = False,
-    ) -> str | list[str] | Iterator[str]:
-        """Continue a prompt, or each of a list of prompts in one batch.
+    ) -> Any:
+        """Continue a prompt (returns a string), or each of a list of prompts in one batch (returns a list).
 
         Greedy, unless the preset's generation_config or an argument here asks for sampling: giving temperature, top_k,
         top_p or min_p does. The same seed gives the same text on every backend (float32), alone or in a batch.
@@ -163,7 +157,7 @@ class CausalLM:
         rows = [TextRow(self._tokenizer.stream(), self._stop_ids, stops) for _ in prompts]
         pieces = self._run(ids, rows, self._room(ids, max_new_tokens), sampler, seed)
         if stream:
-            return itertools.chain([prompt] if echo else [], pieces)
+            return itertools.chain(prompts if echo else [], pieces)
         for _ in pieces:
             pass
         texts = [(text if echo else "") + row.text for text, row in zip(prompts, rows, strict=True)]
@@ -174,10 +168,13 @@ class CausalLM:
     ) -> Iterator[str]:
         """Drive the engine until every row is done; yields the first row's text piece by piece."""
         begun = time.perf_counter()
-        first = 0.0
+        arrived: list[float] = []  # when the first tokens and the second came, and how many there were by then
+        counted = 0
         steps = self._engine.run(self.params, ids, max_new_tokens, sampler, seed)
         for tokens in steps:
-            first = first or time.perf_counter() - begun
+            if len(arrived) < 2:
+                arrived.append(time.perf_counter() - begun)
+                counted += len(rows)
             shown = [row.push(int(token)) for row, token in zip(rows, tokens, strict=True)]
             if shown[0]:
                 yield shown[0]
@@ -187,9 +184,9 @@ class CausalLM:
         rest = [row.flush() for row in rows if not row.done or row is rows[0]]
         if rest and rest[0]:
             yield rest[0]
-        self.last_run = RunStats(
-            sum(map(len, ids)), sum(len(row.tokens) for row in rows), first, time.perf_counter() - begun
-        )
+        seconds, new_tokens = time.perf_counter() - begun, sum(len(row.tokens) for row in rows)
+        speed = max(new_tokens - counted, 0) / (seconds - arrived[-1])
+        self.last_run = RunStats(sum(map(len, ids)), new_tokens, arrived[0], seconds, speed)
 
     @property
     def _tokenizer(self) -> Tokenizer:
@@ -214,14 +211,17 @@ class CausalLM:
     ) -> Sampler:
         asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         defaults = self.generation_config if self.generation_config.get("do_sample") else {}
-        return Sampler(**{key: defaults.get(key) if value is None else value for key, value in asked.items()})
+        chosen: dict[str, Any] = {k: defaults.get(k) if value is None else value for k, value in asked.items()}
+        return Sampler(**chosen)
 
     def _encode(self, prompts: list[str]) -> list[list[int]]:
         if not prompts:
             raise InputError("the list of prompts is empty; give at least one")
         for index, text in enumerate(prompts):
             if not isinstance(text, str):
-                raise InputError(f"prompt {index} is a {type(text).__name__}; generate takes a string or a list of strings")
+                raise InputError(
+                    f"prompt {index} is a {type(text).__name__}; generate takes a string or a list of strings"
+                )
             if not text:
                 raise InputError(f"prompt {index} is empty; give at least one character")
         return [self._tokenizer.encode(text) for text in prompts]
@@ -237,4 +237,3 @@ class CausalLM:
                     f"shorten it so that room is left for an answer"
                 )
         return min(max_new_tokens, context - max(map(len, ids)))
-

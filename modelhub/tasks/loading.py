@@ -56,7 +56,9 @@ def open_preset(preset: Preset) -> Source:
     data = _read_json(preset.path / "config.json")
     if data is None:
         found = ", ".join(sorted(p.name for p in preset.path.iterdir())[:10]) or "nothing"
-        raise ConfigError(f"{preset.path} holds no config.json (found: {found}); a preset is a Hugging Face model folder")
+        raise ConfigError(
+            f"{preset.path} holds no config.json (found: {found}); a preset is a Hugging Face model folder"
+        )
     family = family_of(data.get("model_type"))
     config = family.Config.from_hf(data)
     generation = _read_json(preset.path / "generation_config.json") or {}
@@ -86,7 +88,7 @@ def choose_dtype(dtype: str | None, xp: Backend, source: Source) -> str:
 
 
 def load_params(source: Source, xp: Backend, dtype: str) -> Params:
-    """All weights on the backend, read one tensor at a time; nothing is read before all names and shapes are checked."""
+    """All weights, read one tensor at a time; nothing is read before all names and shapes are checked."""
     where = str(source.preset.path)
     checkpoint = source.checkpoint()
     try:
@@ -105,7 +107,7 @@ def load_params(source: Source, xp: Backend, dtype: str) -> Params:
                 return checkpoint.read(theirs, dtype)
             return via.to_ours(checkpoint.read(theirs, "float32")).astype(dtype, copy=False)
 
-        progress = tqdm(plan.items(), desc=f"loading {source.preset.name}", unit="tensor", delay=2, leave=False)
+        progress = tqdm(plan.items(), desc=f"loading {source.preset.name}", unit="tensor", delay=2, leave=False, disable=None)
         return {ours: xp.put(read(theirs, via)) for ours, (theirs, via) in progress}
     finally:
         checkpoint.close()

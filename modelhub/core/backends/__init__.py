@@ -42,12 +42,12 @@ def get_backend(name: str | None = None, device: str | None = None) -> Backend:
     """
     name = name or _default or os.environ.get("MODELHUB_BACKEND") or _automatic()
     cls = backend_class(name)
-    return _open(cls, cls.pick_device(device))
+    return _open(name, cls.pick_device(device))
 
 
 @functools.cache
-def _open(cls: type[Backend], device: str) -> Backend:
-    return cls(device)  # type: ignore[call-arg]
+def _open(name: str, device: str) -> Backend:
+    return backend_class(name)(device)
 
 
 def backend_class(name: str) -> type[Backend]:
@@ -68,7 +68,9 @@ def backend_class(name: str) -> type[Backend]:
 
 def _check_name(name: str) -> None:
     if name not in NAMES:
-        raise UnknownBackend(f"unknown backend {name!r}; choose one of {', '.join(NAMES)}, or None for the best installed")
+        raise UnknownBackend(
+            f"unknown backend {name!r}; choose one of {', '.join(NAMES)}, or None for the best installed"
+        )
 
 
 @functools.cache
@@ -93,7 +95,7 @@ def of(arrays: Mapping[str, Any]) -> str:
 
     Raises MixedBackends, naming an array of each, if there are several, and InputError for what is no array.
     """
-    loaded = [backend_class(name) for name in NAMES if f"modelhub.core.backends.{name}" in sys.modules]
+    loaded = [backend_class(name) for name in NAMES if sys.modules.get(name)]
     first: dict[str, str] = {}
     for path, array in arrays.items():
         owner = next((cls.name for cls in loaded if cls.owns(array)), None)
@@ -103,4 +105,6 @@ def of(arrays: Mapping[str, Any]) -> str:
     if len(first) > 1:
         found = " and ".join(f"{path} is on {name}" for name, path in first.items())
         raise MixedBackends(f"arrays of two frameworks in one call: {found}. Move the model with lm.to(backend=...).")
+    if not first:
+        raise InputError("no arrays were given, so they belong to no backend")
     return next(iter(first))

@@ -29,8 +29,11 @@ class Backend:
     """One framework on one device; see the module docstring for conventions."""
 
     name: ClassVar[str]
-    eager: ClassVar[bool]  # True where a new shape costs nothing; False where it means compiling
+    eager: ClassVar[bool]  # True where programs compiled with hot=False take any new shape at no cost
     device: str  # "cpu", "gpu:0", "tpu:0", "mps:0"
+
+    def __init__(self, device: str = "cpu"):
+        self.device = device
 
     def __repr__(self) -> str:
         return f"<backend {self.name} on {self.device}>"
@@ -45,12 +48,13 @@ class Backend:
         """The values as a numpy array that the caller may write to only after copying it."""
         raise NotImplementedError
 
-    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = ()) -> Callable:
+    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True) -> Callable:
         """A fast version of `fn`, whose arguments and results are (dicts of) arrays.
 
         With a skeleton, fn's first argument is a Module, and the result is called with a params dict in its place: the
         dict is what crosses the framework's boundary. A params dict is never changed in place, only replaced.
         Arguments at the positions in `donate` are consumed: their memory may be reused for the results.
+        hot: it will run many times with the same shapes, so seconds of compilation pay.
         """
         raise NotImplementedError
 
@@ -97,7 +101,10 @@ class Backend:
     # --- creation and types: each backend -------------------------------------------------------------------
 
     def array(self, values: Any, dtype: str | None = None) -> Array:
-        """A new array on the device from numbers, lists or numpy arrays; always a copy."""
+        """A new array on the device from numbers, lists or numpy arrays; always a copy.
+
+        dtype None: float32 for Python's and numpy's float64, int32 for int and int64, else what `values` has.
+        """
         raise NotImplementedError
 
     def zeros(self, shape: Shape, dtype: str = "float32") -> Array:
@@ -224,7 +231,7 @@ class Backend:
         raise NotImplementedError
 
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
-        """The k largest values along the last axis, in falling order, and their int32 indices."""
+        """The k largest values along the last axis, in falling order, and their int32 indices; ties in any order."""
         raise NotImplementedError
 
     def matmul(self, x: Array, y: Array) -> Array:
@@ -259,7 +266,8 @@ class Backend:
     def log_softmax(self, x: Array, axis: int = -1) -> Array:
         """Computed and returned in float32."""
         x = self.cast(x, "float32")
-        return x - self.logsumexp(x, axis=axis, keepdims=True)
+        x = x - self.max(x, axis=axis, keepdims=True)  # first: large logits would swallow the digits of the logarithm
+        return x - self.log(self.sum(self.exp(x), axis=axis, keepdims=True))
 
     def silu(self, x: Array) -> Array:
         """x * sigmoid(x) (Elfwing et al. 2017, arXiv:1702.03118)."""
@@ -321,6 +329,14 @@ class Backend:
             scores = self.reshape(scores, (batch, kv_heads, group * time, length))
         weights = self.cast(self.softmax(scores), self.dtype(q))
         return self.reshape(self.matmul(weights, v), (batch, heads, time, width))
+
+
+def host_copy(values: Any, dtype: np.dtype | None) -> np.ndarray:
+    """A new numpy array; without a dtype 64-bit numbers become 32-bit, the widest that all frameworks agree on."""
+    array = np.array(values, dtype=dtype)
+    if dtype is None and array.dtype in (np.float64, np.int64):
+        return array.astype(np.float32 if array.dtype == np.float64 else np.int32)
+    return array
 
 
 def bound(fn: Callable, skeleton: Any) -> Callable:

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modelhub.core.backends.base import Array, Backend, Shape, bound
+from modelhub.core.backends.base import Array, Backend, Shape, bound, host_copy
 
 
 def _use_compilation_cache() -> None:
     """Keep compiled programs on disk, unless the user has chosen a place, or turned it off with an empty variable."""
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.read("jax_compilation_cache_dir"):
         return
     base = os.environ.get("MODELHUB_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "modelhub")
     jax.config.update("jax_compilation_cache_dir", os.path.join(base, "jax"))
@@ -28,7 +28,7 @@ class JaxBackend(Backend):
     eager = False
 
     def __init__(self, device: str = "cpu"):
-        self.device = device
+        super().__init__(device)
         kind, _, index = device.partition(":")
         self._device = jax.devices(kind)[int(index or 0)]
         _use_compilation_cache()
@@ -52,12 +52,12 @@ class JaxBackend(Backend):
     def get(self, x: Array) -> np.ndarray:
         return np.asarray(x)
 
-    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = ()) -> Callable:
+    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True) -> Callable:
         return jax.jit(bound(fn, skeleton), donate_argnums=tuple(donate))
 
     def array(self, values: Any, dtype: str | None = None) -> Array:
-        # np.array copies: device_put alone might keep looking at memory that the caller goes on writing to.
-        return jax.device_put(np.array(values, dtype=jnp.dtype(dtype) if dtype else None), self._device)
+        # A copy first: device_put alone might keep looking at memory that the caller goes on writing to.
+        return jax.device_put(host_copy(values, jnp.dtype(dtype) if dtype else None), self._device)
 
     def zeros(self, shape: Shape, dtype: str = "float32") -> Array:
         return jnp.zeros(shape, dtype, device=self._device)
@@ -170,7 +170,8 @@ class JaxBackend(Backend):
         return jnp.cumsum(x, axis)
 
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
-        return tuple(jax.lax.top_k(x, k))
+        values, indices = jax.lax.top_k(x, k)
+        return values, indices
 
     def matmul(self, x: Array, y: Array) -> Array:
         return jnp.matmul(x, y)

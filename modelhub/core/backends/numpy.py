@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from modelhub.core.backends.base import Array, Backend, Shape, bound_once
+from modelhub.core.backends.base import Array, Backend, Shape, bound_once, host_copy
 
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # float32 erf as a rational function of x, the coefficients that Eigen and XLA use; error below 1e-7.
@@ -37,9 +37,6 @@ class NumpyBackend(Backend):
     name = "numpy"
     eager = True
 
-    def __init__(self, device: str = "cpu"):
-        self.device = device
-
     @classmethod
     def devices(cls) -> list[str]:
         return ["cpu"]
@@ -54,11 +51,11 @@ class NumpyBackend(Backend):
     def get(self, x: Array) -> np.ndarray:
         return np.asarray(x)
 
-    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = ()) -> Callable:
+    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True) -> Callable:
         return bound_once(fn, skeleton)
 
     def array(self, values: Any, dtype: str | None = None) -> Array:
-        return np.array(values, dtype=_dtype(dtype) if dtype else None)
+        return host_copy(values, _dtype(dtype) if dtype else None)
 
     def zeros(self, shape: Shape, dtype: str = "float32") -> Array:
         return np.zeros(shape, _dtype(dtype))

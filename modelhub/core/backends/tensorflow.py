@@ -1,25 +1,52 @@
-"""TensorFlow: every step is one tf.function; XLA where the program runs often enough to pay for its compilation."""
+"""TensorFlow: one XLA program for what runs often enough to pay for its compilation; the rest eagerly."""
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the start-up notices about CUDA and oneDNN
 # Without growth TensorFlow takes the whole GPU from the other frameworks; read when it first touches the device.
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 import numpy as np
-import tensorflow as tf
 
-from modelhub.core.backends.base import Array, Backend, Shape, bound
+from modelhub.core.backends.base import Array, Backend, Shape, bound, bound_once, host_copy
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """TensorFlow's start-up notices go straight to file descriptor 2, whatever TF_CPP_MIN_LOG_LEVEL says.
+
+    They are let through if it was imported before us, or if that variable is set. Exceptions are not affected.
+    """
+    if "tensorflow" in sys.modules or "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # obeyed once it is running
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+with _silence():
+    import tensorflow as tf
+
+    tf.config.list_physical_devices()
 
 
 class TensorflowBackend(Backend):
     name = "tensorflow"
-    eager = False
+    eager = True
 
     def __init__(self, device: str = "cpu"):
-        self.device = device
+        super().__init__(device)
         self._device = "/" + device.upper() + (":0" if ":" not in device else "")
 
     @classmethod
@@ -32,19 +59,23 @@ class TensorflowBackend(Backend):
         return isinstance(x, (tf.Tensor, tf.Variable))
 
     def put(self, array: np.ndarray) -> Array:
-        if self.device == "cpu" and array.dtype.name != "bfloat16" and array.size and array.ctypes.data % 64 == 0:
+        adoptable = array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % 64 == 0
+        if self.device == "cpu" and array.dtype.name != "bfloat16" and array.size and adoptable:
             return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
         with tf.device(self._device):
             return tf.constant(array)
 
     def get(self, x: Array) -> np.ndarray:
-        return x.numpy()
+        return np.asarray(x.numpy())  # a scalar comes as a number
 
-    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = ()) -> Callable:
-        return tf.function(bound(fn, skeleton), jit_compile=True, autograph=False)
+    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True) -> Callable:
+        if hot:
+            return tf.function(bound(fn, skeleton), jit_compile=True, autograph=False)
+        # XLA takes 3 s to compile what runs eagerly in 0.2 s (docs/decisions.md).
+        return bound_once(fn, skeleton)
 
     def array(self, values: Any, dtype: str | None = None) -> Array:
-        values = np.array(values, dtype=tf.dtypes.as_dtype(dtype).as_numpy_dtype if dtype else None)
+        values = host_copy(values, tf.dtypes.as_dtype(dtype).as_numpy_dtype if dtype else None)
         with tf.device(self._device):
             return tf.constant(values)
 
@@ -69,7 +100,7 @@ class TensorflowBackend(Backend):
         return tf.reshape(x, tuple(shape))
 
     def transpose(self, x: Array, axes: Sequence[int]) -> Array:
-        return tf.transpose(x, axes)
+        return tf.transpose(x, [axis % len(axes) for axis in axes])  # XLA knows no negative axes
 
     def concat(self, xs: Sequence[Array], axis: int = 0) -> Array:
         return tf.concat(xs, axis)

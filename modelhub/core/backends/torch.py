@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from modelhub.core.backends.base import Array, Backend, Shape, bound_once
+from modelhub.core.backends.base import Array, Backend, Shape, bound_once, host_copy
 
 _DTYPES = {
     "float32": torch.float32,
@@ -28,7 +28,7 @@ class TorchBackend(Backend):
     eager = True
 
     def __init__(self, device: str = "cpu"):
-        self.device = device
+        super().__init__(device)
         self._device = torch.device(device.replace("gpu", "cuda"))
         self._on_cpu = self._device.type == "cpu"
 
@@ -44,6 +44,9 @@ class TorchBackend(Backend):
         return isinstance(x, torch.Tensor)
 
     def put(self, array: np.ndarray) -> Array:
+        array = np.require(
+            array, requirements=["C", "W"]
+        )  # a copy, if torch could not take it or might not write to it
         if array.dtype.name == "bfloat16":  # torch cannot take ml_dtypes' arrays; the bits are the same
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(self._device)
         return torch.from_numpy(array).to(self._device)
@@ -56,15 +59,13 @@ class TorchBackend(Backend):
             return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return x.numpy()
 
-    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = ()) -> Callable:
+    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True) -> Callable:
         # Eager: on CPU torch.compile needs a C++ compiler, and decoding is bound by memory, not by launches.
         return torch.inference_mode()(bound_once(fn, skeleton))
 
     def array(self, values: Any, dtype: str | None = None) -> Array:
-        values = np.asarray(values)
-        if values.dtype == np.float64 and dtype is None:
-            dtype = "float32"
-        return torch.tensor(values, dtype=_DTYPES[dtype] if dtype else None, device=self._device)
+        x = self.put(host_copy(values, np.dtype(dtype) if dtype and dtype != "bfloat16" else None))
+        return x.to(torch.bfloat16) if dtype == "bfloat16" else x
 
     def zeros(self, shape: Shape, dtype: str = "float32") -> Array:
         return torch.zeros(tuple(shape), dtype=_DTYPES[dtype], device=self._device)
@@ -212,7 +213,7 @@ class TorchBackend(Backend):
                 y = torch.mm(weight, columns.expand(width, 2))[:, :1].t()
             else:
                 blocks = outputs // block
-                y = torch.bmm(weight.view(blocks, block, width), columns.expand(blocks, width, 1))
+                y = torch.bmm(weight.reshape(blocks, block, width), columns.expand(blocks, width, 1))
         y = y.reshape(*x.shape[:-1], outputs)
         return y if bias is None else y + bias
 

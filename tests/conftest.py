@@ -1,0 +1,36 @@
+"""Fixtures that all tests share. Before a framework is imported it is told to be quiet and to use two threads."""
+
+import os
+from pathlib import Path
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "NPROC"):
+    os.environ.setdefault(_name, "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # off: tests leave nothing in the user's cache
+
+import pytest
+
+from modelhub.core.backends import get_backend, installed
+from modelhub.errors import DownloadError
+
+
+@pytest.fixture(params=installed(), scope="session")
+def backend(request):
+    """Every installed backend, on the CPU."""
+    return get_backend(request.param, "cpu")
+
+
+@pytest.fixture(scope="session")
+def gemma3_gguf() -> Path:
+    """The real Gemma 3 270M, Q4_K_M: $MODELHUB_TEST_GEMMA3_GGUF, or else downloaded into the usual cache."""
+    if given := os.environ.get("MODELHUB_TEST_GEMMA3_GGUF"):
+        return Path(given)
+    from modelhub.hub.preset import resolve
+
+    try:
+        return Path(resolve("gemma3_270m_q4").path)
+    except DownloadError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the real Gemma 3 270M is not here and cannot be downloaded: {error}")
