@@ -153,8 +153,14 @@ def resident(field: str) -> int:
 
 
 def measure_import() -> dict[str, Any]:
-    took = seconds(lambda: importlib.import_module("modelhub"))
-    return {"seconds": took, "frameworks": [name for name in ("jax", "torch", "tensorflow") if name in sys.modules]}
+    """The package, which loads its names when they are first used, and then with the main one."""
+    bare = seconds(lambda: importlib.import_module("modelhub"))
+    frameworks = [name for name in ("jax", "torch", "tensorflow") if name in sys.modules]
+    return {
+        "bare": bare,
+        "with_task": bare + seconds(lambda: sys.modules["modelhub"].CausalLM),
+        "frameworks": frameworks,
+    }
 
 
 def measure_versions() -> dict[str, Any]:

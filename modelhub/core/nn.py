@@ -1,7 +1,7 @@
 """Layers that all families share. Every layer is called as layer(xp, x) and holds Specs until it is bound."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -57,10 +57,37 @@ class RMSNorm(Module):
         return xp.rms_norm(x, self.weight, self.eps, self.offset)
 
 
-def rope_frequencies(width: int, theta: float, factor: float = 1.0) -> np.ndarray:
-    """Angle per position of each pair of channels, (width / 2,) float32, divided by `factor` (linear scaling)."""
-    exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-    return (np.float32(1.0) / (np.float32(theta) ** exponent) / np.float32(factor)).astype(np.float32)
+@dataclass(frozen=True)
+class Rope:
+    """How a position becomes the angles of a rotary embedding (Su et al. 2021, arXiv:2104.09864).
+
+    rope_type: "default"; "linear": positions divided by `factor`; "llama3": long wavelengths divided by `factor`, short
+    ones kept, those between blended (Llama 3.1, arXiv:2407.21783), where long and short are
+    original_max_position_embeddings over low_freq_factor and over high_freq_factor.
+    """
+
+    LLAMA3: ClassVar = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+    theta: float = 10_000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def frequencies(self, width: int) -> np.ndarray:
+        """Angle per position of each pair of channels, (width / 2,) float32."""
+        exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+        plain = np.float32(1.0) / np.float32(self.theta) ** exponent
+        if self.rope_type == "default":
+            return plain
+        scaled = plain / np.float32(self.factor)
+        if self.rope_type == "linear":
+            return scaled
+        turns = self.original_max_position_embeddings * plain / np.float32(2 * np.pi)
+        blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        blend = np.clip(blend, 0.0, 1.0).astype(np.float32)
+        return (1 - blend) * scaled + blend * plain
 
 
 def rope_tables(xp: Backend, positions: Array, frequencies: np.ndarray, dtype: str) -> tuple[Array, Array]:

@@ -14,7 +14,16 @@ from modelhub.core import nn
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Module
 from modelhub.errors import ConfigError
-from modelhub.families.config import check_keys, require
+from modelhub.families.config import (
+    ROPE_KEYS,
+    check_activation,
+    check_keys,
+    read_gguf,
+    read_rope,
+    require,
+    write_common,
+    write_rope,
+)
 from modelhub.families.naming import KEEP, MINUS_ONE, NameMap, Rule
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
@@ -35,14 +44,19 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072, "sliding_window": 4096,
-        "query_pre_attn_scalar": 256, "rope_theta": 1_000_000.0,
+        "query_pre_attn_scalar": 256,
     },
 }  # fmt: skip
 
 
+_OPTIONAL = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+_READ_ELSEWHERE = {"hidden_act", "rope_local_base_freq", "sliding_window_pattern"}
+_SHARED_WITH_TEXT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
+
+
 @dataclass
 class Config:
-    """Hugging Face's names and meanings. rope_theta and rope_factor belong to global layers, rope_local_* to local."""
+    """Hugging Face's names and meanings, except `rope` (global layers) and `local_rope` (local layers)."""
 
     model_type: str
     vocab_size: int
@@ -56,10 +70,8 @@ class Config:
     head_dim: int = 256
     hidden_activation: str = "gelu_pytorch_tanh"
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
-    rope_factor: float = 1.0
-    rope_local_base_freq: float = 10_000.0
-    rope_local_factor: float = 1.0
+    rope: nn.Rope = nn.Rope()
+    local_rope: nn.Rope = nn.Rope()
     attention_bias: bool = False
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
@@ -73,123 +85,64 @@ class Config:
         """From config.json, in the spelling of transformers 4 or 5. Raises ConfigError."""
         data = dict(data)
         if data.get("model_type") == "gemma3":  # multimodal: the text tower is a config of its own
-            shared = {
-                k: data[k]
-                for k in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
-                if k in data
-            }
+            shared = {key: data[key] for key in _SHARED_WITH_TEXT if key in data}
             data = shared | {"model_type": "gemma3_text"} | dict(data.get("text_config") or {})
         kind = data.get("model_type")
         if kind not in _DEFAULTS:
             raise ConfigError(f"model_type {kind!r} is not a Gemma; this family reads {', '.join(MODEL_TYPES)}")
         where = f"{kind} config"
-        values = dict(_DEFAULTS[kind])
-        known = set(cls.__dataclass_fields__) - {"extra", "rope_factor", "rope_local_factor"}
-        extra = check_keys(
-            data,
-            known | {"hidden_act", "rope_scaling", "rope_parameters", "sliding_window_pattern", "attention_dropout"},
-            where,
-        )
+        known = set(cls.__dataclass_fields__) - {"extra", "rope", "local_rope"}
+        extra = check_keys(data, known | ROPE_KEYS | _READ_ELSEWHERE, where)
         require(data, "use_bidirectional_attention", (False,), where)
-        values |= {key: data[key] for key in known if data.get(key) is not None}
-        # A key given as null switches the feature off; only an absent one means the default.
-        values |= {
-            k: None
-            for k in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
-            if k in data and data[k] is None
-        }
-        if not data.get("hidden_activation"):
-            act = data.get("hidden_act", "gelu_pytorch_tanh")
-            # The first Gemma configs said "gelu" and meant its tanh form; transformers reads them so too.
-            values["hidden_activation"] = "gelu_pytorch_tanh" if act == "gelu" else act
-        if values["hidden_activation"] not in nn.ACTIVATIONS:
-            raise ConfigError(
-                f"{where}: hidden_activation {values['hidden_activation']!r}; known: {', '.join(nn.ACTIVATIONS)}"
-            )
-        values |= _read_rope(data, where)
+        values = _DEFAULTS[kind] | {key: data[key] for key in known if data.get(key) is not None}
+        # null switches these off; only an absent key means the default.
+        values |= {key: None for key in _OPTIONAL if key in data and data[key] is None}
+        # The first Gemma configs said hidden_act "gelu" and meant its tanh form; transformers reads them so too.
+        act = data.get("hidden_activation") or data.get("hidden_act") or "gelu_pytorch_tanh"
+        values["hidden_activation"] = check_activation("gelu_pytorch_tanh" if act == "gelu" else act, where)
+        values |= _read_ropes(kind, data, where)
         if not values.get("layer_types"):
             values["layer_types"] = _layer_types(kind, values["num_hidden_layers"], data.get("sliding_window_pattern"))
-        return cls(**values, extra=extra | {k: data[k] for k in ("attention_dropout",) if k in data})._checked(where)
+        return cls(**values, extra=extra)._checked(where)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "Config":
         """From a GGUF file's metadata. What the format leaves out follows llama.cpp's rules for these models."""
         arch = metadata["general.architecture"]
-
-        def get(key: str, default: Any = None) -> Any:
-            return metadata.get(f"{arch}.{key}", default)
-
-        needed = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count")
-        if missing := [f"{arch}.{key}" for key in needed if get(key) is None]:
-            raise ConfigError(f"GGUF metadata lacks {', '.join(missing)}; the file is incomplete")
-        if get("rope.scaling.type") not in (None, "none", "linear"):
-            raise ConfigError(
-                f"GGUF: {arch}.rope.scaling.type {get('rope.scaling.type')!r} is not supported; linear is"
-            )
-        layers, width, heads = get("block_count"), get("embedding_length"), get("attention.head_count")
-        head_dim = get("attention.key_length", 256)
-        # The 27B models scale queries by the mean head width instead of the real one; the format has no key for it.
-        is_27b = (arch, layers) in (("gemma2", 46), ("gemma3", 62))
         kind = "gemma3_text" if arch == "gemma3" else arch
-        return cls(
-            model_type=kind,
-            vocab_size=len(metadata["tokenizer.ggml.tokens"])
-            if "tokenizer.ggml.tokens" in metadata
-            else get("vocab_size"),
-            hidden_size=width,
-            intermediate_size=get("feed_forward_length"),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=get("attention.head_count_kv", heads),
-            max_position_embeddings=get("context_length", _DEFAULTS[kind]["max_position_embeddings"]),
-            sliding_window=get("attention.sliding_window", _DEFAULTS[kind]["sliding_window"]),
-            head_dim=head_dim,
-            # GGUF keeps float32, in which 1e-6 is 9.99999997e-07; written back as the decimal it came from.
-            rms_norm_eps=float(f"{get('attention.layer_norm_rms_epsilon', 1e-6):.6g}"),
-            rope_theta=get("rope.freq_base", _DEFAULTS[kind].get("rope_theta", 10_000.0)),
-            rope_factor=get("rope.scaling.factor", 1.0),
-            rope_local_base_freq=get("rope.freq_base_swa", 10_000.0),
-            query_pre_attn_scalar=None if arch == "gemma" else width / heads if is_27b else head_dim,
-            attn_logit_softcapping=get("attn_logit_softcapping", _DEFAULTS[kind].get("attn_logit_softcapping")),
-            final_logit_softcapping=get("final_logit_softcapping", _DEFAULTS[kind].get("final_logit_softcapping")),
-            layer_types=_layer_types(kind, layers, None),
-            extra={
-                f"{name}_token_id": metadata[key]
-                for name in ("bos", "eos")
-                if (key := f"tokenizer.ggml.{name}_token_id") in metadata
-            },
-        )._checked("GGUF metadata")
+        values = read_gguf(metadata)
+        layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
+        if kind != "gemma":
+            # The 27B models scale queries by the mean head width, not the real one; the format has no key for it.
+            is_27b = (arch, layers) in (("gemma2", 46), ("gemma3", 62))
+            values["query_pre_attn_scalar"] = values["hidden_size"] / heads if is_27b else values["head_dim"]
+            default = _DEFAULTS[kind]
+            values["sliding_window"] = metadata.get(f"{arch}.attention.sliding_window", default["sliding_window"])
+            for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+                values[key] = metadata.get(f"{arch}.{key}", default.get(key))
+        if kind == "gemma3_text":
+            values["local_rope"] = nn.Rope(metadata.get(f"{arch}.rope.freq_base_swa", 10_000.0))
+        else:
+            values["local_rope"] = values["rope"]
+        return cls(model_type=kind, layer_types=_layer_types(kind, layers, None), **values)._checked("GGUF metadata")
 
     def to_hf(self) -> dict[str, Any]:
         """config.json with the keys of transformers 4 and of transformers 5 side by side: either reads its own."""
-        dtype = self.extra.get("dtype") or self.extra.get("torch_dtype")
-        data = {"architectures": [_ARCHITECTURES[self.model_type]]} | self.extra | {
-            key: value for key, value in vars(self).items() if key not in ("extra", "rope_factor", "rope_local_factor")
-        }  # fmt: skip
-        if dtype:
-            data |= {"dtype": dtype, "torch_dtype": dtype}
-        glob = _rope_entry(self.rope_theta, self.rope_factor)
+        data = write_common(self, _ARCHITECTURES[self.model_type])
+        rope = write_rope(self.rope)
+        data["rope_theta"] = self.rope.theta
+        if self.rope.rope_type != "default":
+            data["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         if self.model_type == "gemma3_text":
-            data["rope_parameters"] = {
-                GLOBAL: glob,
-                LOCAL: _rope_entry(self.rope_local_base_freq, self.rope_local_factor),
-            }
+            data["rope_parameters"] = {GLOBAL: rope, LOCAL: write_rope(self.local_rope)}
+            data["rope_local_base_freq"] = self.local_rope.theta
             first_global = self.layer_types.index(GLOBAL) if GLOBAL in self.layer_types else self.num_hidden_layers
             data["sliding_window_pattern"] = first_global + 1
-        else:
-            data["rope_parameters"] = glob
-            del data["rope_local_base_freq"]
-        if self.rope_factor != 1.0:
-            data["rope_scaling"] = {"rope_type": "linear", "factor": self.rope_factor}
+            return data
+        data["rope_parameters"] = rope
         if self.model_type == "gemma":
             data["hidden_act"] = self.hidden_activation
-            for key in (
-                "sliding_window",
-                "layer_types",
-                "query_pre_attn_scalar",
-                "attn_logit_softcapping",
-                "final_logit_softcapping",
-            ):
+            for key in (*_OPTIONAL, "layer_types", "query_pre_attn_scalar"):
                 del data[key]
         return data
 
@@ -198,11 +151,8 @@ class Config:
         return float(self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
     def rope_frequencies(self) -> dict[str, np.ndarray]:
-        """Gemma 3 turns the queries and keys of local layers by other angles than those of global ones."""
-        frequencies = {GLOBAL: nn.rope_frequencies(self.head_dim, self.rope_theta, self.rope_factor)}
-        local = nn.rope_frequencies(self.head_dim, self.rope_local_base_freq, self.rope_local_factor)
-        frequencies[LOCAL] = local if self.model_type == "gemma3_text" else frequencies[GLOBAL]
-        return {kind: frequencies[kind] for kind in sorted(set(self.layer_types))}
+        ropes = {GLOBAL: self.rope, LOCAL: self.local_rope}
+        return {kind: ropes[kind].frequencies(self.head_dim) for kind in sorted(set(self.layer_types))}
 
     def windows(self) -> dict[str, int | None]:
         return {kind: self.sliding_window if kind == LOCAL else None for kind in sorted(set(self.layer_types))}
@@ -231,35 +181,15 @@ def _layer_types(kind: str, layers: int, pattern: Any) -> list[str]:
     return [LOCAL if (index + 1) % every else GLOBAL for index in range(layers)]
 
 
-def _rope_entry(theta: float, factor: float) -> dict[str, Any]:
-    scaling = {"rope_type": "default"} if factor == 1.0 else {"rope_type": "linear", "factor": factor}
-    return {"rope_theta": theta} | scaling
-
-
-def _read_rope(data: Mapping[str, Any], where: str) -> dict[str, float]:
-    parameters = dict(data.get("rope_parameters") or {})
-    per_layer = {kind: dict(parameters.get(kind) or {}) for kind in (GLOBAL, LOCAL)}
-    if not (GLOBAL in parameters or LOCAL in parameters):
-        per_layer[GLOBAL] = parameters
-    per_layer[GLOBAL] |= dict(data.get("rope_scaling") or {})
-    found = {}
-    for kind, theta, factor in (
-        (GLOBAL, "rope_theta", "rope_factor"),
-        (LOCAL, "rope_local_base_freq", "rope_local_factor"),
-    ):
-        entry = per_layer[kind]
-        rope_type = entry.pop("rope_type", entry.pop("type", "default"))
-        entry.pop("type", None)
-        if entry.get("rope_theta") is not None:
-            found[theta] = entry["rope_theta"]
-        unknown = set(entry) - {"rope_theta", "factor"}
-        if rope_type not in ("default", "linear") or unknown:
-            raise ConfigError(
-                f"{where}: rope {rope_type!r} with {sorted(unknown)} is not supported; default and linear are"
-            )
-        if rope_type == "linear":
-            found[factor] = entry.get("factor", 1.0)
-    return found
+def _read_ropes(kind: str, data: Mapping[str, Any], where: str) -> dict[str, nn.Rope]:
+    parameters = data.get("rope_parameters") or {}
+    per_layer = parameters if GLOBAL in parameters or LOCAL in parameters else {GLOBAL: parameters}
+    theta = data.get("rope_theta") or (1_000_000.0 if kind == "gemma3_text" else 10_000.0)
+    rope = read_rope(where, theta, data.get("rope_scaling"), per_layer.get(GLOBAL))
+    if kind != "gemma3_text":
+        return {"rope": rope, "local_rope": rope}
+    local = read_rope(where, data.get("rope_local_base_freq") or 10_000.0, per_layer.get(LOCAL))
+    return {"rope": rope, "local_rope": local}
 
 
 _GGUF_BLOCK = {

@@ -107,7 +107,9 @@ def load_params(source: Source, xp: Backend, dtype: str) -> Params:
                 return checkpoint.read(theirs, dtype)
             return via.to_ours(checkpoint.read(theirs, "float32")).astype(dtype, copy=False)
 
-        progress = tqdm(plan.items(), desc=f"loading {source.preset.name}", unit="tensor", delay=2, leave=False, disable=None)
+        progress = tqdm(
+            plan.items(), desc=f"loading {source.preset.name}", unit="tensor", delay=2, leave=False, disable=None
+        )
         return {ours: xp.put(read(theirs, via)) for ours, (theirs, via) in progress}
     finally:
         checkpoint.close()
