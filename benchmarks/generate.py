@@ -22,7 +22,7 @@ from typing import Any
 WORKER = Path(__file__).with_name("worker.py")
 OURS, TRANSFORMERS, KERAS = "modelhub", "transformers", "keras_hub"
 BACKENDS = ("jax", "torch", "tensorflow", "numpy")
-FORMATS = {"s": "{:.2f}", "tokens/s": "{:.1f}", "MB": "{:.0f}"}
+FORMATS = {"s": "{:.3g}", "tokens/s": "{:.1f}", "MB": "{:.0f}"}
 Job = tuple[str, str, str]  # measurement, library, backend
 Results = dict[Job, list[dict[str, Any]]]
 

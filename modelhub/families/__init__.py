@@ -6,7 +6,10 @@ from types import ModuleType
 from modelhub.errors import ConfigError
 
 # model_type in config.json -> module in this package.
-FAMILIES = {"gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma", "gemma3": "gemma"}
+FAMILIES = {
+    "gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma", "gemma3": "gemma",
+    "llama": "llama", "mistral": "llama",
+}  # fmt: skip
 
 
 def family_of(model_type: str | None) -> ModuleType:

@@ -10,14 +10,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from modelhub.core import nn
+from modelhub.core import decoder, nn
 from modelhub.core.backends.base import Array, Backend
+from modelhub.core.decoder import GLOBAL, LOCAL
 from modelhub.core.tree import Module
 from modelhub.errors import ConfigError
 from modelhub.families.config import (
     ROPE_KEYS,
+    SIZES,
+    GGUFLike,
     check_activation,
     check_keys,
+    check_sizes,
     read_gguf,
     read_rope,
     require,
@@ -25,10 +29,6 @@ from modelhub.families.config import (
     write_rope,
 )
 from modelhub.families.naming import KEEP, MINUS_ONE, NameMap, Rule
-
-MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
-GGUF_ARCHITECTURES = ("gemma", "gemma2", "gemma3")
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 # What a key is when config.json leaves it out: the defaults of transformers' config classes, which checkpoints rely on.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 _OPTIONAL = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
-_READ_ELSEWHERE = {"hidden_act", "rope_local_base_freq", "sliding_window_pattern"}
+_READ_ELSEWHERE = {"hidden_act", "rope_local_base_freq", "sliding_window_pattern", "sliding_window_size"}
 _SHARED_WITH_TEXT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
 
 
@@ -89,7 +89,7 @@ class Config:
             data = shared | {"model_type": "gemma3_text"} | dict(data.get("text_config") or {})
         kind = data.get("model_type")
         if kind not in _DEFAULTS:
-            raise ConfigError(f"model_type {kind!r} is not a Gemma; this family reads {', '.join(MODEL_TYPES)}")
+            raise ConfigError(f"model_type {kind!r} is not a Gemma; this family reads gemma3, {', '.join(_DEFAULTS)}")
         where = f"{kind} config"
         known = set(cls.__dataclass_fields__) - {"extra", "rope", "local_rope"}
         extra = check_keys(data, known | ROPE_KEYS | _READ_ELSEWHERE, where)
@@ -97,20 +97,24 @@ class Config:
         values = _DEFAULTS[kind] | {key: data[key] for key in known if data.get(key) is not None}
         # null switches these off; only an absent key means the default.
         values |= {key: None for key in _OPTIONAL if key in data and data[key] is None}
+        require(data, "sliding_window_size", (values["sliding_window"],), where)  # Gemma 2 9B and 27B say it twice
         # The first Gemma configs said hidden_act "gelu" and meant its tanh form; transformers reads them so too.
-        act = data.get("hidden_activation") or data.get("hidden_act") or "gelu_pytorch_tanh"
-        values["hidden_activation"] = check_activation("gelu_pytorch_tanh" if act == "gelu" else act, where)
+        act = data.get("hidden_act") or "gelu_pytorch_tanh"
+        act = data.get("hidden_activation") or ("gelu_pytorch_tanh" if act == "gelu" else act)
+        values["hidden_activation"] = check_activation(act, where)
+        check_sizes({"head_dim": cls.head_dim} | {key: values[key] for key in SIZES if key in values}, where)
         values |= _read_ropes(kind, data, where)
         if not values.get("layer_types"):
             values["layer_types"] = _layer_types(kind, values["num_hidden_layers"], data.get("sliding_window_pattern"))
         return cls(**values, extra=extra)._checked(where)
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any]) -> "Config":
+    def from_gguf(cls, file: GGUFLike) -> "Config":
         """From a GGUF file's metadata. What the format leaves out follows llama.cpp's rules for these models."""
+        metadata = file.metadata
         arch = metadata["general.architecture"]
         kind = "gemma3_text" if arch == "gemma3" else arch
-        values = read_gguf(metadata)
+        values = read_gguf(file)
         layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
         if kind != "gemma":
             # The 27B models scale queries by the mean head width, not the real one; the format has no key for it.
@@ -242,78 +246,11 @@ def names(source: str, config: Config) -> NameMap:
 
 
 @dataclass
-class Attention(Module):
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    o_proj: nn.Linear
-    q_norm: nn.RMSNorm | None
-    k_norm: nn.RMSNorm | None
-    kind: str
-    head_dim: int
-    scale: float
-    softcap: float | None
-
-    @classmethod
-    def abstract(cls, cfg: Config, kind: str) -> "Attention":
-        queries, keys = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
-        normed = cfg.model_type == "gemma3_text"
-        return cls(
-            nn.Linear.abstract(cfg.hidden_size, queries, cfg.attention_bias),
-            nn.Linear.abstract(cfg.hidden_size, keys, cfg.attention_bias),
-            nn.Linear.abstract(cfg.hidden_size, keys, cfg.attention_bias),
-            nn.Linear.abstract(queries, cfg.hidden_size, cfg.attention_bias),
-            nn.RMSNorm.abstract(cfg.head_dim, cfg.rms_norm_eps, 1.0) if normed else None,
-            nn.RMSNorm.abstract(cfg.head_dim, cfg.rms_norm_eps, 1.0) if normed else None,
-            kind,
-            cfg.head_dim,
-            cfg.query_scale,
-            cfg.attn_logit_softcapping,
-        )
-
-    def __call__(self, xp: Backend, x: Array, context: nn.Context, layer: int) -> Array:
-        batch, time, _ = x.shape
-
-        def heads(y: Array) -> Array:
-            return xp.transpose(xp.reshape(y, (batch, time, -1, self.head_dim)), (0, 2, 1, 3))  # B H T h
-
-        q, k, v = heads(self.q_proj(xp, x)), heads(self.k_proj(xp, x)), heads(self.v_proj(xp, x))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(xp, q), self.k_norm(xp, k)
-        cos, sin = context.rope[self.kind]
-        q, k = xp.rotate(q, cos, sin), xp.rotate(k, cos, sin)
-        if context.cache is not None:
-            k, v = context.cache.write(xp, layer, k, v, context.start)
-        y = xp.attention(q, k, v, context.mask[self.kind], self.scale, self.softcap)
-        return self.o_proj(xp, xp.reshape(xp.transpose(y, (0, 2, 1, 3)), (batch, time, -1)))
-
-
-@dataclass
-class MLP(Module):
-    gate_proj: nn.Linear
-    up_proj: nn.Linear
-    down_proj: nn.Linear
-    activation: str
-
-    @classmethod
-    def abstract(cls, cfg: Config) -> "MLP":
-        return cls(
-            nn.Linear.abstract(cfg.hidden_size, cfg.intermediate_size),
-            nn.Linear.abstract(cfg.hidden_size, cfg.intermediate_size),
-            nn.Linear.abstract(cfg.intermediate_size, cfg.hidden_size),
-            cfg.hidden_activation,
-        )
-
-    def __call__(self, xp: Backend, x: Array) -> Array:
-        return self.down_proj(xp, nn.ACTIVATIONS[self.activation](xp, self.gate_proj(xp, x)) * self.up_proj(xp, x))
-
-
-@dataclass
 class Block(Module):
     input_layernorm: nn.RMSNorm
-    self_attn: Attention
+    self_attn: decoder.Attention
     post_attention_layernorm: nn.RMSNorm
-    mlp: MLP
+    mlp: decoder.GatedMLP
     pre_feedforward_layernorm: nn.RMSNorm | None
     post_feedforward_layernorm: nn.RMSNorm | None
 
@@ -322,17 +259,31 @@ class Block(Module):
         def norm() -> nn.RMSNorm:
             return nn.RMSNorm.abstract(cfg.hidden_size, cfg.rms_norm_eps, 1.0)
 
+        def head_norm() -> nn.RMSNorm | None:
+            return nn.RMSNorm.abstract(cfg.head_dim, cfg.rms_norm_eps, 1.0) if cfg.model_type == "gemma3_text" else None
+
         sandwich = cfg.model_type != "gemma"
         return cls(
             norm(),
-            Attention.abstract(cfg, kind),
+            decoder.Attention.abstract(
+                cfg.hidden_size,
+                cfg.num_attention_heads,
+                cfg.num_key_value_heads,
+                cfg.head_dim,
+                kind=kind,
+                bias=cfg.attention_bias,
+                scale=cfg.query_scale,
+                softcap=cfg.attn_logit_softcapping,
+                q_norm=head_norm(),
+                k_norm=head_norm(),
+            ),  # fmt: skip
             norm(),
-            MLP.abstract(cfg),
+            decoder.GatedMLP.abstract(cfg.hidden_size, cfg.intermediate_size, cfg.hidden_activation),
             norm() if sandwich else None,
             norm() if sandwich else None,
         )
 
-    def __call__(self, xp: Backend, x: Array, context: nn.Context, layer: int) -> Array:
+    def __call__(self, xp: Backend, x: Array, context: decoder.Context, layer: int) -> Array:
         y = self.self_attn(xp, self.input_layernorm(xp, x), context, layer)
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:  # Gemma 1
             x = x + y
@@ -349,16 +300,16 @@ class Decoder(Module):
     config: Config
 
     def __call__(
-        self, xp: Backend, ids: Array, start: Array | None = None, cache: nn.KVCache | None = None,
+        self, xp: Backend, ids: Array, start: Array | None = None, cache: decoder.KVCache | None = None,
         positions: Array | None = None, segments: Array | None = None,
     ) -> Array:  # fmt: skip
-        """Hidden states (B, T, D) of ids (B, T); the other arguments are those of nn.decoder_context."""
+        """Hidden states (B, T, D) of ids (B, T); the other arguments are those of decoder.decoder_context."""
         xp.expect(ids=ids, embed_tokens=self.embed_tokens.weight)
         cfg = self.config
         x = self.embed_tokens(xp, ids)
         dtype = xp.dtype(x)
         x = x * _rounded(cfg.hidden_size**0.5, dtype)
-        context = nn.decoder_context(
+        context = decoder.decoder_context(
             xp, ids.shape[1], dtype, cfg.rope_frequencies(), cfg.windows(), start, cache, positions, segments
         )
         for index, layer in enumerate(self.layers):
@@ -395,6 +346,6 @@ class Model(Module):
         cap = self.model.config.final_logit_softcapping
         return xp.tanh(y / cap) * cap if cap else y
 
-    def new_cache(self, batch: int, slots: int) -> nn.KVCache:
+    def new_cache(self, batch: int, slots: int) -> decoder.KVCache:
         cfg = self.model.config
-        return nn.KVCache.abstract(cfg.num_hidden_layers, batch, cfg.num_key_value_heads, slots, cfg.head_dim)
+        return decoder.KVCache.abstract(cfg.num_hidden_layers, batch, cfg.num_key_value_heads, slots, cfg.head_dim)

@@ -51,7 +51,7 @@ def open_preset(preset: Preset) -> Source:
     if preset.path.is_file():
         gguf = open_gguf(preset.path)
         family = family_of(gguf.metadata.get("general.architecture"))
-        config = family.Config.from_gguf(gguf.metadata)
+        config = family.Config.from_gguf(gguf)
         return Source(preset, config, family.Model.abstract(config), {}, family.names("gguf", config), gguf)
     data = _read_json(preset.path / "config.json")
     if data is None:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -37,7 +38,7 @@ CASES = {
     "gemma2-bias-uncapped": (
         "Gemma2",
         SMALL | {"num_hidden_layers": 2, "sliding_window": 8, "attention_bias": True, "query_pre_attn_scalar": 30}
-        | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "hidden_activation": "gelu"},
     ),
     "gemma3": (
         "Gemma3",
@@ -316,9 +317,8 @@ def test_config_means_what_transformers_reads(name):
     assert found == {key: getattr(wanted, key) for key in found} and len(found) >= 12
     assert config.layer_types == getattr(wanted, "layer_types", [GLOBAL] * config.num_hidden_layers)
     assert config.sliding_window == getattr(wanted, "sliding_window", None)
-    assert (config.rope_theta, config.rope_factor) == (rope[GLOBAL]["rope_theta"], rope[GLOBAL].get("factor", 1.0))
-    if LOCAL in rope:
-        assert (config.rope_local_base_freq, config.rope_local_factor) == (rope[LOCAL]["rope_theta"], rope[LOCAL].get("factor", 1.0))
+    for ours, theirs in ((config.rope, rope[GLOBAL]), (config.local_rope, rope.get(LOCAL, rope[GLOBAL]))):
+        assert (ours.theta, ours.rope_type, ours.factor) == (theirs["rope_theta"], theirs["rope_type"], theirs.get("factor", 1.0))
     assert config.hidden_activation == getattr(wanted, "hidden_activation", None) or wanted.hidden_act
 
 
@@ -431,9 +431,14 @@ SAME = {  # what Google published in config.json for the same models, where it d
 }  # fmt: skip
 
 
+def gguf_file(metadata):
+    """What a family sees of a GGUF file."""
+    return SimpleNamespace(metadata=metadata, tensors={"token_embd.weight": None})
+
+
 @pytest.mark.parametrize("arch", METADATA)
 def test_config_from_gguf_equals_the_one_from_hugging_face(arch):
-    found, wanted = Config.from_gguf(METADATA[arch]), Config.from_hf(SAME[arch])
+    found, wanted = Config.from_gguf(gguf_file(METADATA[arch]), Config.from_hf(SAME[arch]))
     assert found.query_scale == wanted.query_scale
     for config in (found, wanted):
         config.query_pre_attn_scalar = None
@@ -443,7 +448,7 @@ def test_config_from_gguf_equals_the_one_from_hugging_face(arch):
 
 @pytest.mark.parametrize("arch", METADATA)
 def test_config_from_gguf_writes_what_transformers_reads(arch):
-    config = Config.from_gguf(METADATA[arch])
+    config = Config.from_gguf(gguf_file(METADATA[arch]))
     written = json.loads(json.dumps(config.to_hf()))
     assert Config.from_hf(written) == config
     assert maths(transformers_config(written)) == maths(transformers_config(SAME[arch]))
@@ -454,14 +459,21 @@ def test_bad_gguf_metadata_raises():
     with pytest.raises(ConfigError, match=r"gemma3\.embedding_length, gemma3\.block_count"):
         Config.from_gguf(incomplete)
     with pytest.raises(ConfigError, match="yarn"):
-        Config.from_gguf(METADATA["gemma3"] | {"gemma3.rope.scaling.type": "yarn"})
+        Config.from_gguf(gguf_file(METADATA["gemma3"] | {"gemma3.rope.scaling.type": "yarn"}))
     with pytest.raises(ConfigError, match="vocab_size"):
-        Config.from_gguf({key: value for key, value in METADATA["gemma"].items() if key != "gemma.vocab_size"})
+        Config.from_gguf(gguf_file({key: value for key, value in METADATA["gemma"].items() if key != "gemma.vocab_size"}))
 
 
 def test_linear_scaling_from_gguf():
-    config = Config.from_gguf(METADATA["gemma3"] | {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0})
-    assert (config.rope_factor, config.rope_local_factor) == (8.0, 1.0)
+    config = Config.from_gguf(gguf_file(METADATA["gemma3"] | {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}))
+    assert (config.rope.factor, config.local_rope.factor) == (8.0, 1.0)
+
+
+def test_a_head_in_the_file_means_that_it_is_not_tied():
+    file = gguf_file(METADATA["gemma3"])
+    assert Config.from_gguf(file).tie_word_embeddings
+    file.tensors["output.weight"] = None
+    assert not Config.from_gguf(file).tie_word_embeddings
 
 
 ARCHITECTURES = {"gemma": "GEMMA", "gemma2": "GEMMA2", "gemma3": "GEMMA3"}
