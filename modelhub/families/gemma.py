@@ -119,7 +119,7 @@ class Config:
         if kind != "gemma":
             # The 27B models scale queries by the mean head width, not the real one; the format has no key for it.
             is_27b = (arch, layers) in (("gemma2", 46), ("gemma3", 62))
-            values["query_pre_attn_scalar"] = values["hidden_size"] / heads if is_27b else values["head_dim"]
+            values["query_pre_attn_scalar"] = values["hidden_size"] // heads if is_27b else values["head_dim"]
             default = _DEFAULTS[kind]
             values["sliding_window"] = metadata.get(f"{arch}.attention.sliding_window", default["sliding_window"])
             for key in ("attn_logit_softcapping", "final_logit_softcapping"):

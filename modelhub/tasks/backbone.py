@@ -41,7 +41,11 @@ class Backbone:
     ) -> Self:
         """As CausalLM.from_preset, without the tokenizer."""
         xp = get_backend(backend, device)
-        source = open_preset(resolve(preset, revision=revision, offline=offline, token=token, cache_dir=cache_dir))
+        source = open_preset(
+            resolve(
+                preset, revision=revision, offline=offline, token=token, cache_dir=cache_dir, weights=load_weights
+            )
+        )  # fmt: skip
         try:
             return cls.from_source(source, xp, dtype, load_weights, seed)
         finally:

@@ -80,7 +80,11 @@ class CausalLM:
         DownloadError; whatever fails, nothing half-loaded is left.
         """
         xp = get_backend(backend, device)
-        source = open_preset(resolve(preset, revision=revision, offline=offline, token=token, cache_dir=cache_dir))
+        source = open_preset(
+            resolve(
+                preset, revision=revision, offline=offline, token=token, cache_dir=cache_dir, weights=load_weights
+            )
+        )  # fmt: skip
         try:
             tokenizer = source.tokenizer()
             backbone = Backbone.from_source(source, xp, dtype, load_weights, seed)

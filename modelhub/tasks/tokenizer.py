@@ -21,7 +21,7 @@ class Tokenizer(processing.Tokenizer):
         cache_dir: str | None = None,
     ) -> Self:
         """The tokenizer of a registry name, a folder, a .gguf file or an hf:// address."""
-        path = resolve(preset, revision=revision, offline=offline, token=token, cache_dir=cache_dir).path
+        path = resolve(preset, revision=revision, offline=offline, token=token, cache_dir=cache_dir, weights=False).path
         if path.is_dir():
             return cls.from_folder(path)
         with open_gguf(path) as file:

