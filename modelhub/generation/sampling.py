@@ -33,7 +33,7 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.temperature is not None and not (0.0 <= self.temperature < float("inf")):
             raise InputError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
-        if self.top_k is not None and (self.top_k < 0 or self.top_k != int(self.top_k)):
+        if self.top_k is not None and not (self.top_k >= 0 and self.top_k % 1 == 0):
             raise InputError(f"top_k must be a whole number, 1 or more (0 or None: off), got {self.top_k}")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
@@ -75,8 +75,10 @@ def sample(xp: Backend, logits: Array, uniform: Array, values: Array, truncation
         x = _keep(xp, x, p, values[2] * xp.sum(p, axis=-1, keepdims=True))
     if "min_p" in truncations:
         x = xp.where(xp.exp(x) >= values[3], x, xp.full((), _LOWEST))
-    mass = xp.cumsum(xp.exp(x), axis=-1)
-    target = xp.expand_dims(uniform, -1) * mass[:, -1:]
+    # XLA sums prefixes in a tree, so rounding can make the sums rise at a token of probability 0: only others count.
+    p = xp.exp(x)
+    mass = xp.where(p > 0.0, xp.cumsum(p, axis=-1), xp.full((), 0.0))
+    target = xp.expand_dims(uniform, -1) * xp.max(mass, axis=-1, keepdims=True)
     return xp.argmax(xp.cast(mass > target, "int32"), axis=-1)
 
 

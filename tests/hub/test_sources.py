@@ -200,7 +200,7 @@ def test_interrupted_or_killed_downloads_leave_nothing(index, options, monkeypat
     leftover.parent.mkdir(parents=True)
     leftover.write_bytes(b"half of it")  # as a killed process leaves it
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_open_member", lambda part, folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(sources, "_open_member", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             source().fetch(options)
     assert kept(options) == []
