@@ -73,7 +73,7 @@ def table_rows(weights: int) -> list[Row]:
 
 
 class Bench:
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, weights: int):
         self.args = args
         self.pythons = {OURS: sys.executable, TRANSFORMERS: sys.executable, KERAS: args.peer_python}
         cores = sorted(os.sched_getaffinity(0))[: args.threads]
@@ -88,6 +88,8 @@ class Bench:
             "TF_CPP_MIN_LOG_LEVEL": "3",
         }
         self.environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        if args.warm_memory:
+            self.environment["BENCH_WARM_MEMORY"] = str(4 * weights)
 
     def skips(self, job: Job) -> bool:
         measurement, library, _ = job
@@ -182,7 +184,8 @@ def facts(bench: Bench, weights: int) -> list[str]:
         f"- {cpu}, {len(os.sched_getaffinity(0))} cores used, {memory:.0f} GiB memory; {platform.platform()}; "
         f"load average at the start {os.getloadavg()[0]:.1f}",
         f"- Model: {bench.args.folder.name}, {weights / 1e6:.0f} MB of weights in float32; medians of "
-        f"{bench.args.repeats} (smallest to largest)",
+        f"{bench.args.repeats} (smallest to largest)"
+        + ("; free memory touched before each clock" if bench.args.warm_memory else ""),
     ]
     for library in (OURS, KERAS):
         job = ("versions", library, "")
@@ -223,13 +226,14 @@ def main() -> None:
     parser.add_argument("--skip-keras", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--warm-memory", action="store_true", help="touch free memory before each clock; see README.md")
     parser.add_argument("--only", nargs="+", choices=("import", "one", "load", "start", "eight"), help="measurements")
     parser.add_argument("--output", type=Path, help="default: standard output")
     args = parser.parse_args()
 
-    bench = Bench(args)
-    warm_disk_cache([*(path for path in args.folder.iterdir() if path.is_file()), *filter(None, [args.gguf])])
     weights = weights_bytes(args.folder)
+    bench = Bench(args, weights)
+    warm_disk_cache([*(path for path in args.folder.iterdir() if path.is_file()), *filter(None, [args.gguf])])
     rows = [row for row in table_rows(weights) if not args.only or row.measurement in args.only]
     lines = [*facts(bench, weights), ""]
     lines += ["| figure | backend | modelhub | peer | ratio | target | met |", "|---|---|---|---|---|---|---|"]

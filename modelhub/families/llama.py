@@ -16,9 +16,11 @@ from modelhub.core.tree import Module
 from modelhub.errors import ConfigError
 from modelhub.families.config import (
     ROPE_KEYS,
+    SIZES,
     GGUFLike,
     check_activation,
     check_keys,
+    check_sizes,
     read_gguf,
     read_rope,
     require,
@@ -77,8 +79,10 @@ class Config:
         values = _DEFAULTS[kind] | {key: data[key] for key in known if data.get(key) is not None}
         if kind == "llama" or ("sliding_window" in data and data["sliding_window"] is None):
             values["sliding_window"] = None
+        check_sizes({key: values[key] for key in SIZES if key in values}, where)
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+        check_sizes({"head_dim": values["head_dim"]}, where)
         check_activation(values.get("hidden_act", "silu"), where)
         theta = data.get("rope_theta") or 10_000.0
         rope = read_rope(where, theta, data.get("rope_scaling"), data.get("rope_parameters"))

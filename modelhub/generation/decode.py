@@ -1,14 +1,17 @@
 """The decode loop: prefill in buckets, then one token per step for all rows, over a cache that is never copied."""
 
 import functools
-from collections.abc import Generator
+import inspect
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
 
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Module, Params, bind, flatten
-from modelhub.generation.sampling import Sampler, draw, greedy, sample
+from modelhub.errors import InputError
+from modelhub.generation.beam import BeamOptions, Beams, rank
+from modelhub.generation.sampling import Sampler, choose, draw
 
 CHUNK = 512  # longest piece of a prompt that is computed at once: bounds the memory of scores and masks
 _SMALLEST = 16
@@ -20,7 +23,7 @@ def bucket(n: int) -> int:
 
 
 class Engine:
-    """The compiled programs of one model on one backend; keeps nothing between calls but the programs."""
+    """The compiled programs of one model on one backend, and the cache of its last single prompt."""
 
     def __init__(self, xp: Backend, skeleton: Module, cache_dtype: str):
         self.xp = xp
@@ -30,58 +33,199 @@ class Engine:
         self._prefill_step = xp.compile(step, skeleton, donate=(4,), hot=False)
         self._decode_step = xp.compile(step, skeleton, donate=(4,))
         self._logits = xp.compile(functools.partial(_all_logits, xp), skeleton, hot=False)
-        self._greedy = xp.compile(functools.partial(greedy, xp), hot=False)
-        self._samplers: dict[tuple[str, ...], Any] = {}
-
-    def _sampled(self, truncations: tuple[str, ...]) -> Any:
-        if truncations not in self._samplers:
-            self._samplers[truncations] = self.xp.compile(functools.partial(sample, self.xp, truncations=truncations))
-        return self._samplers[truncations]
+        self._token_logprobs = xp.compile(functools.partial(_token_logprobs, xp), skeleton, hot=False)
+        self._hidden = xp.compile(functools.partial(_hidden, xp), skeleton, hot=False)
+        self._take_rows = xp.compile(functools.partial(_take_rows, xp), hot=False)
+        self._programs: dict[Any, Any] = {}
+        self._kept: tuple[Params, list[int], Params] | None = None  # params, tokens and cache of the last prompt
 
     def logits(self, params: Params, ids: np.ndarray) -> np.ndarray:
         """float32 logits (B, T, V) of int32 ids (B, T), without a cache."""
         time = ids.shape[1]
-        if not self.xp.eager:  # later tokens do not change earlier logits, so padding on the right is free
-            ids = np.pad(ids, ((0, 0), (0, bucket(time) - time)))
-        return self.xp.get(self._logits(params, self.xp.array(ids, "int32")))[:, :time]
+        return self.xp.get(self._logits(params, self._padded(ids)))[:, :time]
+
+    def token_logprobs(self, params: Params, ids: np.ndarray) -> np.ndarray:
+        """float32 (B, T - 1): log-probability of each token of int32 ids (B, T) after those before it.
+
+        The head runs on pieces of the text, so that the (T, V) logits are never in memory at once.
+        """
+        time, piece = ids.shape[1], 64
+        targets = np.pad(ids[:, 1:], ((0, 0), (0, 1)))
+        hidden = self._hidden(params, self._padded(ids))
+        found = []
+        for first in range(0, time - 1, piece):
+            # Always `piece` positions long: the last piece overlaps the one before, or runs into the padding.
+            begin = max(0, min(first, hidden.shape[1] - piece))
+            part = hidden[:, begin : begin + piece]
+            wanted = targets[:, begin : begin + part.shape[1]]
+            wanted = np.pad(wanted, ((0, 0), (0, part.shape[1] - wanted.shape[1])))
+            scores = self.xp.get(self._token_logprobs(params, part, self.xp.array(wanted, "int32")))
+            found.append(scores[:, first - begin :])
+        return np.concatenate(found, axis=1)[:, : time - 1] if found else np.zeros((len(ids), 0), np.float32)
 
     def run(
-        self, params: Params, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler, seed: int
-    ) -> Generator[np.ndarray, None, None]:
-        """Yield int32 arrays (B,), the next token of every row, max_new_tokens times. Close it to stop earlier."""
-        xp, rows = self.xp, len(prompts)
+        self, params: Params, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler, seed: int = 0,
+        *, copies: int = 1, logprobs: bool = False, custom: Callable | None = None,
+    ) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:  # fmt: skip
+        """Yield the next token of every row, max_new_tokens times: int32 tokens (B,), float32 log-probabilities (B,).
+
+        copies: rows per prompt, side by side, each with random numbers of its own. custom: the user's own sampler,
+        see `_custom`. Close the generator to stop earlier. What a single prompt shares with the beginning of the last
+        one is not computed again.
+        """
+        xp, rows = self.xp, len(prompts) * copies
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        # One generator a row: a prompt gets the same numbers alone and in a batch.
-        generators = [np.random.default_rng([seed, row]) for row in range(rows)]
-        values = xp.array(sampler.values())
-
-        def choose(logits: Array) -> Array:
-            if sampler.greedy:
-                return self._greedy(logits)
-            return self._sampled(sampler.truncations)(logits, xp.array(draw(generators)), values)
-
-        cache = self._new_cache(rows, self._slots(int(lengths.max()), max_new_tokens))
-        logits, cache = self._prefill(params, prompts, lengths, cache)
-        token = choose(logits)
-        yield xp.get(token)
-        last = xp.zeros((rows,), "int32")
-        ahead = None  # on asynchronous backends a token is computed while the caller handles the one before
-        for index in range(max_new_tokens - 1):
-            start = xp.array(lengths + index, "int32")
-            logits, cache = self._decode_step(params, xp.expand_dims(token, 1), start, last, cache)
-            token = choose(logits)
-            if not xp.asynchronous:
-                yield xp.get(token)
-                continue
+        pick = self._picker(sampler, prompts, copies, seed, logprobs, custom)
+        cache, reused = self._cache_for(params, prompts, lengths, max_new_tokens)
+        fed: list[Array] = []
+        try:
+            logits, cache = self._prefill(params, prompts, lengths, cache, reused)
+            if copies > 1:
+                lengths = np.repeat(lengths, copies)
+                order = xp.array(np.repeat(np.arange(len(prompts)), copies), "int32")
+                cache = self._take_rows({"logits": logits} | cache, order)
+                logits = cache.pop("logits")
+            result = pick(logits)
+            yield xp.get(result[0]), xp.get(result[1])
+            last = xp.zeros((rows,), "int32")
+            ahead = None  # on asynchronous backends a token is computed while the caller handles the one before
+            for index in range(max_new_tokens - 1):
+                start = xp.array(lengths + index, "int32")
+                logits, cache = self._decode_step(params, xp.expand_dims(result[0], 1), start, last, cache)
+                fed.append(result[0])
+                result = pick(logits)
+                if not xp.asynchronous:
+                    yield xp.get(result[0]), xp.get(result[1])
+                    continue
+                if ahead is not None:
+                    yield xp.get(ahead[0]), xp.get(ahead[1])
+                ahead = result
             if ahead is not None:
-                yield xp.get(ahead)
-            ahead = token
-        if ahead is not None:
-            yield xp.get(ahead)
+                yield xp.get(ahead[0]), xp.get(ahead[1])
+        except GeneratorExit:  # the caller has enough; after any other exception the cache may be half-written
+            self._keep(params, prompts, rows, fed, cache)
+            raise
+        self._keep(params, prompts, rows, fed, cache)
 
-    def _slots(self, longest: int, max_new_tokens: int) -> int:
-        chunks, rest = divmod(longest, CHUNK)
-        padded = longest if self.xp.eager else chunks * CHUNK + (bucket(rest) if rest else 0)
+    def beam_search(self, params: Params, prompts: list[list[int]], options: BeamOptions) -> list[Beams]:
+        """The finished beams of each prompt."""
+        xp, n = self.xp, options.num_beams
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        slots = self._slots(int(lengths.max()), options.max_new_tokens)
+        logits, cache = self._prefill(params, prompts, lengths, self._new_cache(len(prompts), slots))
+        order = xp.array(np.repeat(np.arange(len(prompts)), n), "int32")
+        cache = self._take_rows({"logits": logits} | cache, order)
+        logits = cache.pop("logits")
+        lengths = np.repeat(lengths, n)
+        last = xp.zeros((len(lengths),), "int32")
+        beams = [Beams(options) for _ in prompts]
+        ranked = self._program(rank, prompts=len(prompts), candidates=options.candidates)
+        for index in range(options.max_new_tokens):
+            scores = xp.array(np.stack([beam.open_scores for beam in beams]))
+            values, indices = (xp.get(array) for array in ranked(logits, scores))
+            moves = [
+                (list(range(n)), [0] * n) if beam.done else beam.advance(values[i], indices[i], logits.shape[-1])
+                for i, beam in enumerate(beams)
+            ]
+            if all(beam.done for beam in beams):
+                break
+            order = np.concatenate([np.array(parents) + i * n for i, (parents, _) in enumerate(moves)])
+            tokens = np.concatenate([np.array(tokens) for _, tokens in moves])
+            cache = self._take_rows(cache, xp.array(order, "int32"))
+            start = xp.array(lengths + index, "int32")
+            logits, cache = self._decode_step(params, xp.array(tokens[:, None], "int32"), start, last, cache)
+        return beams
+
+    def _picker(
+        self, sampler: Sampler, prompts: list[list[int]], copies: int, seed: int, logprobs: bool,
+        custom: Callable | None,
+    ) -> Callable[[Array], tuple[Array, Array]]:  # fmt: skip
+        """From logits (B, V) to tokens and log-probabilities (B,), with the sampler's state inside."""
+        xp, rows, vocabulary = self.xp, len(prompts) * copies, self.skeleton.model.config.vocab_size
+        # One generator a row, so that a row does not depend on how many others there are.
+        generators = [np.random.default_rng([seed, row]) for row in range(rows)]
+        if custom is not None:
+            return functools.partial(self._custom, custom, generators, logprobs)
+        features = sampler.features
+        program = self._program(choose, hot=bool(features), features=features, logprobs=logprobs)
+        nothing = xp.zeros((1, 1))
+        values, constant = xp.array(sampler.values()), xp.zeros((rows,))
+        bias = xp.array(sampler.bias(vocabulary)) if "logit_bias" in features else nothing
+        seen = counts = nothing
+        if sampler.counts_tokens:
+            seen = np.zeros((rows, vocabulary), np.float32)
+            for row in range(rows):
+                seen[row, prompts[row // copies]] = 1
+            seen, counts = xp.array(seen), xp.zeros((rows, vocabulary))
+
+        def pick(logits: Array) -> tuple[Array, Array]:
+            nonlocal counts
+            uniform = xp.array(draw(generators)) if "sample" in features else constant
+            token, logprob, counts = program(logits, uniform, values, bias, seen, counts)
+            return token, logprob
+
+        return pick
+
+    def _custom(
+        self, function: Callable, generators: list[np.random.Generator], logprobs: bool, logits: Array
+    ) -> tuple[Array, Array]:
+        """The user's sampler: function(logits) in one framework, or function(xp, logits, uniform) written once.
+
+        It gets float32 logits (B, V) and returns token ids (B,).
+        """
+        xp = self.xp
+        rows, vocabulary = logits.shape
+        wants_xp = len(inspect.signature(function).parameters) > 1
+        found = function(xp, logits, xp.array(draw(generators))) if wants_xp else function(logits)
+        tokens = np.asarray(xp.get(found) if xp.owns(found) else found)
+        if tokens.shape != (rows,) or tokens.dtype.kind not in "iu":
+            raise InputError(
+                f"the sampler must return {rows} token ids, an integer array of shape ({rows},); "
+                f"it returned {tokens.dtype} of shape {tokens.shape}"
+            )
+        if ((tokens < 0) | (tokens >= vocabulary)).any():
+            raise InputError(f"the sampler returned {tokens.tolist()}; the vocabulary goes from 0 to {vocabulary - 1}")
+        chosen = xp.array(tokens, "int32")
+        if not logprobs:
+            return chosen, xp.zeros((rows,))
+        return chosen, xp.take_along_axis(xp.log_softmax(logits), xp.expand_dims(chosen, -1), -1)[:, 0]
+
+    def _program(self, function: Callable, hot: bool = True, **static: Any) -> Any:
+        key = (function, hot, *static.items())
+        if key not in self._programs:
+            self._programs[key] = self.xp.compile(functools.partial(function, self.xp, **static), hot=hot)
+        return self._programs[key]
+
+    def _padded(self, ids: np.ndarray) -> Array:
+        if not self.xp.eager:  # later tokens change nothing for earlier ones, so padding on the right is free
+            ids = np.pad(ids, ((0, 0), (0, bucket(ids.shape[1]) - ids.shape[1])))
+        return self.xp.array(ids, "int32")
+
+    def _cache_for(
+        self, params: Params, prompts: list[list[int]], lengths: np.ndarray, max_new_tokens: int
+    ) -> tuple[Params, int]:
+        """A cache with room for the answers, and how many tokens of the prompt it already holds."""
+        reused, kept, self._kept = 0, self._kept, None
+        if kept is not None and len(prompts) == 1 and kept[0] is params:
+            # The last token is always computed: its logits are what is asked for.
+            reused = min(_common_prefix(kept[1], prompts[0]), len(prompts[0]) - 1)
+        slots = self._slots(int(lengths.max()), max_new_tokens, reused)
+        if not reused or kept is None:
+            return self._new_cache(len(prompts), slots), 0
+        buffers = kept[2]
+        missing = slots - next(iter(buffers.values())).shape[2]
+        if missing > 0:
+            room = self._new_cache(1, missing)
+            buffers = {name: self.xp.concat([buffer, room[name]], axis=2) for name, buffer in buffers.items()}
+        return buffers, reused
+
+    def _keep(self, params: Params, prompts: list[list[int]], rows: int, fed: list[Array], cache: Params) -> None:
+        if rows == 1:
+            self._kept = (params, prompts[0] + [int(self.xp.get(token)[0]) for token in fed], cache)
+
+    def _slots(self, longest: int, max_new_tokens: int, reused: int = 0) -> int:
+        chunks, rest = divmod(longest - reused, CHUNK)
+        padded = longest if self.xp.eager else reused + chunks * CHUNK + (bucket(rest) if rest else 0)
         # Steps of 64 or of a quarter power of two: attention reads the whole buffer, so it must not be much too long.
         needed = max(longest + max_new_tokens, padded)
         step = max(64, bucket(needed) // 4)
@@ -92,13 +236,13 @@ class Engine:
         return {name: self.xp.zeros(spec.shape, self.cache_dtype) for name, spec in specs.items()}
 
     def _prefill(
-        self, params: Params, prompts: list[list[int]], lengths: np.ndarray, cache: Params
+        self, params: Params, prompts: list[list[int]], lengths: np.ndarray, cache: Params, reused: int = 0
     ) -> tuple[Array, Params]:
-        """Logits (B, V) after each prompt's last token."""
+        """Logits (B, V) after each prompt's last token; the first `reused` tokens are in the cache already."""
         xp = self.xp
         longest = int(lengths.max())
         result = None
-        for first in range(0, longest, CHUNK):
+        for first in range(reused, longest, CHUNK):
             time = min(CHUNK, longest - first)
             ids = np.zeros((len(prompts), time if xp.eager else bucket(time)), np.int32)
             for row, prompt in enumerate(prompts):
@@ -112,6 +256,13 @@ class Engine:
         return result, cache
 
 
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    for index, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return index
+    return min(len(one), len(other))
+
+
 def _step(xp: Backend, model: Any, ids: Array, start: Array, last: Array, cache: Params) -> tuple[Array, Params]:
     """Run ids (B, T) from slots start (B,); logits (B, V) at index last (B,) of each row, and the new cache."""
     buffers = bind(model.new_cache(1, 1), cache)
@@ -122,5 +273,19 @@ def _step(xp: Backend, model: Any, ids: Array, start: Array, last: Array, cache:
     return model.logits(xp, hidden[:, 0]), flatten(buffers)
 
 
+def _hidden(xp: Backend, model: Any, ids: Array) -> Array:
+    return model.model(xp, ids)
+
+
 def _all_logits(xp: Backend, model: Any, ids: Array) -> Array:
     return model.logits(xp, model.model(xp, ids))
+
+
+def _token_logprobs(xp: Backend, model: Any, hidden: Array, targets: Array) -> Array:
+    logits = model.logits(xp, hidden)
+    picked = xp.take_along_axis(logits, xp.expand_dims(targets, -1), -1)[..., 0]
+    return picked - xp.logsumexp(logits, axis=-1)
+
+
+def _take_rows(xp: Backend, arrays: Params, order: Array) -> Params:
+    return {name: xp.take(array, order, axis=0) for name, array in arrays.items()}

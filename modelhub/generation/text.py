@@ -14,7 +14,7 @@ class DecodeStream(Protocol):
 class TextRow:
     """One answer in the making. `push` returns the text that is safe to show; what may belong to a stop is held back.
 
-    tokens: the ids so far, without the stop id. done: a stop id or stop string was met.
+    tokens: the ids so far, without the stop id; logprobs: what came with them. done: a stop id or stop string was met.
     """
 
     def __init__(self, stream: DecodeStream, stop_ids: frozenset[int], stop: Sequence[str] = ()):
@@ -24,28 +24,33 @@ class TextRow:
         self._stop_ids = stop_ids
         self._stop = tuple(stop)
         self._held = ""
+        self._cut = False  # by a stop string
         self.tokens: list[int] = []
+        self.logprobs: list[float] = []
         self.text = ""
         self.done = False
 
-    def push(self, token_id: int) -> str:
+    def push(self, token_id: int, logprob: float = 0.0) -> str:
         if self.done:
             return ""
         if token_id in self._stop_ids:
             self.done = True
             return self.flush()
         self.tokens.append(token_id)
+        self.logprobs.append(logprob)
         return self._show(self._stream.push(token_id))
 
     def flush(self) -> str:
-        """What is left when the answer is over."""
+        """What is left when the answer is over; nothing after a stop string."""
+        if self._cut:
+            return ""
         return self._show(self._stream.flush(), last=True)
 
     def _show(self, piece: str, last: bool = False) -> str:
         text = self._held + piece
         found = [at for string in self._stop if (at := text.find(string)) >= 0]
         if found:
-            self.done = True
+            self.done = self._cut = True
             text, keep = text[: min(found)], 0
         else:
             keep = 0 if last else self._beginning_of_stop(text)

@@ -1,9 +1,10 @@
 """CausalLM: text in, text out. One of the few objects with state; everything below it is functions."""
 
 import itertools
+import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from modelhub.core.backends import get_backend
 from modelhub.core.tree import Params
 from modelhub.errors import InputError
+from modelhub.generation.beam import BeamOptions
 from modelhub.generation.decode import Engine
 from modelhub.generation.sampling import Sampler
 from modelhub.generation.text import TextRow
@@ -33,6 +35,38 @@ class RunStats:
     seconds_to_first_token: float
     seconds: float
     tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer with its numbers.
+
+    logprobs: the model's log-probability of each token, before penalties, temperature and truncation; None for beams.
+    score: their sum; for beams the sum over length ** length_penalty, the end token included.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float] | None
+    score: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """logprobs: the log-probability of each token after the first, given those before it."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+
+    @property
+    def total(self) -> float:
+        return float(sum(self.logprobs))
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability per token."""
+        return math.exp(-self.total / len(self.logprobs))
 
 
 class CausalLM:
@@ -133,11 +167,19 @@ class CausalLM:
         prompt: str | Sequence[str],
         max_new_tokens: int = 64,
         *,
+        sampler: Callable | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        num_beams: int = 1,
+        num_return_sequences: int = 1,
         stop: str | Sequence[str] | None = None,
+        logprobs: bool = False,
         seed: int = 0,
         stream: bool = False,
         echo: bool = False,
@@ -145,52 +187,122 @@ class CausalLM:
         """Continue a prompt (returns a string), or each of a list of prompts in one batch (returns a list).
 
         Greedy, unless the preset's generation_config or an argument here asks for sampling: giving temperature, top_k,
-        top_p or min_p does. The same seed gives the same text on every backend (float32), alone or in a batch.
-        stop: string(s) that end the text and are not part of it. stream: return an iterator over pieces of text (one
-        prompt only). echo: the result begins with the prompt.
+        top_p or min_p does. In float32 the same seed gives the same text on every backend. The penalties and
+        logit_bias are those of modelhub.generation.sampling.Sampler, which names their sources.
+
+        sampler: the user's own choice of tokens, function(logits) -> token ids on the arrays of the model's backend,
+            logits (rows, vocabulary) float32, ids (rows,); or function(xp, logits, uniform), written once for all.
+        num_beams: beam search as in transformers, without sampling.
+        num_return_sequences: that many answers per prompt, in a list.
+        stop: string(s) that end the text and are not part of it.
+        logprobs: return Generation objects (text, token_ids, logprobs, score) in place of strings.
+        stream: return an iterator over pieces of text (one prompt, one answer). echo: begin with the prompt.
 
         Ends at the model's end-of-sequence tokens, after max_new_tokens, or where the model's context is full.
         Raises InputError for prompts that are empty or too long, and for values that make no sense.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        ids = [self._tokenizer.encode(text) for text in _checked(prompts)]
         if stream and not isinstance(prompt, str):
             raise InputError(f"stream=True takes one prompt, got a list of {len(prompts)}")
-        sampler = self._sampler(temperature, top_k, top_p, min_p)
+        if stream and (num_beams, num_return_sequences, logprobs) != (1, 1, False):
+            raise InputError(
+                "stream=True gives one answer as it comes: it cannot be combined with num_beams, "
+                "num_return_sequences or logprobs"
+            )
+        settings = self._sampler(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias,
+        )  # fmt: skip
         stops = [stop] if isinstance(stop, str) else list(stop or ())
-        ids = self._encode(prompts)
-        rows = [TextRow(self._tokenizer.stream(), self._stop_ids, stops) for _ in prompts]
-        pieces = self._run(ids, rows, self._room(ids, max_new_tokens), sampler, seed)
-        if stream:
-            return itertools.chain(prompts if echo else [], pieces)
-        for _ in pieces:
-            pass
-        texts = [(text if echo else "") + row.text for text, row in zip(prompts, rows, strict=True)]
-        return texts[0] if isinstance(prompt, str) else texts
+        room = self._room(ids, max_new_tokens)
+        if num_return_sequences < 1:
+            raise InputError(f"num_return_sequences must be 1 or more, got {num_return_sequences}")
+        if num_beams != 1:
+            if sampler or stops or settings.features:
+                raise InputError("num_beams cannot be combined with sampling, penalties, logit_bias, sampler or stop")
+            answers = self._beam_search(ids, room, num_beams, num_return_sequences)
+        else:
+            rows = [
+                TextRow(self._tokenizer.stream(), self._stop_ids, stops)
+                for _ in range(len(prompts) * num_return_sequences)
+            ]
+            pieces = self._run(
+                ids, rows, room, settings, seed, copies=num_return_sequences, logprobs=logprobs, custom=sampler
+            )
+            if stream:
+                return itertools.chain(prompts if echo else [], pieces)
+            for _ in pieces:
+                pass
+            answers = [Generation(row.text, row.tokens, row.logprobs, float(sum(row.logprobs))) for row in rows]
+        if echo:
+            repeated = [text for text in prompts for _ in range(num_return_sequences)]
+            answers = [replace(a, text=text + a.text) for text, a in zip(repeated, answers, strict=True)]
+        results: list[Any] = list(answers) if logprobs else [answer.text for answer in answers]
+        if num_return_sequences > 1:
+            results = [results[i : i + num_return_sequences] for i in range(0, len(results), num_return_sequences)]
+        return results[0] if isinstance(prompt, str) else results
+
+    def score(self, texts: str | Sequence[str]) -> Any:
+        """How likely the model finds a text (returns a Score), or each of a list of texts (returns a list).
+
+        The first token is given, not predicted: with a tokenizer that begins texts with a special token, all of the
+        text is scored. Raises InputError for empty and too long texts.
+        """
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        scores = []
+        for text in _checked(listed):
+            ids = self._tokenizer.encode(text)
+            if len(ids) < 2:
+                raise InputError(f"{text!r} is a single token and nothing comes before it; give a longer text")
+            row = self.backbone.check_ids([ids])
+            scores.append(Score(text, ids, self._engine.token_logprobs(self.params, row)[0].tolist()))
+        return scores[0] if isinstance(texts, str) else scores
 
     def _run(
-        self, ids: list[list[int]], rows: list[TextRow], max_new_tokens: int, sampler: Sampler, seed: int
-    ) -> Iterator[str]:
+        self, ids: list[list[int]], rows: list[TextRow], max_new_tokens: int, sampler: Sampler, seed: int,
+        *, copies: int, logprobs: bool, custom: Callable | None,
+    ) -> Iterator[str]:  # fmt: skip
         """Drive the engine until every row is done; yields the first row's text piece by piece."""
         begun = time.perf_counter()
         arrived: list[float] = []  # when the first tokens and the second came, and how many there were by then
         counted = 0
-        steps = self._engine.run(self.params, ids, max_new_tokens, sampler, seed)
-        for tokens in steps:
+        steps = self._engine.run(
+            self.params, ids, max_new_tokens, sampler, seed, copies=copies, logprobs=logprobs, custom=custom
+        )
+        for tokens, scores in steps:
             if len(arrived) < 2:
                 arrived.append(time.perf_counter() - begun)
                 counted += len(rows)
-            shown = [row.push(int(token)) for row, token in zip(rows, tokens, strict=True)]
+            shown = [row.push(int(token), float(score)) for row, token, score in zip(rows, tokens, scores, strict=True)]
             if shown[0]:
                 yield shown[0]
             if all(row.done for row in rows):
                 break
         steps.close()
-        rest = [row.flush() for row in rows if not row.done or row is rows[0]]
-        if rest and rest[0]:
+        rest = [row.flush() for row in rows]
+        if rest[0]:
             yield rest[0]
         seconds, new_tokens = time.perf_counter() - begun, sum(len(row.tokens) for row in rows)
         speed = max(new_tokens - counted, 0) / (seconds - arrived[-1])
         self.last_run = RunStats(sum(map(len, ids)), new_tokens, arrived[0], seconds, speed)
+
+    def _beam_search(self, ids: list[list[int]], room: int, num_beams: int, wanted: int) -> list["Generation"]:
+        if num_beams < 1 or wanted > num_beams:
+            raise InputError(
+                f"num_beams={num_beams} with num_return_sequences={wanted}: there must be at least one beam, and as "
+                f"many beams as answers"
+            )
+        options = BeamOptions(
+            num_beams, room, self._stop_ids, float(self.generation_config.get("length_penalty") or 1.0),
+            self.generation_config.get("early_stopping") or False,
+        )  # fmt: skip
+        answers = []
+        for beams in self._engine.beam_search(self.params, ids, options):
+            for tokens, score in zip(beams.finished[:wanted], beams.finished_scores[:wanted], strict=True):
+                kept = [token for token in tokens if token not in self._stop_ids]
+                answers.append(Generation(self._tokenizer.decode(kept), kept, None, float(score)))
+        return answers
 
     @property
     def _tokenizer(self) -> Tokenizer:
@@ -210,25 +322,13 @@ class CausalLM:
                 return frozenset(found if isinstance(found, list) else [found])
         return frozenset()
 
-    def _sampler(
-        self, temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None
-    ) -> Sampler:
-        asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        defaults = self.generation_config if self.generation_config.get("do_sample") else {}
-        chosen: dict[str, Any] = {k: defaults.get(k) if value is None else value for k, value in asked.items()}
-        return Sampler(**chosen)
-
-    def _encode(self, prompts: list[str]) -> list[list[int]]:
-        if not prompts:
-            raise InputError("the list of prompts is empty; give at least one")
-        for index, text in enumerate(prompts):
-            if not isinstance(text, str):
-                raise InputError(
-                    f"prompt {index} is a {type(text).__name__}; generate takes a string or a list of strings"
-                )
-            if not text:
-                raise InputError(f"prompt {index} is empty; give at least one character")
-        return [self._tokenizer.encode(text) for text in prompts]
+    def _sampler(self, **asked: Any) -> Sampler:
+        """What the call asks for, and for the rest what generation_config.json says."""
+        defaults = {key: self.generation_config.get(key) for key in asked}
+        if not self.generation_config.get("do_sample"):  # then transformers ignores these too
+            defaults |= {"temperature": None, "top_k": None, "top_p": None, "min_p": None}
+        chosen = {key: defaults[key] if value is None else value for key, value in asked.items()}
+        return Sampler(**chosen | {"logit_bias": asked["logit_bias"] or {}})
 
     def _room(self, ids: list[list[int]], max_new_tokens: int) -> int:
         if max_new_tokens < 1:
@@ -241,3 +341,14 @@ class CausalLM:
                     f"shorten it so that room is left for an answer"
                 )
         return min(max_new_tokens, context - max(map(len, ids)))
+
+
+def _checked(texts: list[str]) -> list[str]:
+    if not texts:
+        raise InputError("the list of prompts is empty; give at least one")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"prompt {index} is a {type(text).__name__}; give a string or a list of strings")
+        if not text:
+            raise InputError(f"prompt {index} is empty; give at least one character")
+    return texts

@@ -489,6 +489,16 @@ def test_norms_and_softmax_keep_float32_inside(backend, dtype):
     np.testing.assert_allclose(shares, 1 / 5000, rtol=1e-2)
 
 
+def test_long_sums_do_not_drift(backend):
+    """Sampling inverts a cumulative sum over the vocabulary: a drift would pick other tokens than other backends do."""
+    shares = np.exp(random(1, 262144, scale=3.0))
+    wanted = np.cumsum(shares.astype(np.float64), -1)
+    found = backend.get(backend.cumsum(backend.array(shares))).astype(np.float64)
+    assert np.abs(found - wanted).max() < 1e-6 * wanted[0, -1]
+    total = backend.get(backend.sum(backend.array(shares)))
+    assert abs(total - wanted[0, -1]) < 1e-6 * wanted[0, -1]
+
+
 # linear has several forms, chosen by rows, outputs and dtype.
 
 

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from modelhub.core import nn
+from modelhub.core.decoder import causal_mask
 
 onnx = pytest.importorskip("onnx")
 
@@ -112,7 +112,7 @@ def attention(xp, inputs, given):
     if given.get("is_causal"):
         start = np.full(1, past) if used is None else used - time
         positions = start[:, None] + np.arange(time)
-        mask = mask & nn.causal_mask(positions, np.arange(length)[None], None if window == -1 else window + 1)
+        mask = mask & causal_mask(positions, np.arange(length)[None], None if window == -1 else window + 1)
     if not mask.any(-1).all():
         return None  # a row that sees nothing: 0 in ONNX, undefined here
     whole = None if mask.all() else xp.array(np.broadcast_to(mask, (mask.shape[0], 1, time, length)))

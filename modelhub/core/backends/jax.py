@@ -16,7 +16,7 @@ from modelhub.core.backends.base import Array, Backend, Shape, bound, host_copy
 
 def _use_compilation_cache() -> None:
     """Keep compiled programs on disk, unless the user has chosen a place, or turned it off with an empty variable."""
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.read("jax_compilation_cache_dir"):
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     base = os.environ.get("MODELHUB_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "modelhub")
     jax.config.update("jax_compilation_cache_dir", os.path.join(base, "jax"))

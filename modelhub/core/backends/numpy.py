@@ -176,7 +176,8 @@ class NumpyBackend(Backend):
         return np.argmax(x, axis).astype(np.int32)
 
     def cumsum(self, x: Array, axis: int = -1) -> Array:
-        return np.cumsum(x, axis, dtype=x.dtype)
+        # One after the other in float32, 262,144 probabilities drift by 1e-4: enough to draw another token.
+        return np.cumsum(x, axis, dtype=np.float64 if x.dtype.kind == "f" else x.dtype).astype(x.dtype, copy=False)
 
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
         indices = np.argpartition(-x, k - 1, axis=-1)[..., :k]

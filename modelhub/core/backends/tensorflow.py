@@ -18,12 +18,13 @@ from modelhub.core.backends.base import Array, Backend, Shape, bound, bound_once
 def _silence() -> Iterator[None]:
     """TensorFlow's start-up notices go straight to file descriptor 2, whatever TF_CPP_MIN_LOG_LEVEL says.
 
-    They are let through if it was imported before us, or if that variable is set. Exceptions are not affected.
+    Who wants to see them imports tensorflow first. Exceptions are not affected.
     """
-    if "tensorflow" in sys.modules or "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+    if "tensorflow" in sys.modules:
         yield
         return
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # obeyed once it is running
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # JAX sets 1 for its own needs
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # obeyed once it is running
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
@@ -198,7 +199,10 @@ class TensorflowBackend(Backend):
         return tf.argmax(x, axis, output_type=tf.int32)
 
     def cumsum(self, x: Array, axis: int = -1) -> Array:
-        return tf.cumsum(x, axis)
+        if not x.dtype.is_floating:
+            return tf.cumsum(x, axis)
+        # Eager sums run one after the other: in float32, 262,144 probabilities drift by 4e-4.
+        return tf.cast(tf.cumsum(tf.cast(x, tf.float64), axis), x.dtype)
 
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
         return tuple(tf.math.top_k(x, k))
