@@ -24,6 +24,10 @@ class TokenizerError(ModelhubError, ValueError):
     """Tokenizer files that are missing, damaged or of an unknown kind."""
 
 
+class ChatTemplateError(ModelhubError, ValueError):
+    """A chat template that is broken, hostile, or refuses the messages; or messages that no template can render."""
+
+
 class BackendNotInstalled(ModelhubError, ImportError):
     """A framework that was asked for and is not importable."""
 

@@ -19,7 +19,7 @@ app = typer.Typer(
     help="Open models on numpy, JAX, PyTorch and TensorFlow: load, generate, look around.",
 )
 out = Console()
-err = Console(stderr=True)
+err = Console(stderr=True, soft_wrap=True)
 
 DEMO_PRESET = "gemma3_270m_q4"
 DEMO_PROMPT = "The capital of France is"
@@ -128,6 +128,37 @@ def generate(
         return
     _print_stream(pieces)
     err.print(_speed(lm), style="dim")
+
+
+@app.command()
+def chat(
+    preset: Annotated[str, typer.Argument(help="an instruct preset: registry name, folder, .gguf file, hf:// address")],
+    system: Annotated[str | None, typer.Option(help="a system message")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer")] = 512,
+    temperature: Annotated[float | None, typer.Option(help="divide the logits by this before sampling")] = None,
+    top_k: Annotated[int | None, typer.Option(help="sample among the k likeliest tokens")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="sample among the likeliest that make up this probability")
+    ] = None,
+    min_p: Annotated[float | None, typer.Option(help="... at least this likely, relative to the likeliest")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="above 1: say less again")] = None,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same answers on every backend")] = 0,
+    backend: BackendOption = None,
+    device: DeviceOption = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
+    offline: Annotated[bool, typer.Option(help="use the cache only")] = False,
+) -> None:
+    """Hold a conversation; /help lists what can be typed besides questions."""
+    from modelhub.cli.chat import Chat
+
+    lm = _load(preset, backend, device, dtype, offline)
+    options = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "seed": seed,
+    }  # fmt: skip
+    if sys.stdin.isatty():
+        err.print(f"{preset} on {lm.backend} ({lm.device}). /help for commands, Ctrl-C stops an answer, Ctrl-D leaves.")
+    Chat(lm, options, system).loop()
 
 
 @app.command()

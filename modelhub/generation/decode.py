@@ -38,6 +38,7 @@ class Engine:
         self._take_rows = xp.compile(functools.partial(_take_rows, xp), hot=False)
         self._programs: dict[Any, Any] = {}
         self._kept: tuple[Params, list[int], Params] | None = None  # params, tokens and cache of the last prompt
+        self.reused = 0  # tokens of the last prompt that were in that cache already
 
     def logits(self, params: Params, ids: np.ndarray) -> np.ndarray:
         """float32 logits (B, T, V) of int32 ids (B, T), without a cache."""
@@ -76,10 +77,10 @@ class Engine:
         xp, rows = self.xp, len(prompts) * copies
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         pick = self._picker(sampler, prompts, copies, seed, logprobs, custom)
-        cache, reused = self._cache_for(params, prompts, lengths, max_new_tokens)
+        cache, self.reused = self._cache_for(params, prompts, lengths, max_new_tokens)
         fed: list[Array] = []
         try:
-            logits, cache = self._prefill(params, prompts, lengths, cache, reused)
+            logits, cache = self._prefill(params, prompts, lengths, cache, self.reused)
             if copies > 1:
                 lengths = np.repeat(lengths, copies)
                 order = xp.array(np.repeat(np.arange(len(prompts)), copies), "int32")

@@ -51,7 +51,7 @@ class Sampler:
                 raise InputError(f"{name} must be {wanted}, got {value!r}")
 
         check("temperature", lambda t: 0.0 <= t < float("inf"), "0 (greedy) or more")
-        check("top_k", lambda k: k >= 0 and k == int(k), "a whole number, 1 or more (0 or None: off)")
+        check("top_k", lambda k: k >= 0 and k % 1 == 0, "a whole number, 1 or more (0 or None: off)")
         check("top_p", lambda p: 0.0 <= p <= 1.0, "between 0 and 1")
         check("min_p", lambda p: 0.0 <= p <= 1.0, "between 0 and 1")
         check("repetition_penalty", lambda r: 0.0 < r < float("inf"), "more than 0 (1: off)")
@@ -139,8 +139,10 @@ def sample(xp: Backend, logits: Array, uniform: Array, values: Array, features: 
         x = _keep(xp, x, p, values[TOP_P] * xp.sum(p, axis=-1, keepdims=True))
     if "min_p" in features:
         x = xp.where(xp.exp(x) >= values[MIN_P], x, xp.full((), _LOWEST))
-    mass = xp.cumsum(xp.exp(x), axis=-1)
-    target = xp.expand_dims(uniform, -1) * mass[:, -1:]
+    # XLA sums prefixes in a tree, so rounding can make the sums rise at a token of probability 0: only others count.
+    p = xp.exp(x)
+    mass = xp.where(p > 0.0, xp.cumsum(p, axis=-1), xp.full((), 0.0))
+    target = xp.expand_dims(uniform, -1) * xp.max(mass, axis=-1, keepdims=True)
     return xp.argmax(xp.cast(mass > target, "int32"), axis=-1)
 
 

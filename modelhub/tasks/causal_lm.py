@@ -5,18 +5,20 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
 
 from modelhub.core.backends import get_backend
 from modelhub.core.tree import Params
-from modelhub.errors import InputError
+from modelhub.errors import InputError, ModelhubError
 from modelhub.generation.beam import BeamOptions
 from modelhub.generation.decode import Engine
 from modelhub.generation.sampling import Sampler
 from modelhub.generation.text import TextRow
 from modelhub.hub.preset import resolve
+from modelhub.processing.chat import ChatTemplate
 from modelhub.processing.tokenizer import Tokenizer
 from modelhub.tasks.backbone import Backbone
 from modelhub.tasks.loading import open_preset
@@ -26,11 +28,13 @@ from modelhub.tasks.loading import open_preset
 class RunStats:
     """What the last call of generate did. Seconds are wall time from the call on.
 
+    reused_tokens: how many tokens of the prompt were in the cache of the call before, and not computed again.
     tokens_per_second: all rows together, from the second step on: what comes before is reading the prompt and, on
     backends that compile, compiling. 0 if there were no more than two steps.
     """
 
     prompt_tokens: int
+    reused_tokens: int
     new_tokens: int
     seconds_to_first_token: float
     seconds: float
@@ -67,6 +71,10 @@ class Score:
     def perplexity(self) -> float:
         """exp of the mean negative log-probability per token."""
         return math.exp(-self.total / len(self.logprobs))
+
+
+class _Rendered(str):
+    """Text out of a chat template."""
 
 
 class CausalLM:
@@ -202,7 +210,8 @@ class CausalLM:
         Raises InputError for prompts that are empty or too long, and for values that make no sense.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        ids = [self._tokenizer.encode(text) for text in _checked(prompts)]
+        # A rendered chat spells its special tokens itself.
+        ids = [self._tokenizer.encode(text, not isinstance(text, _Rendered)) for text in _checked(prompts)]
         if stream and not isinstance(prompt, str):
             raise InputError(f"stream=True takes one prompt, got a list of {len(prompts)}")
         if stream and (num_beams, num_return_sequences, logprobs) != (1, 1, False):
@@ -242,6 +251,18 @@ class CausalLM:
         if num_return_sequences > 1:
             results = [results[i : i + num_return_sequences] for i in range(0, len(results), num_return_sequences)]
         return results[0] if isinstance(prompt, str) else results
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], max_new_tokens: int = 512, **options: Any) -> Any:
+        """The assistant's answer to a conversation, through the preset's own chat template.
+
+        messages: [{"role": "user", "content": "..."}, ...] with roles system, user and assistant (tool, developer where
+        the template has them). options: those of `generate`. The template's end of a turn ends the answer. In a growing
+        conversation only the new tokens are computed.
+
+        Raises InputError if the preset has no chat template, ChatTemplateError for what the template refuses.
+        """
+        text = self.chat_template.render(messages, add_generation_prompt=True)
+        return self.generate(_Rendered(text), max_new_tokens, **options)
 
     def score(self, texts: str | Sequence[str]) -> Any:
         """How likely the model finds a text (returns a Score), or each of a list of texts (returns a list).
@@ -285,7 +306,7 @@ class CausalLM:
             yield rest[0]
         seconds, new_tokens = time.perf_counter() - begun, sum(len(row.tokens) for row in rows)
         speed = max(new_tokens - counted, 0) / (seconds - arrived[-1])
-        self.last_run = RunStats(sum(map(len, ids)), new_tokens, arrived[0], seconds, speed)
+        self.last_run = RunStats(sum(map(len, ids)), self._engine.reused, new_tokens, arrived[0], seconds, speed)
 
     def _beam_search(self, ids: list[list[int]], room: int, num_beams: int, wanted: int) -> list["Generation"]:
         if num_beams < 1 or wanted > num_beams:
@@ -310,17 +331,46 @@ class CausalLM:
             raise InputError("this model has no tokenizer; use logits(token_ids), or set lm.tokenizer")
         return self.tokenizer
 
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The preset's template; raises InputError if it has none."""
+        tokenizer = self._tokenizer
+        if tokenizer.chat_template is None:
+            raise InputError(
+                f"{self.preset or 'this model'} has no chat template: it was not trained to chat. "
+                f"Use generate(), or load an instruct preset"
+            )
+        named = {f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
+        return ChatTemplate(
+            tokenizer.chat_template, special_tokens={name: token for name, token in named.items() if token is not None}
+        )
+
+    @cached_property
+    def _end_of_turn(self) -> frozenset[int]:
+        """The special token that the chat template puts after an answer; config files do not always list it."""
+        mark = "answer"
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
+        try:
+            rendered = self.chat_template.render(turns, add_generation_prompt=False)
+        except ModelhubError:  # no template, or one that wants other turns
+            return frozenset()
+        after = self._tokenizer.encode(rendered.rpartition(mark)[2], add_special_tokens=False)
+        return frozenset([token for token in after if token in self._tokenizer.special_ids][:1])
+
     @property
     def _stop_ids(self) -> frozenset[int]:
-        """generation_config's end tokens (a list in instruct presets), else the config's, else the tokenizer's."""
+        """generation_config's end tokens (a list in instruct presets), else the config's, else the tokenizer's.
+
+        And in presets that chat, the end of a turn.
+        """
         for found in (
             self.generation_config.get("eos_token_id"),
             self.config.extra.get("eos_token_id"),
             self._tokenizer.eos_token_id,
         ):
             if found is not None:
-                return frozenset(found if isinstance(found, list) else [found])
-        return frozenset()
+                return self._end_of_turn.union(found if isinstance(found, list) else [found])
+        return self._end_of_turn
 
     def _sampler(self, **asked: Any) -> Sampler:
         """What the call asks for, and for the rest what generation_config.json says."""
