@@ -5,7 +5,7 @@ taking the machine. Everything runs in the caller's thread, and all that costs t
 
 1. `_Metered` rewrites the parsed template so that loops, literals, slices, comparisons and `~` call private filters.
 2. `_Environment` sees operators, calls, subscripts, attributes and output. Only attributes listed here can be reached.
-3. Filters and tests are those listed here, each wrapped. What no chat template needs (lipsum, urlize, attr) is left out.
+3. Filters are those listed here, each wrapped. What no chat template needs (lipsum, urlize, attr) is left out.
 
 No single step may then take long: a value never exceeds _SIZE_LIMIT, counted in full where parts are shared (ten lists,
 each holding the one before ten times, are 10^10 strings once printed), and what takes more than linear time is priced
@@ -23,16 +23,15 @@ from datetime import datetime
 from functools import cache, lru_cache, wraps
 from sys import getsizeof
 from time import monotonic
-from types import BuiltinMethodType, GeneratorType
+from types import BuiltinMethodType
 from typing import Any
 
 import numpy as np
-from jinja2 import Template, TemplateSyntaxError, nodes, pass_context, pass_eval_context
+from jinja2 import Template, TemplateSyntaxError, Undefined, nodes, pass_context, pass_environment, pass_eval_context
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import FILTERS
-from jinja2.runtime import BlockReference, Context, LoopContext, Macro, TemplateReference, Undefined
-from jinja2.runtime import markup_join, str_join
+from jinja2.runtime import BlockReference, Context, LoopContext, Macro, TemplateReference, markup_join, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.tests import TESTS
 from jinja2.utils import Cycler, Joiner, Namespace
@@ -46,9 +45,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _SIZE_LIMIT = 10_000_000  # characters of the output, and of any value on the way
 _MEMORY_LIMIT = 256_000_000  # bytes of all values made in one render; no credit for those already dropped
 _STEP = 64  # what a step costs where it makes nothing: four million steps in all
-_DEPTH_LIMIT = 100  # of macro calls, and of nested values; schemas of tools nest some ten deep
+_DEPTH_LIMIT = 100  # of macro calls, of nested values, and of the parsed template, where the deepest known has 22
 _BITS_LIMIT = 16_384  # of an integer; str() stops at 4300 digits
-_SOURCE_LIMIT = 500_000  # characters of a template; the longest known have some 30,000
+_SOURCE_LIMIT = 64_000  # characters of a template; the longest known have some 20,000
 
 
 class ChatTemplate:
@@ -111,7 +110,7 @@ class ChatTemplate:
                 f"The chat template was stopped{_line(template, error)}: {error}. Shorten the chat; if it is a short "
                 "one, the template is faulty or hostile: do not use it."
             ) from error
-        except (Exception, RecursionError) as error:
+        except Exception as error:
             raise ChatTemplateError(
                 f"The chat template fails{_line(template, error)} with {type(error).__name__}: {error!s:.500}. "
                 "Check that the messages have all that it reads (tools and other variables are keyword arguments)."
@@ -243,10 +242,10 @@ def _room(size: int) -> None:
         raise _OverBudget(f"it asked for a value of more than {_SIZE_LIMIT // 10**6} million characters")
 
 
-def _paid(value: Any) -> Any:
-    """Pays for a value that was just made. Iterators pay for each step."""
-    _budget.spend(getsizeof(value))
-    return _metered(value) if isinstance(value, Iterator) else value
+def _paid(value: Any, size: int = 0) -> Any:
+    """Pays for a value that was just made; size: of its parts, where they are new too."""
+    _budget.spend(max(size, getsizeof(value)))
+    return value
 
 
 def _metered(values: Iterable[Any]) -> Iterator[Any]:
@@ -272,7 +271,7 @@ def _size(value: Any) -> int:
                 size += len(item)
             elif isinstance(item, int):
                 size += item.bit_length() // 3
-            elif isinstance(item, list | tuple | _VIEWS):
+            elif isinstance(item, _SEQUENCES):
                 inner = item
             elif isinstance(item, dict):
                 inner = (*item, *item.values())
@@ -286,13 +285,16 @@ def _size(value: Any) -> int:
     raise _OverBudget(f"it nested values more than {_DEPTH_LIMIT} deep")
 
 
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_SEQUENCES: tuple[type, ...] = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+_ITERATOR: type = type(iter([]))  # the only iterators that templates see
 
 
 def _whole(value: Any) -> Any:
     """A value that C code may walk: of bounded size; iterators made lists, so that their items count too."""
-    if isinstance(value, GeneratorType):
+    if type(value) is _ITERATOR:
         value = list(value)
+    elif type(value) is range:
+        _budget.spend(64 * len(value))
     _size(value)
     return value
 
@@ -344,11 +346,10 @@ _METHOD_SIZES: dict[str, Callable[..., int]] = {
     "lstrip": _product,
     "rstrip": _product,
 }
-_STR_METHODS = frozenset(_METHOD_SIZES) | frozenset(
-    "capitalize casefold count endswith find format format_map index isalnum isalpha isascii isdecimal isdigit "
-    "isidentifier islower isnumeric isprintable isspace istitle isupper lower partition removeprefix removesuffix "
-    "startswith swapcase title upper".split()
-)
+_STR_METHODS = {*_METHOD_SIZES, "capitalize", "casefold", "count", "endswith", "find", "format", "format_map", "index"}
+_STR_METHODS |= {"isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric"}
+_STR_METHODS |= {"isprintable", "isspace", "istitle", "isupper", "lower", "partition", "removeprefix", "removesuffix"}
+_STR_METHODS |= {"startswith", "swapcase", "title", "upper"}
 
 
 def _percent(text: Any, values: Any) -> int:
@@ -388,12 +389,39 @@ class _Formatter(SandboxedFormatter):
 
 # Filters and tests
 
+_FILTERS = [
+    "abs",
+    "capitalize",
+    "center",
+    "dictsort",
+    "e",
+    "escape",
+    "float",
+    "format",
+    "indent",
+    "int",
+    "join",
+    "lower",
+]
+_FILTERS += ["max", "min", "replace", "round", "safe", "sort", "string", "sum", "title", "trim", "truncate", "upper"]
 # These take items one by one, so a long list that is only passed on is not counted.
-_LAZY_FILTERS = "count d default first items last length list map reject rejectattr reverse select selectattr".split()
-_FILTERS = (
-    "abs capitalize center dictsort e escape float format indent int join lower max min replace round safe sort string "
-    "sum title trim truncate unique upper"
-).split()
+_LAZY_FILTERS = ["count", "d", "default", "first", "last", "length", "list"]
+# Their iterators run to the end at once: a chain of 100,000 would overflow the stack when it is freed.
+_ITERATING_FILTERS = ["items", "map", "reject", "rejectattr", "reverse", "select", "selectattr"]
+# Tests that look no further than at the type, or the length.
+_LAZY_TESTS = [
+    "boolean",
+    "callable",
+    "defined",
+    "divisibleby",
+    "escaped",
+    "even",
+    "false",
+    "float",
+    "integer",
+    "iterable",
+]
+_LAZY_TESTS += ["mapping", "none", "number", "odd", "sameas", "sequence", "string", "true", "undefined"]
 
 
 def _no_str(value: Any, *_: Any) -> int:
@@ -405,7 +433,7 @@ def _no_str(value: Any, *_: Any) -> int:
 def _rounded(value: Any, precision: int = 0, method: str = "common") -> int:
     if not isinstance(value, int | float):  # the filter multiplies it by a power of ten
         raise TypeError(f"expected a number, found {type(value).__name__}")
-    return abs(precision) * 10_000
+    return abs(precision) * 1000
 
 
 def _summed(value: Any, attribute: Any = None, start: Any = 0) -> int:
@@ -420,7 +448,7 @@ _FILTER_SIZES: dict[str, Callable[..., int]] = {
     ),
     "int": lambda value, default=0, base=10: 0 if base == 10 or not isinstance(value, str) else len(value) * 1000,
     "join": lambda value, d="", attribute=None: _glued(d, value),
-    "list": lambda value: 64 * len(value) if isinstance(value, str) else 0,
+    "list": lambda value: 64 * len(value) if isinstance(value, str | range) else 0,
     "replace": _replaced,
     "round": _rounded,
     "sum": _summed,
@@ -430,25 +458,31 @@ _FILTER_SIZES: dict[str, Callable[..., int]] = {
 _TEST_SIZES: dict[str, Callable[..., int]] = {"odd": _no_str, "even": _no_str, "divisibleby": _no_str}
 
 
-def _bounded(function: Callable[..., Any], size: Callable[..., int] | None = None, lazy: bool = False) -> Any:
-    """A filter or test that asks the budget first."""
+def _bounded(
+    function: Callable[..., Any], size: Callable[..., int] | None = None, *, lazy: bool = False, iterates: bool = False
+) -> Any:
+    """A filter or test that asks the budget first; lazy: it does not walk the value that it is applied to."""
     own = 1 if hasattr(function, "jinja_pass_arg") else 0  # Jinja gives it the context, or the like, first
+    start = own + lazy
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         _budget.spend(_STEP)
-        if not lazy:
-            args = (*args[:own], *map(_whole, args[own:]))
-            kwargs = {name: _whole(value) for name, value in kwargs.items()}
-        if size is not None:
-            _room(size(*args[own:], **kwargs))
-        return _paid(function(*args, **kwargs))
+        args = (*args[:start], *map(_whole, args[start:]))
+        kwargs = {name: _whole(value) for name, value in kwargs.items()}
+        room = 0 if size is None else size(*args[own:], **kwargs)
+        _room(room)
+        result = function(*args, **kwargs)
+        if iterates and not isinstance(result, str | list):
+            return iter(list(_metered(result)))
+        return _paid(result, room)
 
     return run
 
 
-def _reverse(value: Any) -> Any:
-    return value[::-1] if isinstance(value, str) else reversed(value if hasattr(value, "__len__") else list(value))
+@pass_environment
+def _unique(environment: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    return FILTERS["unique"](environment, _metered(value), *args, **kwargs)  # see _Dict on hashes
 
 
 def _tojson(
@@ -520,9 +554,10 @@ class _Metered(NodeTransformer):
         return _filter(_CONCAT, nodes.List(node.nodes, lineno=node.lineno))
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        parts = [node.expr, *[operand.expr for operand in node.ops]]
+        bounded = sum(_is_constant(part) for part in parts) >= len(parts) - 1  # by what the template spells out
         self.generic_visit(node)
-        # Comparing with a constant takes no longer than the constant is.
-        if sum(not isinstance(part, nodes.Const) for part in (node.expr, *(op.expr for op in node.ops))) > 1:
+        if not bounded:
             node.expr = _filter(_WHOLE, node.expr)
             for operand in node.ops:
                 operand.expr = _filter(_WHOLE, operand.expr)
@@ -546,6 +581,12 @@ class _Metered(NodeTransformer):
         if node.dyn_args is not None:
             node.dyn_args = _filter("list", node.dyn_args)
         return node
+
+
+def _is_constant(node: nodes.Expr) -> bool:
+    return isinstance(node, nodes.Const) or (
+        isinstance(node, nodes.List | nodes.Tuple) and all(isinstance(item, nodes.Const) for item in node.items)
+    )
 
 
 def _filter(name: str, node: nodes.Node, *args: nodes.Expr) -> nodes.Filter:
@@ -620,11 +661,12 @@ def _strftime_now(format: str) -> str:
 
 
 @pass_context  # or Jinja would call it on constants when it compiles
-def _printable(context: Context, value: Any) -> Any:
+def _printed(context: Context, value: Any) -> str:
     _budget.spend(_STEP)
-    if type(value) is not str:
-        _size(value)
-    return value
+    if isinstance(value, str):
+        return value
+    _size(value)
+    return _paid(str(value))
 
 
 def _length(value: Any) -> int:
@@ -646,9 +688,8 @@ def _operation_size(operator: str, left: Any, right: Any) -> int:
         if bits > _BITS_LIMIT:
             raise _OverBudget("it asked for an integer of thousands of digits")
     elif operator == "*":
-        return (
-            _length(left) * right if isinstance(right, int) else _length(right) * left if isinstance(left, int) else 0
-        )
+        many, times = (left, right) if isinstance(right, int) else (right, left)
+        return _length(many) * times if isinstance(times, int) else 0
     elif not isinstance(left, float) or not isinstance(right, float):
         _size(left), _size(right)  # keys of dicts can be subtracted
     return 0
@@ -659,13 +700,13 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
     # Attributes by the exact type of their object; none for types that are in neither table.
-    _methods: Mapping[type, frozenset[str]] = {
+    _methods: Mapping[type, set[str]] = {
         str: _STR_METHODS,
         Markup: _STR_METHODS - {"format", "format_map"},
-        dict: frozenset(["copy", "get", "items", "keys", "values"]),
-        list: frozenset(["copy", "count", "index"]),
-        tuple: frozenset(["count", "index"]),
-        _Dict: frozenset(["fromkeys"]),
+        dict: {"copy", "get", "items", "keys", "values"},
+        list: {"copy", "count", "index"},
+        tuple: {"count", "index"},
+        _Dict: {"fromkeys"},
     }
     _open_types = (Undefined, LoopContext, Macro, TemplateReference, BlockReference, _Namespace, Cycler, Joiner)
 
@@ -674,29 +715,39 @@ class _Environment(ImmutableSandboxedEnvironment):
             return attr in self._methods[type(obj)]
         return isinstance(obj, self._open_types) and super().is_safe_attribute(obj, attr, value)
 
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
+        if attribute.startswith("_"):  # Jinja would print "" for it
+            raise SecurityError(f"{attribute!r:.80} of a {type(obj).__name__} is not for templates")
+        return super().unsafe_undefined(obj, attribute)
+
     def getitem(self, obj: Any, argument: Any) -> Any:
         _budget.spend(_STEP)  # sort(attribute="a.a.a") comes here from a loop of Jinja's
         if type(argument) is not str:
             _size(argument)  # it will be hashed
-        return super().getitem(obj, argument)
+        item = super().getitem(obj, argument)
+        if type(obj) not in self._methods:
+            _size(item)  # join(attribute="x") prints what a namespace holds, which _size does not see in its input
+        return item
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         _room(_operation_size(operator, left, right))
         return _paid(self.binop_table[operator](left, right))
 
-    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         _budget.spend(_STEP)
+        for name in ("_loop_vars", "_block_vars"):  # Jinja's, for functions that ask for the context; none here do
+            kwargs.pop(name, None)
         if not isinstance(obj, Macro | LoopContext | BlockReference):  # these bind or loop, in metered code
             args = tuple(map(_whole, args))
             kwargs = {name: _whole(value) for name, value in kwargs.items()}
-            owner = getattr(obj, "__self__", None)
+            owner, room = getattr(obj, "__self__", None), 0
             if isinstance(owner, str):
                 size = _METHOD_SIZES.get(obj.__name__)
-                if size is not None:
-                    _room(size(owner, *args, **kwargs))
+                room = 0 if size is None else size(owner, *args, **kwargs)
+                _room(room)
             elif isinstance(owner, list | tuple):
                 _size(owner)  # index and count compare
-            return _paid(super().call(context, obj, *args, **kwargs))
+            return _paid(super().call(context, obj, *args, **kwargs), room)
         if _budget.depth >= _DEPTH_LIMIT:
             raise _OverBudget(f"it called macros more than {_DEPTH_LIMIT} deep")
         _budget.depth += 1
@@ -719,7 +770,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
         return run
 
-    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, pieces: Iterable[str]) -> str:
         return _paid(_joined(pieces))
 
 
@@ -739,19 +790,23 @@ def _environment() -> _Environment:
         lstrip_blocks=True,
         extensions=[_Generation, loopcontrols],
         optimized=False,  # it would run filters on constants, outside of the budget
-        finalize=_printable,
+        finalize=_printed,
     )
     environment.filters = {
         **{name: _bounded(FILTERS[name], _FILTER_SIZES.get(name)) for name in _FILTERS},
         **{name: _bounded(FILTERS[name], _FILTER_SIZES.get(name), lazy=True) for name in _LAZY_FILTERS},
-        "reverse": _bounded(_reverse, lazy=True),
+        **{name: _bounded(FILTERS[name], lazy=True, iterates=True) for name in _ITERATING_FILTERS},
+        "unique": _bounded(_unique, iterates=True),
         "tojson": _bounded(_tojson),
         _TICK: _tick,
         _PAID: _paid,
         _WHOLE: _whole,
         _CONCAT: _concat,
     }
-    environment.tests = {name: _bounded(test, _TEST_SIZES.get(name)) for name, test in TESTS.items()}
+    environment.tests = {
+        name: _bounded(test, _TEST_SIZES.get(name), lazy=name in _LAZY_TESTS)  # type: ignore[arg-type]
+        for name, test in TESTS.items()
+    }
     environment.globals = {
         "range": environment.globals["range"],  # at most 100,000 long
         "cycler": Cycler,
@@ -764,7 +819,7 @@ def _environment() -> _Environment:
     return environment
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _compiled(source: str) -> Template:
     advice = "Correct it where it stands: chat_template.jinja, tokenizer_config.json, or the metadata of a GGUF file."
     if len(source) > _SOURCE_LIMIT:
@@ -773,15 +828,33 @@ def _compiled(source: str) -> Template:
         )
     try:
         environment = _environment()
-        return environment.from_string(_Metered().visit(environment.parse(source)))
+        tree = environment.parse(source)
+        _check_nesting(tree)
+        return environment.from_string(_Metered().visit(tree))
     except TemplateSyntaxError as error:
+        message = (error.message or "").rstrip(".")
         raise ChatTemplateError(
-            f"The chat template is not valid at line {error.lineno}: {error.message} {advice}"
+            f"The chat template is not valid at line {error.lineno}: {message}. {advice}"
         ) from error
     except Exception as error:  # of Python's compiler: nested too deeply, a number too long
         raise ChatTemplateError(
             f"The chat template does not compile, {type(error).__name__}: {error!s:.500}. {advice}"
         ) from error
+
+
+def _check_nesting(tree: nodes.Node) -> None:
+    """Jinja's compiler takes quadratic time for nested loops, and stack for all that is nested."""
+    level: list[tuple[nodes.Node, int]] = [(tree, 0)]
+    for _ in range(_DEPTH_LIMIT):
+        level = [
+            (child, loops + isinstance(child, nodes.For)) for node, loops in level for child in node.iter_child_nodes()
+        ]
+        if not level:
+            return
+        for node, loops in level:
+            if loops > 20:  # as many as Python compiles
+                raise TemplateSyntaxError("more than 20 loops inside each other", node.lineno)
+    raise TemplateSyntaxError(f"expressions or tags nested more than {_DEPTH_LIMIT} deep", level[0][0].lineno)
 
 
 def _line(template: Template, error: BaseException) -> str:

@@ -18,7 +18,7 @@ from modelhub.generation.decode import Engine
 from modelhub.generation.sampling import Sampler
 from modelhub.generation.text import TextRow
 from modelhub.hub.preset import resolve
-from modelhub.processing.chat import ChatTemplate
+from modelhub.processing.chat_template import ChatTemplate
 from modelhub.processing.tokenizer import Tokenizer
 from modelhub.tasks.backbone import Backbone
 from modelhub.tasks.loading import open_preset

@@ -606,11 +606,12 @@ class Twice(Module):
         return x
 
 
-def test_compile_binds_the_module(backend):
+@pytest.mark.parametrize("hot", [True, False])
+def test_compile_binds_the_module(backend, hot):
     skeleton = Twice(nn.Linear.abstract(4, 4), [nn.Linear.abstract(4, 4, bias=True)], 2.0)
     values = {"inner.weight": random(4, 4), "layers.0.weight": random(4, 4, seed=1), "layers.0.bias": random(4)}
     x = random(3, 4)
-    fn = backend.compile(lambda module, x, y: {"sum": module(backend, x) + y}, skeleton)
+    fn = backend.compile(lambda module, x, y: {"sum": module(backend, x) + y}, skeleton, hot=hot)
     for shift in (0.0, 1.0):  # a new dict is a new model
         params = {name: backend.array(value + np.float32(shift)) for name, value in values.items()}
         w = {name: value.astype(np.float64) + shift for name, value in values.items()}

@@ -125,7 +125,9 @@ def test_rows_are_independent(backend):
     assert together.tolist() == alone
 
 
-@pytest.mark.parametrize("sampler", [Sampler(temperature=1.0), Sampler(temperature=0.8, top_k=40, top_p=0.95)], ids=name)
+@pytest.mark.parametrize(
+    "sampler", [Sampler(temperature=1.0), Sampler(temperature=0.8, top_k=40, top_p=0.95)], ids=name
+)
 def test_same_tokens_on_every_backend(backend, sampler):
     logits = np.stack([random_logits(5000, 3.0, seed) for seed in range(64)])
     uniforms = draw([np.random.default_rng([3, row]) for row in range(64)])

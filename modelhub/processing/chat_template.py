@@ -1,0 +1,111 @@
+"""Chat templates as Hugging Face presets carry them: Jinja2, from strangers, so rendered in a guarded process."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modelhub.errors import ChatTemplateError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class ChatTemplate:
+    """A template with its preset's special tokens ({"bos_token": "<s>", ...}), which it sees as variables."""
+
+    def __init__(self, source: str, *, special_tokens: Mapping[str, str]):
+        self.source = source
+        self.special_tokens = dict(special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        timeout: float = 5.0,
+        **variables: Any,
+    ) -> str:
+        """The conversation as the model was trained to read it; equal to transformers' apply_chat_template.
+
+        messages: [{"role": "user", "content": "..."}, ...]. add_generation_prompt: end with what opens an answer.
+        timeout: seconds. variables: further ones that the template knows (tools, documents, ...); plain data.
+
+        Raises ChatTemplateError for messages of another form, and for what the template refuses or does wrong.
+        """
+        _check(messages)
+        given = self.special_tokens | {"tools": None, "documents": None} | variables
+        given |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        try:
+            request = json.dumps({"template": self.source, "variables": given})
+        except (TypeError, ValueError) as error:
+            raise ChatTemplateError(
+                f"messages and variables must be plain data (text, numbers, lists): {error}"
+            ) from None
+        answer = _worker.ask(request, timeout)
+        if "error" in answer:
+            raise ChatTemplateError(f"the preset's chat template {answer['error']}")
+        return answer["text"]
+
+
+def _check(messages: Sequence[Mapping[str, Any]]) -> None:
+    if isinstance(messages, (str, Mapping)) or not messages:
+        raise ChatTemplateError('messages must be a list such as [{"role": "user", "content": "Hello"}], and not empty')
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ChatTemplateError(f'message {index} must be a dict with a "role" and "content", got {message!r:.200}')
+        if message["role"] not in ROLES:
+            raise ChatTemplateError(f"message {index} has the role {message['role']!r}; known: {', '.join(ROLES)}")
+        if not isinstance(message.get("content", ""), (str, list, type(None))):
+            raise ChatTemplateError(
+                f"message {index}: content must be text or a list of parts, got {message['content']!r:.200}"
+            )
+
+
+class _Worker:
+    """The rendering process: started when first needed, ended when it takes too long, started anew after that."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, request: str, timeout: float) -> dict[str, str]:
+        with self._lock:
+            process = self._running()
+            assert process.stdin and process.stdout
+            expired = threading.Event()
+            timer = threading.Timer(timeout, lambda: (expired.set(), process.kill()))
+            timer.start()
+            try:
+                process.stdin.write(request + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+            except OSError:  # it died while we were writing
+                line = ""
+            finally:
+                timer.cancel()
+            if not line:
+                process.kill()
+                process.wait()
+                reason = f"took longer than {timeout:g} s" if expired.is_set() else "ended the process that rendered it"
+                return {"error": f"{reason}; it is faulty or hostile"}
+            return json.loads(line)
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            # -P: what lies in the folder of the worker, or in the working directory, must not shadow a library.
+            command = [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py"))]
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="utf-8",
+            )
+        return self._process
+
+
+_worker = _Worker()
