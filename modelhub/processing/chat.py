@@ -43,8 +43,8 @@ from modelhub.errors import ChatTemplateError
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _SIZE_LIMIT = 10_000_000  # characters of the output, and of any value on the way
-_MEMORY_LIMIT = 256_000_000  # bytes of all values made in one render; no credit for those already dropped
-_STEP = 64  # what a step costs where it makes nothing: four million steps in all
+_MEMORY_LIMIT = 128_000_000  # bytes of all values made in one render; no credit for those already dropped
+_STEP = 64  # what a step costs where it makes nothing: two million steps in all
 _DEPTH_LIMIT = 100  # of macro calls, of nested values, and of the parsed template, where the deepest known has 22
 _BITS_LIMIT = 16_384  # of an integer; str() stops at 4300 digits
 _SOURCE_LIMIT = 64_000  # characters of a template; the longest known have some 20,000
@@ -285,8 +285,8 @@ def _size(value: Any) -> int:
     raise _OverBudget(f"it nested values more than {_DEPTH_LIMIT} deep")
 
 
-_SEQUENCES: tuple[type, ...] = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
-_ITERATOR: type = type(iter([]))  # the only iterators that templates see
+_SEQUENCES: tuple[Any, ...] = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+_ITERATOR: Any = type(iter([]))  # the only iterators that templates see
 
 
 def _whole(value: Any) -> Any:

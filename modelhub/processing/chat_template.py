@@ -76,7 +76,12 @@ class _Worker:
             process = self._running()
             assert process.stdin and process.stdout
             expired = threading.Event()
-            timer = threading.Timer(timeout, lambda: (expired.set(), process.kill()))
+
+            def stop() -> None:
+                expired.set()
+                process.kill()
+
+            timer = threading.Timer(timeout, stop)
             timer.start()
             try:
                 process.stdin.write(request + "\n")

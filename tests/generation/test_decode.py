@@ -20,7 +20,7 @@ CONFIG = Config.from_hf(
     {
         "model_type": "gemma3_text", "vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "head_dim": 8,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8,
-        "sliding_window_pattern": 2, "max_position_embeddings": 512,
+        "sliding_window_pattern": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
     }
 )  # fmt: skip
 SKELETON = Model.abstract(CONFIG)
