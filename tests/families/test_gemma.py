@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import transformers
 
+from modelhub.core.backends import get_backend
 from modelhub.core.tree import bind, flatten
 from modelhub.errors import ConfigError
 from modelhub.families import FAMILIES, family_of, gemma
@@ -126,6 +127,18 @@ def test_packed_examples_do_not_see_each_other(parity, backend, packed):
     found = backend.compile(run, ours.skeleton, hot=False)(ours.params, *map(backend.array, (row, positions, segments)))
     wanted = np.concatenate([parity.reference_logits(theirs, [ROWS[i]])[0] for i in (1, 2)])
     parity.assert_close(backend.get(found)[0], wanted)
+
+
+def test_positions_that_restart_hide_nothing_without_segments(parity):
+    xp = get_backend("numpy", "cpu")
+    ours = parity.load(build(parity.reference, "gemma"), xp)
+    model = bind(ours.skeleton, ours.params)
+    positions = np.concatenate([np.arange(9), np.arange(4)])[None].astype(np.int32)
+    ids = IDS[:1, :13].copy()
+    before = model.model(xp, ids, positions=positions)
+    ids[0, 5] += 1
+    changed = np.abs(model.model(xp, ids, positions=positions) - before).max(-1)[0]
+    assert (changed[:5] == 0).all() and (changed[5:] > 0).all()
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3"])
