@@ -23,7 +23,7 @@ from datetime import datetime
 from functools import cache, lru_cache, wraps
 from sys import getsizeof
 from time import monotonic
-from types import BuiltinMethodType
+from types import BuiltinMethodType, MethodType
 from typing import Any
 
 import numpy as np
@@ -110,9 +110,15 @@ class ChatTemplate:
                 f"The chat template was stopped{_line(template, error)}: {error}. Shorten the chat; if it is a short "
                 "one, the template is faulty or hostile: do not use it."
             ) from error
-        except Exception as error:
+        except SecurityError as error:
             raise ChatTemplateError(
-                f"The chat template fails{_line(template, error)} with {type(error).__name__}: {error!s:.500}. "
+                f"The chat template was stopped{_line(template, error)}: {str(error).rstrip('.')}. A template has no "
+                "need of it: do not use this one."
+            ) from error
+        except Exception as error:
+            message = f"{error!s:.500}".rstrip(".")
+            raise ChatTemplateError(
+                f"The chat template fails{_line(template, error)} with {type(error).__name__}: {message}. "
                 "Check that the messages have all that it reads (tools and other variables are keyword arguments)."
             ) from error
         finally:
@@ -275,6 +281,8 @@ def _size(value: Any) -> int:
                 inner = item
             elif isinstance(item, dict):
                 inner = (*item, *item.values())
+            elif isinstance(item, MethodType):
+                inner = (item.__self__,)  # which repr shows
             elif isinstance(item, range):
                 size += len(item) * (16 + max(abs(item.start), abs(item.stop)).bit_length() // 3)
             _room(size + 16 * (len(below) + len(inner)))  # type: ignore[arg-type]
@@ -285,7 +293,7 @@ def _size(value: Any) -> int:
     raise _OverBudget(f"it nested values more than {_DEPTH_LIMIT} deep")
 
 
-_SEQUENCES: tuple[Any, ...] = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+_SEQUENCES: tuple[Any, ...] = (list, tuple, set, type({}.keys()), type({}.values()), type({}.items()))
 _ITERATOR: Any = type(iter([]))  # the only iterators that templates see
 
 
@@ -357,8 +365,9 @@ def _percent(text: Any, values: Any) -> int:
     if re.search(r"%\([^)]*\(", text):
         raise _OverBudget("it formats by a name with a parenthesis in it")
     size = len(text) + text.count("%") * _size(values)
-    for fields in re.findall(r"%(?:\([^()]*\))?[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?", text):
-        for number in fields:
+    _room(size)
+    for fields in re.finditer(r"%(?:\([^()]*\))?[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?", text):
+        for number in fields.groups():
             if number == "*":  # the number is one of the values
                 numbers = [value for value in values if isinstance(value, int)] if isinstance(values, tuple) else []
                 size += max(map(abs, numbers), default=0)
@@ -379,8 +388,8 @@ class _Formatter(SandboxedFormatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         _size(value)
-        for number in re.findall(r"\d+", format_spec):
-            _room(int(number))
+        for number in re.finditer(r"\d+", format_spec):
+            _room(int(number[0]))
         text = _paid(super().format_field(value, format_spec))
         self.size += len(text)
         _room(self.size)
@@ -389,39 +398,16 @@ class _Formatter(SandboxedFormatter):
 
 # Filters and tests
 
-_FILTERS = [
-    "abs",
-    "capitalize",
-    "center",
-    "dictsort",
-    "e",
-    "escape",
-    "float",
-    "format",
-    "indent",
-    "int",
-    "join",
-    "lower",
-]
-_FILTERS += ["max", "min", "replace", "round", "safe", "sort", "string", "sum", "title", "trim", "truncate", "upper"]
+_FILTERS = ["abs", "capitalize", "center", "dictsort", "e", "escape", "float", "format", "indent", "int", "join"]
+_FILTERS += ["lower", "max", "min", "replace", "round", "safe", "sort", "string", "sum", "title", "trim", "truncate"]
+_FILTERS += ["upper"]
 # These take items one by one, so a long list that is only passed on is not counted.
 _LAZY_FILTERS = ["count", "d", "default", "first", "last", "length", "list"]
 # Their iterators run to the end at once: a chain of 100,000 would overflow the stack when it is freed.
 _ITERATING_FILTERS = ["items", "map", "reject", "rejectattr", "reverse", "select", "selectattr"]
 # Tests that look no further than at the type, or the length.
-_LAZY_TESTS = [
-    "boolean",
-    "callable",
-    "defined",
-    "divisibleby",
-    "escaped",
-    "even",
-    "false",
-    "float",
-    "integer",
-    "iterable",
-]
-_LAZY_TESTS += ["mapping", "none", "number", "odd", "sameas", "sequence", "string", "true", "undefined"]
+_LAZY_TESTS = ["boolean", "callable", "defined", "divisibleby", "escaped", "even", "false", "float", "integer"]
+_LAZY_TESTS += ["iterable", "mapping", "none", "number", "odd", "sameas", "sequence", "string", "true", "undefined"]
 
 
 def _no_str(value: Any, *_: Any) -> int:
@@ -506,12 +492,12 @@ def _tojson(
     return "".join(chunks)
 
 
-# Private filters, which `_Metered` puts into templates; a template cannot spell their names.
+# Private filters, which `_Metered` puts into templates. A template can call them, through map(" tick"): to no avail.
 _TICK, _PAID, _WHOLE, _CONCAT = " tick", " paid", " whole", " concat"
 
 
 def _tick(value: Any, cost: int) -> Any:
-    _budget.spend(cost)
+    _budget.spend(abs(cost))
     return value
 
 
@@ -615,7 +601,7 @@ class _Namespace(Namespace):
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # so that `namespace(self=...)` works
         self, *given = args
-        names = dict(*given, **kwargs)
+        names = _Dict()(*given, **kwargs)
         for name in names:
             _Namespace._check(name)
         Namespace.__init__(self, names)

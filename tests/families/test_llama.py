@@ -76,6 +76,40 @@ def test_cached_logits_of_a_batch(parity, ours, theirs):
         parity.assert_close(logits, parity.reference_logits(theirs, [row])[0, -STEPS - 1 :])
 
 
+@pytest.mark.parametrize("name", ["llama3.1", "mistral"])
+def test_bfloat16(parity, backend, name):
+    """As near to the float32 logits as transformers' own bfloat16, on average."""
+    exact = build(parity.reference, name)
+    half = copy.deepcopy(exact).bfloat16()
+    wanted, theirs = (parity.reference_logits(model, IDS) for model in (copy.deepcopy(half).float(), half))
+    ours = parity.load(exact, backend, "bfloat16")
+    noise = np.abs(theirs - wanted).mean()
+    assert noise > 0
+    assert np.abs(ours.engine.logits(ours.params, IDS) - wanted).mean() <= 1.5 * noise
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama3.1", {"rope_parameters": PLAIN}),
+        ("smollm2", {"rope_parameters": PLAIN}),
+        ("mistral", {"sliding_window": 64}),
+        ("biased", {"hidden_act": "gelu"}),
+    ],
+)
+def test_the_feature_changes_the_logits(parity, name, changes):
+    """Or the comparisons prove nothing."""
+    model = build(parity.reference, name)
+    (config_class, model_class), values = CASES[name]
+    other = model_class._from_config(config_class(**copy.deepcopy(values) | changes), attn_implementation="eager")
+    other.load_state_dict(model.state_dict())
+    with_it, without = (parity.reference_logits(m, IDS) for m in (model, other.eval()))
+    assert np.abs(with_it - without).max() > 0.05 * np.abs(with_it).max()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_config_round_trip(name):
     theirs = hf_config(name)
@@ -117,11 +151,25 @@ def test_the_spelling_of_transformers_4():
         ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads 3"),
         ({"rope_interleaved": True}, "rope_interleaved=True"),
         ({"model_type": "llama4"}, "'llama4' is not a Llama"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"num_key_value_heads": 0, "vocab_size": -1}, "vocab_size=-1, num_key_value_heads=0"),
+        ({"hidden_size": "32"}, "hidden_size='32'"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5"),
+        ({"head_dim": 7}, "head_dim=7 is odd"),
+        ({"hidden_size": 36}, "head_dim=9 is odd"),
     ],
 )
 def test_bad_configs_raise(changes, says):
     with pytest.raises(ConfigError, match=says):
         Config.from_hf({"model_type": "llama"} | SMALL | changes)
+
+
+def test_keys_of_published_configs_that_mean_nothing_here():
+    data = {"model_type": "llama", "is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1} | SMALL
+    data |= {"transformers.js_config": {"dtype": "q4"}, "rope_parameters": {"rope_theta": None, "rope_type": "default"}}
+    config = Config.from_hf(data | {"rope_theta": 130000})
+    assert config.rope == Rope(130000.0)
+    assert config.to_hf()["transformers.js_config"] == {"dtype": "q4"}
 
 
 def permuted(weight, heads):
@@ -147,9 +195,18 @@ def test_gguf_names_and_permuted_rows(parity):
         np.testing.assert_array_equal(via.to_theirs(weight.copy()), stored)
 
 
+def llama_cpp_divisors(theta, width, factor, low, high, original):
+    """rope_freqs.weight by the formula of llama.cpp's converter."""
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, width, 2) / width)
+    smooth = (original / wavelengths - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    stretched = np.where(wavelengths > original / low, factor, between)
+    return np.where(wavelengths < original / high, 1.0, stretched).astype(np.float32)
+
+
 def test_gguf_metadata_and_llama3_rope_factors():
     rope = Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 8192)
-    divisors = Rope(500000.0).frequencies(64) / rope.frequencies(64)
+    divisors = llama_cpp_divisors(500000.0, 64, 8.0, 1.0, 4.0, 8192)
     file = SimpleNamespace(
         metadata={
             "general.architecture": "llama", "llama.embedding_length": 256, "llama.feed_forward_length": 512,

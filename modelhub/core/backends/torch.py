@@ -44,9 +44,8 @@ class TorchBackend(Backend):
         return isinstance(x, torch.Tensor)
 
     def put(self, array: np.ndarray) -> Array:
-        array = np.require(
-            array, requirements=["C", "W"]
-        )  # a copy, if torch could not take it or might not write to it
+        # A copy only if torch could not take the array or may not write to it.
+        array = np.require(array, requirements=["C", "W"])
         if array.dtype.name == "bfloat16":  # torch cannot take ml_dtypes' arrays; the bits are the same
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(self._device)
         return torch.from_numpy(array).to(self._device)
