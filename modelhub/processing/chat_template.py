@@ -37,7 +37,10 @@ class ChatTemplate:
         """
         _check(messages)
         given = self.special_tokens | {"tools": None, "documents": None} | variables
-        given |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        given |= {
+            "messages": [_with_reasoning(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
             request = json.dumps({"template": self.source, "variables": given})
         except (TypeError, ValueError) as error:
@@ -48,6 +51,12 @@ class ChatTemplate:
         if "error" in answer:
             raise ChatTemplateError(f"the preset's chat template {answer['error']}")
         return answer["text"]
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Templates read an answer's reasoning as reasoning_content or as thinking; callers may call it reasoning too."""
+    found = [message[key] for key in ("reasoning_content", "thinking", "reasoning") if message.get(key) is not None]
+    return {"thinking": found[0], **message, "reasoning_content": found[0]} if found else dict(message)
 
 
 def _check(messages: Sequence[Mapping[str, Any]]) -> None:
