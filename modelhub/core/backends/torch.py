@@ -203,16 +203,20 @@ class TorchBackend(Backend):
         # Few rows on CPU: F.linear reads the weights on one thread, at a quarter of the memory's speed
         # (docs/decisions.md has the figures).
         outputs, width = weight.shape
-        columns = x.reshape(rows, width).t()
-        if rows > 1:
-            y = torch.mm(weight, columns).t()
-        else:
+        x2 = x.reshape(rows, width)
+        if rows == 1:
             block = 1024 if outputs > 16384 else 64
             if outputs % block:
-                y = torch.mm(weight, columns.expand(width, 2))[:, :1].t()
+                y = torch.mm(weight, x2.t().expand(width, 2))[:, :1].t()
             else:
                 blocks = outputs // block
-                y = torch.bmm(weight.reshape(blocks, block, width), columns.expand(blocks, width, 1))
+                y = torch.bmm(weight.reshape(blocks, block, width), x2.t().expand(blocks, width, 1))
+        elif outputs % 64 or outputs > 16384:
+            y = torch.mm(weight, x2.t()).t()
+        else:
+            blocks = outputs // 64
+            y = torch.bmm(x2.expand(blocks, rows, width), weight.reshape(blocks, 64, width).transpose(1, 2))
+            y = y.transpose(0, 1)
         y = y.reshape(*x.shape[:-1], outputs)
         return y if bias is None else y + bias
 
