@@ -35,3 +35,11 @@ def gemma3_gguf() -> Path:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"the real Gemma 3 270M is not here and cannot be downloaded: {error}")
+
+
+@pytest.fixture(scope="session")
+def tiny_preset(tmp_path_factory) -> Path:
+    """A complete tiny Gemma 3 preset in a folder."""
+    from tiny_preset import write_preset
+
+    return write_preset(tmp_path_factory.mktemp("presets") / "tiny_gemma3")

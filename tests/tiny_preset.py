@@ -4,7 +4,6 @@ import io
 import json
 from pathlib import Path
 
-import pytest
 import sentencepiece
 from safetensors.numpy import save_file
 
@@ -46,8 +45,3 @@ def write_preset(folder: Path, config: dict = CONFIG, scale: float = 0.3) -> Pat
         json.dumps(tokens | {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True})
     )
     return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_preset(tmp_path_factory) -> Path:
-    return write_preset(tmp_path_factory.mktemp("presets") / "tiny_gemma3")
