@@ -158,7 +158,7 @@ def test_set_backend_decides_for_models_loaded_later(tiny_preset):
         ({"prompt": "the bridge and the river " * 60}, "context holds 128"),
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
         ({"prompt": "a", "temperature": -1.0}, "temperature"),
-        ({"prompt": "a", "top_p": 1.5}, "top_p must lie between 0 and 1"),
+        ({"prompt": "a", "top_p": 1.5}, "top_p must be between 0 and 1"),
         ({"prompt": "a", "top_k": -2}, "top_k"),
         ({"prompt": "a", "stop": ""}, "stop string is empty"),
         ({"prompt": ["a", "b"], "stream": True}, "stream=True takes one prompt"),
