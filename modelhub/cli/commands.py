@@ -200,7 +200,7 @@ def demo(
     backend_hint = f" --backend {others[0]}" if others else ""
     err.print("Next, your own words, or another backend with the same text:")
     err.print(
-        f'  modelhub generate {DEMO_PRESET} "Once upon a time" --temperature 0.8{backend_hint}',
+        f'  {sys.argv[0]} generate {DEMO_PRESET} "Once upon a time" --temperature 0.8{backend_hint}',
         style="bold",
         soft_wrap=True,
     )
