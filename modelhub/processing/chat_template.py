@@ -82,30 +82,41 @@ class _Worker:
 
     def ask(self, request: str, timeout: float) -> dict[str, str]:
         with self._lock:
-            process = self._running()
-            assert process.stdin and process.stdout
-            expired = threading.Event()
-
-            def stop() -> None:
-                expired.set()
-                process.kill()
-
-            timer = threading.Timer(timeout, stop)
-            timer.start()
-            try:
-                process.stdin.write(request + "\n")
-                process.stdin.flush()
-                line = process.stdout.readline()
-            except OSError:  # it died while we were writing
-                line = ""
-            finally:
-                timer.cancel()
+            used = self._process is not None
+            line, expired = self._exchange(request, timeout)
+            if not line and used and not expired:
+                # An earlier template's remains may have ended the process after its answer: not this one's doing.
+                line, expired = self._exchange(request, timeout)
             if not line:
-                process.kill()
-                process.wait()
-                reason = f"took longer than {timeout:g} s" if expired.is_set() else "ended the process that rendered it"
+                reason = f"took longer than {timeout:g} s" if expired else "ended the process that rendered it"
                 return {"error": f"{reason}; it is faulty or hostile"}
             return json.loads(line)
+
+    def _exchange(self, request: str, timeout: float) -> tuple[str, bool]:
+        """The answer, "" if there is none; and whether the time was over."""
+        process = self._running()
+        assert process.stdin and process.stdout
+        expired = threading.Event()
+
+        def stop() -> None:
+            expired.set()
+            process.kill()
+
+        timer = threading.Timer(timeout, stop)
+        timer.start()
+        try:
+            process.stdin.write(request + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except OSError:  # it died while we were writing
+            line = ""
+        finally:
+            timer.cancel()
+        if not line.endswith("\n") or expired.is_set():
+            process.kill()
+            process.wait()
+            self._process = None
+        return (line if line.endswith("\n") else ""), expired.is_set()
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
