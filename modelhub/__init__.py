@@ -15,9 +15,21 @@ _PUBLIC = {
     "list_presets": "modelhub.hub.registry",
     "set_backend": "modelhub.core.backends",
 }
-__all__ = ["Backbone", "CausalLM", "Tokenizer", "__version__", "list_presets", "set_backend"]
+_MODULES = {"optim": "modelhub.core.optim", "training": "modelhub.training"}
+__all__ = [
+    "Backbone",
+    "CausalLM",
+    "Tokenizer",
+    "__version__",
+    "list_presets",
+    "optim",
+    "set_backend",
+    "training",
+]
 
 if TYPE_CHECKING:
+    from modelhub import training
+    from modelhub.core import optim
     from modelhub.core.backends import set_backend
     from modelhub.hub.registry import list_presets
     from modelhub.tasks.backbone import Backbone
@@ -26,6 +38,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name not in _PUBLIC:
         raise AttributeError(f"module 'modelhub' has no attribute {name!r}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -48,5 +48,21 @@ class InputError(ModelhubError, ValueError):
     """An argument that cannot be used: an empty prompt, ids out of range, a sampling value that makes no sense."""
 
 
+class DataError(ModelhubError, ValueError):
+    """Data to train on that cannot be read, is of no known form, or leaves nothing to learn from."""
+
+
 class DownloadError(ModelhubError, OSError):
     """A transfer that failed, or that arrived with the wrong bytes."""
+
+
+class ResumeError(ModelhubError, ValueError):
+    """Checkpoints of a run that cannot be gone on with: it had other settings, or another process is writing them."""
+
+
+class NoGradients(ModelhubError, NotImplementedError):
+    """Training was asked of a backend that only does inference."""
+
+
+class TrainingError(ModelhubError, ArithmeticError):
+    """Training that went wrong on its way: a loss that is no number."""

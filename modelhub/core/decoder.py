@@ -1,6 +1,8 @@
 """What causal decoders share: masks, the cache of keys and values, attention, the gated MLP."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -163,3 +165,38 @@ class GatedMLP(Module):
 
     def __call__(self, xp: Backend, x: Array) -> Array:
         return self.down_proj(xp, ACTIVATIONS[self.activation](xp, self.gate_proj(xp, x)) * self.up_proj(xp, x))
+
+
+def run_layers(xp: Backend, layers: Sequence, x: Array, context: Context) -> Array:
+    """x (B, T, D) through all blocks, each called as layer(xp, x, context, index)."""
+    for index, layer in enumerate(layers):
+        x = xp.block(layer, xp, x, context, index)
+    return x
+
+
+@dataclass
+class CausalModel(Module):
+    """A decoder and its head. Families say in `abstract` what is inside; model has embed_tokens, layers and config."""
+
+    model: Any
+    lm_head: Linear | None  # None: the embedding table is the head
+
+    @property
+    def head_weight(self) -> Array:
+        """(V, D)."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def softcap(self) -> float | None:
+        """c where logits y become c * tanh(y / c) (Gemma 2)."""
+        return getattr(self.model.config, "final_logit_softcapping", None)
+
+    def logits(self, xp: Backend, hidden: Array) -> Array:
+        """float32 logits (..., V) of hidden states (..., D)."""
+        y = self.model.embed_tokens.unembed(xp, hidden) if self.lm_head is None else self.lm_head(xp, hidden)
+        y = xp.cast(y, "float32")
+        return xp.tanh(y / self.softcap) * self.softcap if self.softcap else y
+
+    def new_cache(self, batch: int, slots: int) -> KVCache:
+        cfg = self.model.config
+        return KVCache.abstract(cfg.num_hidden_layers, batch, cfg.num_key_value_heads, slots, cfg.head_dim)

@@ -1,5 +1,6 @@
 """Layers that all families share. Every layer is called as layer(xp, x) and holds Specs until it is bound."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,18 +11,77 @@ from modelhub.core.tree import Module, Spec
 
 
 @dataclass
+class LoRA(Module):
+    """A low-rank update of a Linear: scale * B A, rank r (Hu et al. 2021, arXiv:2106.09685).
+
+    lora_A (r, in), lora_B (out, r). lora_magnitude_vector (out,): DoRA, the lengths of the updated weight's rows,
+    learned apart from their directions (Liu et al. 2024, arXiv:2402.09353). dropout: rate, on the input of A while
+    training; salt: which of the model's streams of random numbers is this layer's. Names as in PEFT.
+    """
+
+    lora_A: Any
+    lora_B: Any
+    lora_magnitude_vector: Any
+    scale: float
+    dropout: float
+    salt: int
+
+    @classmethod
+    def abstract(
+        cls, inputs: int, outputs: int, rank: int, *, scale: float, dropout: float, use_dora: bool, salt: int
+    ) -> "LoRA":
+        a = Spec((rank, inputs), "uniform", 1 / math.sqrt(inputs))
+        magnitude = Spec((outputs,), "ones") if use_dora else None
+        return cls(a, Spec((outputs, rank), "zeros"), magnitude, scale, dropout, salt)
+
+    def __call__(self, xp: Backend, x: Array, y: Array, weight: Array, bias: Array | None) -> Array:
+        """y: what the Linear alone makes of x."""
+        dtype = xp.dtype(y)
+        dropped = xp.dropout(x, self.dropout, self.salt)
+        update = xp.linear(dropped, xp.cast(self.lora_A, dtype))
+        update = xp.linear(update * self.scale, xp.cast(self.lora_B, dtype))
+        if self.lora_magnitude_vector is None:
+            return y + update
+        # The length counts as a constant in the gradient (section 4.3 of the paper).
+        length = xp.stop_gradient(_row_lengths(xp, self.merged(xp, weight)))
+        ratio = xp.cast(xp.cast(self.lora_magnitude_vector, "float32") / length, dtype)
+        if dropped is not x:
+            return y + (ratio - 1.0) * xp.linear(dropped, weight) + ratio * update
+        return (y if bias is None else y - bias) * ratio + ratio * update + (0.0 if bias is None else bias)
+
+    def merged(self, xp: Backend, weight: Array) -> Array:
+        """weight + scale * B A, (out, in) float32, without the magnitude."""
+        update = xp.matmul(xp.cast(self.lora_B, "float32"), xp.cast(self.lora_A, "float32"))
+        return xp.cast(weight, "float32") + update * self.scale
+
+    def folded(self, xp: Backend, weight: Array) -> Array:
+        """The one weight (out, in), in the dtype of `weight`, that does what both do."""
+        merged = self.merged(xp, weight)
+        if self.lora_magnitude_vector is not None:
+            ratio = xp.cast(self.lora_magnitude_vector, "float32") / _row_lengths(xp, merged)
+            merged = merged * xp.expand_dims(ratio, 1)
+        return xp.cast(merged, xp.dtype(weight))
+
+
+def _row_lengths(xp: Backend, weight: Array) -> Array:
+    return xp.sqrt(xp.sum(weight * weight, axis=1))
+
+
+@dataclass
 class Linear(Module):
-    """y = x Wᵀ + b, weight (out, in) as in Hugging Face checkpoints."""
+    """y = x Wᵀ + b, weight (out, in) as in Hugging Face checkpoints; and what a LoRA adds to it, if there is one."""
 
     weight: Any
     bias: Any = None
+    lora: LoRA | None = None
 
     @classmethod
     def abstract(cls, inputs: int, outputs: int, bias: bool = False, scale: float = 0.02) -> "Linear":
         return cls(Spec((outputs, inputs), scale=scale), Spec((outputs,), "zeros") if bias else None)
 
     def __call__(self, xp: Backend, x: Array) -> Array:
-        return xp.linear(x, self.weight, self.bias)
+        y = xp.linear(x, self.weight, self.bias)
+        return y if self.lora is None else self.lora(xp, x, y, self.weight, self.bias)
 
 
 @dataclass

@@ -35,7 +35,7 @@ ModuleT = TypeVar("ModuleT", bound=Module)
 class Spec:
     """Stands where an array will be: its shape and how it starts when no weights are loaded.
 
-    init: "normal" (mean 0, standard deviation `scale`), "zeros" or "ones".
+    init: "normal" (mean 0, standard deviation `scale`), "uniform" (from -scale to scale), "zeros" or "ones".
     """
 
     shape: tuple[int, ...]
@@ -123,6 +123,9 @@ def initial_value(name: str, spec: Spec, seed: int) -> np.ndarray:
     if spec.init == "ones":
         return np.ones(spec.shape, np.float32)
     generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    values = generator.standard_normal(spec.shape, dtype=np.float32)
+    if spec.init == "uniform":
+        values = generator.random(spec.shape, dtype=np.float32) * 2 - 1
+    else:
+        values = generator.standard_normal(spec.shape, dtype=np.float32)
     values *= np.float32(spec.scale)
     return values

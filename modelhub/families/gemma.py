@@ -312,9 +312,7 @@ class Decoder(Module):
         context = decoder.decoder_context(
             xp, ids.shape[1], dtype, cfg.rope_frequencies(), cfg.windows(), start, cache, positions, segments
         )
-        for index, layer in enumerate(self.layers):
-            x = layer(xp, x, context, index)
-        return self.norm(xp, x)
+        return self.norm(xp, decoder.run_layers(xp, self.layers, x, context))
 
 
 def _rounded(value: float, dtype: str) -> float:
@@ -323,10 +321,7 @@ def _rounded(value: float, dtype: str) -> float:
 
 
 @dataclass
-class Model(Module):
-    model: Decoder
-    lm_head: nn.Linear | None  # None: the embedding table is the head
-
+class Model(decoder.CausalModel):
     @classmethod
     def abstract(cls, cfg: Config) -> "Model":
         return cls(
@@ -338,14 +333,3 @@ class Model(Module):
             ),
             None if cfg.tie_word_embeddings else nn.Linear.abstract(cfg.hidden_size, cfg.vocab_size),
         )
-
-    def logits(self, xp: Backend, hidden: Array) -> Array:
-        """float32 logits (..., V) of hidden states (..., D)."""
-        y = self.model.embed_tokens.unembed(xp, hidden) if self.lm_head is None else self.lm_head(xp, hidden)
-        y = xp.cast(y, "float32")
-        cap = self.model.config.final_logit_softcapping
-        return xp.tanh(y / cap) * cap if cap else y
-
-    def new_cache(self, batch: int, slots: int) -> decoder.KVCache:
-        cfg = self.model.config
-        return decoder.KVCache.abstract(cfg.num_hidden_layers, batch, cfg.num_key_value_heads, slots, cfg.head_dim)

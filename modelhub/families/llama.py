@@ -209,16 +209,11 @@ class Decoder(Module):
         context = decoder.decoder_context(
             xp, ids.shape[1], xp.dtype(x), frequencies, windows, start, cache, positions, segments
         )
-        for index, layer in enumerate(self.layers):
-            x = layer(xp, x, context, index)
-        return self.norm(xp, x)
+        return self.norm(xp, decoder.run_layers(xp, self.layers, x, context))
 
 
 @dataclass
-class Model(Module):
-    model: Decoder
-    lm_head: nn.Linear | None  # None: the embedding table is the head
-
+class Model(decoder.CausalModel):
     @classmethod
     def abstract(cls, cfg: Config) -> "Model":
         return cls(
@@ -230,12 +225,3 @@ class Model(Module):
             ),
             None if cfg.tie_word_embeddings else nn.Linear.abstract(cfg.hidden_size, cfg.vocab_size),
         )
-
-    def logits(self, xp: Backend, hidden: Array) -> Array:
-        """float32 logits (..., V) of hidden states (..., D)."""
-        y = self.model.embed_tokens.unembed(xp, hidden) if self.lm_head is None else self.lm_head(xp, hidden)
-        return xp.cast(y, "float32")
-
-    def new_cache(self, batch: int, slots: int) -> decoder.KVCache:
-        cfg = self.model.config
-        return decoder.KVCache.abstract(cfg.num_hidden_layers, batch, cfg.num_key_value_heads, slots, cfg.head_dim)

@@ -16,15 +16,14 @@ from typing import Any
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers.models import WordLevel
 
 from modelhub.errors import TokenizerError
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # piece types; GGUF's token types are the same numbers
-BPE = 2  # trainer_spec.model_type
+UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
 
 # A protobuf field that comes again overrides the first one: appended to a model, this turns its dummy prefix off.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -53,30 +52,111 @@ class SentencePieceEngine:
     def __init__(self, sp: SentencePieceProcessor, added: Mapping[int, AddedToken], prefix_space: bool = False) -> None:
         self.sp = sp
         self.prefix_space = prefix_space
-        self.added = {i: token.content for i, token in added.items() if token.content}
+        self.added_tokens = {i: token for i, token in added.items() if token.content}
+        self.added = {i: token.content for i, token in self.added_tokens.items()}
         self.added_ids = {content: i for i, content in self.added.items()}
         self.size = max([len(sp), *(i + 1 for i in self.added)])
         # The library of transformers itself finds the added tokens, so that lstrip, rstrip, single_word and overlaps
         # come out the same: a vocabulary of one word, which stands for every stretch of text between added tokens.
-        self._splitter = HFTokenizer(WordLevel({"<text>": 0}, unk_token="<text>"))
+        self._splitter = HFTokenizer(models.WordLevel({"<text>": 0}, unk_token="<text>"))
         self._splitter.add_tokens(list(added.values()))
         self._real_ids = {self._splitter.token_to_id(content): i for content, i in self.added_ids.items()}
 
     def encode(self, text: str) -> list[int]:
-        split = self._splitter.encode(text, add_special_tokens=False)
         ids: list[int] = []
-        for index, (start, end) in zip(split.ids, split.offsets, strict=True):
-            if index:
-                ids.append(self._real_ids[index])
-                continue
-            piece = text[start:end]
-            if self.prefix_space and start == 0 and not piece.startswith((" ", SPACE)):
-                piece = " " + piece
-            ids += self.sp.encode(piece)
+        for added_id, start, end in self._split(text):
+            if added_id is not None:
+                ids.append(added_id)
+            else:
+                ids += self.sp.encode(self._needed_space(text, start) + text[start:end])
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
+
+    def encode_offsets_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        return [self._encode_offsets(text) for text in texts]
+
+    def _encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for added_id, start, end in self._split(text):
+            if added_id is not None:
+                ids.append(added_id)
+                offsets.append((start, end))
+                continue
+            space = self._needed_space(text, start)
+            found: Any = self.sp.encode(space + text[start:end], out_type="offset_mapping")
+            ids += found["ids"]
+            shift = len(space)  # the first character of the text takes the space as well, as in transformers
+            ranges = [(max(low - shift, 0), max(high - shift, shift)) for low, high in found["offsets"]]
+            # SentencePiece gives a character that took several pieces to the last of them
+            for i in reversed(range(len(ranges) - 1)):
+                if ranges[i][0] == ranges[i][1]:
+                    ranges[i] = ranges[i + 1]
+            offsets += [(start + low, start + high) for low, high in ranges]
+        return ids, offsets
+
+    def to_tokenizers(self, strips_space: bool) -> HFTokenizer:
+        """The same tokenizer for the `tokenizers` library; strips_space: decoding drops the first space."""
+        spec, sp = read_spec(self.sp.serialized_model_proto()), self.sp
+        if spec.model_type not in (UNIGRAM, BPE) or not spec.usual_spaces:
+            raise TokenizerError(
+                f"This SentencePiece model (type {spec.model_type}) cannot be written as tokenizer.json, only BPE (2) "
+                "and unigram (1) models with spaces in front of the words. Copy its tokenizer.model instead."
+            )
+        pieces = [sp.id_to_piece(i) for i in range(len(sp))]
+        scores = [sp.get_score(i) for i in range(len(sp))]
+        in_text = [
+            not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or sp.is_unused(i)) for i in range(len(sp))
+        ]
+        has_bytes = sp.is_byte(sp.piece_to_id("<0x00>"))
+        model: models.Model
+        if spec.model_type == BPE:
+            ids = {piece: i for i, piece in enumerate(pieces)}
+            for i, token in spec.added.items():
+                if not token.special:  # user-defined: never cut, so merged before all others
+                    scores[i] = 1e6 - i
+            merges = []
+            for i, piece in enumerate(pieces):
+                for cut in range(1, len(piece)) if in_text[i] else ():
+                    left, right = ids.get(piece[:cut]), ids.get(piece[cut:])
+                    if left is not None and right is not None and in_text[left] and in_text[right]:
+                        merges.append((-scores[i], i, left, right))
+            pairs = [(pieces[left], pieces[right]) for *_, left, right in sorted(merges)]
+            unknown = pieces[sp.unk_id()]
+            model = models.BPE(ids, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes)
+        else:
+            # the library has no piece types: what is never found in a text gets a score that never wins
+            entries = [(piece, score if ok else -1e9) for piece, score, ok in zip(pieces, scores, in_text, strict=True)]
+            model = models.Unigram(entries, sp.unk_id(), has_bytes)
+        backend = HFTokenizer(model)
+        steps: list[Any] = [normalizers.Precompiled(spec.charsmap)] if spec.charsmap else []
+        if spec.removes_spaces:
+            steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        if spec.add_dummy_prefix:
+            steps.append(normalizers.Prepend(SPACE))
+        steps.append(normalizers.Replace(" ", SPACE))
+        if spec.removes_spaces:
+            steps.append(normalizers.Replace(Regex(SPACE + r"+\z"), ""))
+        backend.normalizer = normalizers.Sequence(steps) if len(steps) > 1 else steps[0]
+        if self.prefix_space:
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+            + ([decoders.Strip(" ", 1, 0)] if strips_space else [])
+        )
+        backend.add_tokens([token for _, token in sorted(self.added_tokens.items())])
+        return backend
+
+    def _split(self, text: str) -> Iterator[tuple[int | None, int, int]]:
+        """The id of an added token, or None for the text between them, and its range."""
+        split = self._splitter.encode(text, add_special_tokens=False)
+        for index, (start, end) in zip(split.ids, split.offsets, strict=True):
+            yield self._real_ids[index] if index else None, start, end
+
+    def _needed_space(self, text: str, start: int) -> str:
+        return " " if self.prefix_space and start == 0 and not text.startswith((" ", SPACE)) else ""
 
     def id_to_token(self, token_id: int) -> str | None:
         if token_id in self.added:
@@ -120,8 +200,14 @@ class ModelSpec:
 
     added: dict[int, AddedToken]  # control and user-defined pieces
     model_type: int
+    charsmap: bytes  # of its Unicode normalization; empty: none
+    removes_spaces: bool  # around the text, and of several all but one
     add_dummy_prefix: bool
-    keeps_text: bool  # no Unicode normalization, no whitespace removed
+    usual_spaces: bool  # are written as "\u2581", and the one that is added comes first
+
+    @property
+    def keeps_text(self) -> bool:
+        return not self.charsmap and not self.removes_spaces
 
 
 def read_spec(model: bytes) -> ModelSpec:
@@ -150,9 +236,11 @@ def read_spec(model: bytes) -> ModelSpec:
         ) from error
     return ModelSpec(
         added=added,
-        model_type=trainer.get(3, 1),
+        model_type=trainer.get(3, UNIGRAM),
+        charsmap=normalizer.get(2, b""),
+        removes_spaces=bool(normalizer.get(4, True)),
         add_dummy_prefix=bool(normalizer.get(3, True)),
-        keeps_text=not normalizer.get(2) and not normalizer.get(4, True),
+        usual_spaces=bool(normalizer.get(5, True)) and not trainer.get(24),
     )
 
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
 from modelhub.errors import TokenizerError
 from modelhub.processing import spm
-from modelhub.processing.tokenizer_files import TokenizerParts, TokenizersEngine, read_folder, sentencepiece_decoder
+from modelhub.processing.tokenizer_files import (
+    TokenizerParts,
+    TokenizersEngine,
+    read_folder,
+    sentencepiece_decoder,
+    write_folder,
+)
 from modelhub.processing.tokenizer_gguf import read_gguf
 
 
@@ -25,6 +32,7 @@ class Tokenizer:
     """
 
     def __init__(self, parts: TokenizerParts) -> None:
+        self._parts = parts
         self._engine = parts.engine
         self._prefix_ids, self._suffix_ids = parts.prefix_ids, parts.suffix_ids
         self._to_bytes, self._strips_space = _piece_decoder(parts.decoder)
@@ -52,6 +60,20 @@ class Tokenizer:
         """
         return cls(read_gguf(metadata))
 
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, for `from_folder` and for transformers' AutoTokenizer.
+
+        The folder is made if it is missing. Tokenizer files in it are replaced, once all of the new ones are complete.
+        The special tokens and the chat template are those that this object has now. The ids are the same, except
+        where the `tokenizers` library differs from SentencePiece: among cuts of equal score in unigram models, and on
+        combining characters in models with Unicode normalization.
+
+        Raises TokenizerError for a SentencePiece model that tokenizer.json cannot express: types "word" and "char", and
+        spaces behind words.
+        """
+        named = {name: getattr(self, f"{name}_token") for name in self._parts.named}
+        write_folder(Path(folder), replace(self._parts, named=named, chat_template=self.chat_template))
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of one text. Special tokens spelled inside the text become their ids, as in transformers."""
         return self._around(_checked(self._engine.encode, text), add_special_tokens)
@@ -59,6 +81,29 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each text."""
         return [self._around(ids, add_special_tokens) for ids in _checked(self._engine.encode_batch, list(texts))]
+
+    def encode_offsets(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of one text, as `encode` gives them, and the range [start, end) of `text` that each stands for.
+
+        Ranges count the characters of the str. Tokens that share a character (bytes) all have its range; special tokens
+        put before the text have (0, 0), those after it (len(text), len(text)). Where a tokenizer keeps the text as it
+        is, the ranges cover all of it; what a normalizer removes may be in none.
+        """
+        return self.encode_offsets_batch([text], add_special_tokens)[0]
+
+    def encode_offsets_batch(
+        self, texts: Sequence[str], add_special_tokens: bool = True
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Token ids and character ranges of each text."""
+        texts = list(texts)
+        encoded = _checked(self._engine.encode_offsets_batch, texts)
+        if not add_special_tokens:
+            return encoded
+        before = [(0, 0)] * len(self._prefix_ids)
+        return [
+            (self._around(ids, True), before + offsets + [(len(text), len(text))] * len(self._suffix_ids))
+            for text, (ids, offsets) in zip(texts, encoded, strict=True)
+        ]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Bytes that are not UTF-8 become U+FFFD; their valid neighbours stay."""

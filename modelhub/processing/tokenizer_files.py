@@ -1,4 +1,4 @@
-"""Reads the tokenizer of a Hugging Face folder.
+"""Reads and writes the tokenizer of a Hugging Face folder.
 
 tokenizer.json decides the ids, as in transformers. Where a tokenizer.model lies beside it and gives the same ids, that
 is loaded in its place, which takes a tenth of the time. How this is known without parsing the vocabulary:
@@ -14,20 +14,33 @@ Anything else is read by the `tokenizers` library.
 
 from __future__ import annotations
 
+import copy
 import json
 import mmap
+import os
 import re
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models, normalizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 
 from modelhub.errors import TokenizerError
 from modelhub.processing import spm
+
+KEPT_KEYS = ("model_max_length", "padding_side", "truncation_side")
+# read beside tokenizer.json: those of an older tokenizer would change the new one
+OTHER_FILES = {
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+}
 
 
 class Engine(Protocol):
@@ -37,8 +50,10 @@ class Engine(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_offsets_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]: ...
     def id_to_token(self, token_id: int) -> str | None: ...
     def token_to_id(self, token: str) -> int | None: ...
+    def to_tokenizers(self, strips_space: bool) -> HFTokenizer: ...
 
 
 @dataclass
@@ -51,6 +66,7 @@ class TokenizerParts:
     named: dict[str, str | None]  # "bos" -> "<bos>"
     prefix_ids: list[int]
     suffix_ids: list[int]
+    config: Mapping[str, Any]  # as tokenizer_config.json spells it
     chat_template: str | None = None
 
 
@@ -60,6 +76,9 @@ class TokenizersEngine:
     def __init__(self, backend: HFTokenizer) -> None:
         backend.no_truncation()
         backend.no_padding()
+        # Kept for `to_tokenizers` only: Tokenizer adds the special tokens, and byte-level ones cut spaces off offsets.
+        self.post_processor = backend.post_processor
+        backend.post_processor = None
         self.backend = backend
         self.size = max([backend.get_vocab_size(), *(i + 1 for i in backend.get_added_tokens_decoder())])
 
@@ -69,6 +88,10 @@ class TokenizersEngine:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_offsets_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
     def id_to_token(self, token_id: int) -> str | None:
         return self.backend.id_to_token(token_id)
 
@@ -77,6 +100,11 @@ class TokenizersEngine:
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self.backend.decode(ids, skip_special_tokens)
+
+    def to_tokenizers(self, strips_space: bool) -> HFTokenizer:
+        backend = copy.deepcopy(self.backend)
+        backend.post_processor = self.post_processor
+        return backend
 
 
 def read_folder(folder: Path) -> TokenizerParts:
@@ -99,6 +127,58 @@ def read_folder(folder: Path) -> TokenizerParts:
             parts.named[name] = parts.engine.id_to_token(index) if index is not None else None
     parts.chat_template = _chat_template(folder, config)
     return parts
+
+
+def write_folder(folder: Path, parts: TokenizerParts) -> None:
+    """Writes what `read_folder` and transformers' AutoTokenizer read: tokenizer.json and tokenizer_config.json.
+
+    For Gemma's kind of SentencePiece also tokenizer.model, which loads faster, and which llama.cpp's converter needs.
+    All files are complete before the first old one is replaced.
+    """
+    engine, named = parts.engine, parts.named
+    backend = engine.to_tokenizers(strips_space=parts.decoder == sentencepiece_decoder(True))
+    before, after = ([engine.id_to_token(i) or "" for i in ids] for ids in (parts.prefix_ids, parts.suffix_ids))
+    if backend.post_processor is None and before + after:
+        second = [f"{token}:1" for token in (*before, "$B", *after)]
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", *after, *second],
+            special_tokens=list(zip(before + after, parts.prefix_ids + parts.suffix_ids, strict=True)),
+        )
+    # of the source's config only what does not make transformers build another tokenizer
+    tokens = {key: value for key, value in parts.config.items() if key.endswith("_token")}
+    config = {key: _content(value) for key, value in tokens.items() if isinstance(value, str | dict)}
+    config |= {key: parts.config[key] for key in KEPT_KEYS if key in parts.config}
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        extra = parts.config.get(key)
+        if isinstance(extra, list):
+            config[key] = [_content(token) for token in extra]
+        elif isinstance(extra, dict):
+            config[key] = {name: _content(token) for name, token in extra.items()}
+    config |= {f"{name}_token": token for name, token in named.items()}
+    if before in ([], [named["bos"]]) and after in ([], [named["eos"]]):  # else only the post-processor can say it
+        config |= {"add_bos_token": bool(before), "add_eos_token": bool(after)}
+    config |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config["chat_template"] = parts.chat_template
+    config = {key: value for key, value in config.items() if value is not None}
+    files = {
+        "tokenizer.json": backend.to_str().encode(),
+        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode(),
+    }
+    if isinstance(engine, spm.SentencePieceEngine) and (
+        isinstance(backend.model, models.BPE)
+        and isinstance(backend.normalizer, normalizers.Replace)
+        and backend.pre_tokenizer is None
+    ):
+        files["tokenizer.model"] = engine.sp.serialized_model_proto()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer") as beside:
+        for name, content in files.items():
+            (Path(beside) / name).write_bytes(content)
+        for name in files:
+            os.replace(Path(beside) / name, folder / name)
+    for name in OTHER_FILES - files.keys():
+        (folder / name).unlink(missing_ok=True)
 
 
 def _read_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerParts:
@@ -182,7 +262,7 @@ def make_parts(
 ) -> TokenizerParts:
     special = frozenset(i for i, token in added.items() if token.special)
     named = {name: _content(config.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")}
-    return TokenizerParts(engine, decoder, special, named, *around)
+    return TokenizerParts(engine, decoder, special, named, *around, config)
 
 
 def tokens_to_add(config: Mapping[str, Any], known: Mapping[int, AddedToken]) -> list[AddedToken]:

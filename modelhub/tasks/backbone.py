@@ -7,22 +7,28 @@ import numpy as np
 
 from modelhub.core.backends import get_backend, of
 from modelhub.core.backends.base import Array, Backend
+from modelhub.core.lora import MARK
 from modelhub.core.tree import Params
 from modelhub.errors import InputError, MixedBackends
-from modelhub.hub.preset import resolve
-from modelhub.tasks.loading import choose_dtype, load_params, open_preset, random_params
+from modelhub.tasks.adapters import Adapters
+from modelhub.tasks.loading import choose_dtype, load_params, opened, random_params
 
 
-class Backbone:
+class Backbone(Adapters):
     """model: the abstract skeleton; params: {Hugging Face name: array}; xp: the backend they are on."""
 
     def __init__(self, model: Any, params: Params, xp: Backend, config: Any, dtype: str):
-        self.model = model
         self.xp = xp
         self.config = config
         self.dtype = dtype
+        self.base_model = model
+        self.adapters, self.active_adapter, self._replaced = {}, None, {}
+        self._use(model, params)
+
+    def _use(self, model: Any, params: Params) -> None:
+        self.model = model
         self.params = params
-        self._hidden = xp.compile(functools.partial(_hidden, xp), model, hot=False)
+        self._hidden = self.xp.compile(functools.partial(_hidden, self.xp), model, hot=False)
 
     @classmethod
     def from_preset(
@@ -41,15 +47,8 @@ class Backbone:
     ) -> Self:
         """As CausalLM.from_preset, without the tokenizer."""
         xp = get_backend(backend, device)
-        source = open_preset(
-            resolve(
-                preset, revision=revision, offline=offline, token=token, cache_dir=cache_dir, weights=load_weights
-            )
-        )  # fmt: skip
-        try:
+        with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
             return cls.from_source(source, xp, dtype, load_weights, seed)
-        finally:
-            source.close()
 
     @classmethod
     def from_source(cls, source: Any, xp: Backend, dtype: str | None, load_weights: bool, seed: int) -> Self:
@@ -70,7 +69,7 @@ class Backbone:
 
     @property
     def num_parameters(self) -> int:
-        return sum(int(np.prod(array.shape)) for array in self.params.values())
+        return sum(map(self._count, self.params.values()))
 
     def __call__(self, token_ids: Any) -> Array:
         """Hidden states (batch, time, width), an array of the backend, of token ids (batch, time)."""
@@ -97,27 +96,45 @@ class Backbone:
         from rich.console import Console
         from rich.table import Table
 
-        parts: dict[str, tuple[int, int]] = {}
+        parts: dict[str, tuple[int, int, int]] = {}
         for name, array in self.params.items():
-            part = _part(name)
-            tensors, count = parts.get(part, (0, 0))
-            parts[part] = (tensors + 1, count + int(np.prod(array.shape)))
-        width = {"float32": 4}.get(self.dtype, 2)
+            part, more = _part(name), self._count(array)
+            tensors, count, size = parts.get(part, (0, 0, 0))
+            width = 4 if self.xp.dtype(array) == "float32" else 2
+            parts[part] = (tensors + 1, count + more, size + more * width)
         table = Table("part", "tensors", "parameters", "memory", title=title)
         for column in table.columns[1:]:
             column.justify = "right"
-        for part, (tensors, count) in parts.items():
-            table.add_row(part, str(tensors), f"{count:,}", f"{count * width / 1e6:,.1f} MB")
-        total = self.num_parameters
+
+        def row(title: str, tensors: int, count: int, size: int) -> None:
+            table.add_row(title, str(tensors), f"{count:,}", f"{size / 1e6:,.1f} MB")
+
+        for part, (tensors, count, size) in parts.items():
+            row(part, tensors, count, size)
         table.add_section()
-        table.add_row("total", str(len(self.params)), f"{total:,}", f"{total * width / 1e6:,.1f} MB")
+        row("total", *map(sum, zip(*parts.values(), strict=True)))
+        if self.active_adapter is not None:
+            adapter = self.adapters[self.active_adapter]
+            names = adapter.params
+            count, size = sum(map(self._count, names.values())), 4 * sum(map(self._count, names.values()))
+            state = "merged" if self._replaced else "trainable"
+            row(f"{state}: adapter {self.active_adapter!r}, rank {adapter.config.rank}", len(names), count, size)
+            endings = sorted({module.rpartition(".")[2] for module in adapter.modules})
+            table.caption = f"LoRA on {len(adapter.modules)} layers: {', '.join(endings)}"
+        else:
+            row("trainable", *map(sum, zip(*parts.values(), strict=True)))
         Console().print(table)
+
+    @staticmethod
+    def _count(array: Array) -> int:
+        return int(np.prod(array.shape))
 
 
 def _part(name: str) -> str:
     """ "model.layers.7.mlp.up_proj.weight" belongs to "model.layers.*.mlp"."""
     pieces = ["*" if piece.isdigit() else piece for piece in name.split(".")]
-    return ".".join(pieces[:4] if "*" in pieces else pieces[:2])
+    part = ".".join(pieces[:4] if "*" in pieces else pieces[:2])
+    return f"{part} (LoRA)" if MARK in name else part
 
 
 def _hidden(xp: Backend, model: Any, ids: Array) -> Array:

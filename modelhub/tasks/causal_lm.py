@@ -17,11 +17,11 @@ from modelhub.generation.beam import BeamOptions
 from modelhub.generation.decode import Engine
 from modelhub.generation.sampling import Sampler
 from modelhub.generation.text import TextRow
-from modelhub.hub.preset import resolve
 from modelhub.processing.chat_template import ChatTemplate
 from modelhub.processing.tokenizer import Tokenizer
 from modelhub.tasks.backbone import Backbone
-from modelhub.tasks.loading import open_preset
+from modelhub.tasks.finetuning import FineTuning, Preprocessor
+from modelhub.tasks.loading import opened
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class _Rendered(str):
     """Text out of a chat template."""
 
 
-class CausalLM:
+class CausalLM(FineTuning):
     """A decoder language model with its tokenizer, on one backend.
 
     Made by `from_preset`. Attributes: config (the family's), tokenizer, backbone, backend and device and dtype (names),
@@ -91,8 +91,9 @@ class CausalLM:
         self.tokenizer = tokenizer
         self.generation_config = generation_config
         self.preset = preset
+        self.preprocessor = Preprocessor(min(1024, backbone.config.max_position_embeddings))
         self.last_run: RunStats | None = None
-        self._engine = Engine(backbone.xp, backbone.model, backbone.dtype)
+        self._generator: Engine | None = None
 
     @classmethod
     def from_preset(
@@ -122,17 +123,17 @@ class CausalLM:
         DownloadError; whatever fails, nothing half-loaded is left.
         """
         xp = get_backend(backend, device)
-        source = open_preset(
-            resolve(
-                preset, revision=revision, offline=offline, token=token, cache_dir=cache_dir, weights=load_weights
-            )
-        )  # fmt: skip
-        try:
+        with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
             tokenizer = source.tokenizer()
             backbone = Backbone.from_source(source, xp, dtype, load_weights, seed)
-        finally:
-            source.close()
         return cls(backbone, tokenizer, source.generation_config, preset)
+
+    @property
+    def _engine(self) -> Engine:
+        """Another skeleton, with or without an adapter, needs other programs."""
+        if self._generator is None or self._generator.skeleton is not self.backbone.model:
+            self._generator = Engine(self.backbone.xp, self.backbone.model, self.backbone.dtype)
+        return self._generator
 
     @property
     def config(self) -> Any:

@@ -1,7 +1,8 @@
 """From a resolved preset to a model on a backend: config, names, shapes checked, then weights tensor by tensor."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from modelhub.families import family_of
 from modelhub.families.naming import KEEP, NameMap
 from modelhub.hub.checkpoint import Checkpoint, open_folder
 from modelhub.hub.gguf import GGUFFile, open_gguf
-from modelhub.hub.preset import Preset
+from modelhub.hub.preset import Preset, resolve
 from modelhub.processing.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,6 +45,20 @@ class Source:
     def close(self) -> None:
         if self.gguf is not None:
             self.gguf.close()
+
+
+@contextlib.contextmanager
+def opened(
+    name: str, revision: str | None, offline: bool, token: str | None, cache_dir: str | None, weights: bool
+) -> Iterator[Source]:
+    """A preset's Source for as long as the block lasts; the arguments are those of modelhub.hub.preset.resolve."""
+    source = open_preset(
+        resolve(name, revision=revision, offline=offline, token=token, cache_dir=cache_dir, weights=weights)
+    )
+    try:
+        yield source
+    finally:
+        source.close()
 
 
 def open_preset(preset: Preset) -> Source:

@@ -134,8 +134,7 @@ def train(**options):
     return model.getvalue()
 
 
-@pytest.fixture(scope="session")
-def gemma_model():
+def train_gemma():
     runs = [c * n for c in ("\n", SPACE) for n in range(2 if c == SPACE else 1, 32)]
     return train(
         pad_id=0, eos_id=1, bos_id=2, unk_id=3,
@@ -145,9 +144,12 @@ def gemma_model():
     )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def llama_model():
+def train_llama():
     return train(remove_extra_whitespaces=False, split_digits=True, allow_whitespace_only_pieces=True)
+
+
+gemma_model = pytest.fixture(train_gemma, scope="session", name="gemma_model")
+llama_model = pytest.fixture(train_llama, scope="session", name="llama_model")
 
 
 def pieces_of(model):
@@ -546,6 +548,81 @@ def test_gguf_byte_level_with_single_digits():
     assert [ours.id_to_token(i) for i in ours.encode("in 2024")][-4:] == list("2024")
 
 
+# --- the place of each token in the text ------------------------------------------------------------------------------
+
+
+def assert_same_offsets(ours, reference, texts=TEXTS, covers=True):
+    """Those of transformers; together they are the text, without a gap."""
+    for text, (ids, offsets) in zip(texts, ours.encode_offsets_batch(texts, add_special_tokens=False), strict=True):
+        assert ids == ours.encode(text, add_special_tokens=False)
+        theirs = reference(text, return_offsets_mapping=True, add_special_tokens=False)
+        assert (ids, offsets) == (theirs["input_ids"], theirs["offset_mapping"]), repr(text)
+        end = 0
+        for low, high in offsets if covers else ():
+            assert low <= end <= high and low < high, repr(text)
+            end = high
+        assert end == len(text) or not covers, repr(text)
+
+
+@pytest.mark.parametrize("files", [["tokenizer.json"], ["tokenizer.model"], ["tokenizer.json", "tokenizer.model"]])
+def test_offsets_of_gemma(gemma_folder, tmp_path, files):
+    ours = Tokenizer.from_folder(copy_of(gemma_folder, tmp_path / "some", *files))
+    assert_same_offsets(ours, PreTrainedTokenizerFast.from_pretrained(gemma_folder))
+
+
+def test_offsets_of_llama(llama_model, tmp_path):
+    vocab, merges = merges_of(llama_model)
+    reference = LlamaTokenizer(vocab=vocab, merges=merges)
+    reference.add_tokens(added_tokens(llama_model, {"<s>", "</s>", "<unk>"}))
+    (tmp_path / "tokenizer.model").write_bytes(llama_model)
+    assert_same_offsets(Tokenizer.from_folder(tmp_path), reference)
+
+
+@pytest.mark.parametrize(("pre", "covers"), [("gpt-2", True), ("llama-bpe", True), ("qwen2", False)])
+def test_offsets_of_byte_level(pre, covers):
+    metadata = gguf_byte_level(pre)
+    reference = transformers_gguf(metadata, "llama")
+    reference.backend_tokenizer.normalizer = normalizers.NFC() if pre == "qwen2" else None
+    assert_same_offsets(Tokenizer.from_gguf(metadata), reference, covers=covers)  # no token has what NFC composes away
+
+
+def test_offsets_keep_the_spaces_that_a_post_processor_cuts_off(tmp_path):
+    tokenizer, trainer = byte_level()
+    tokenizer.train_from_iterator(LINES * 3, trainer)
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), TEMPLATE])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ids, offsets = Tokenizer.from_folder(tmp_path).encode_offsets("The  capital")
+    assert offsets[0] == (0, 0) and offsets[-1] == (12, 12) and len(ids) == len(offsets)
+    assert "".join("The  capital"[low:high] for low, high in offsets) == "The  capital"
+    assert tokenizer.encode("The  capital").ids == ids
+
+
+def test_offsets_of_special_tokens(llama_model, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(llama_model)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_eos_token": True}))
+    ours = Tokenizer.from_folder(tmp_path)
+    for text in ("", "a</s> b", "🧑🏿"):
+        ids, offsets = ours.encode_offsets(text)
+        assert ids == ours.encode(text)
+        inside = ours.encode_offsets(text, add_special_tokens=False)[1]
+        assert offsets == [(0, 0), *inside, (len(text), len(text))]
+    assert ours.encode_offsets("a</s> b", add_special_tokens=False)[1] == [(0, 1), (1, 5), (5, 7)]
+
+
+def test_offsets_of_a_model_that_normalizes(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(
+        train(model_type="unigram", normalization_rule_name="nmt_nfkc", vocab_size=900)
+    )
+    ours = Tokenizer.from_folder(tmp_path)
+    assert set(ours.encode_offsets("ﷺ", add_special_tokens=False)[1]) == {(0, 1)}  # 18 letters in one
+    ids, offsets = ours.encode_offsets("  the   ½ x  ", add_special_tokens=False)
+    assert offsets[0][0] <= 2 and offsets[-1] == (10, 11) and (8, 9) in offsets
+    for text in TEXTS:
+        ids, offsets = ours.encode_offsets(text)
+        assert ids == ours.encode(text) and sorted(offsets[1:]) == offsets[1:]
+        assert all(0 <= low <= high <= len(text) for low, high in offsets)
+
+
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
@@ -608,7 +685,7 @@ def test_pickles_and_threads(gemma_folder, tmp_path, files):
 @pytest.mark.parametrize("files", [["tokenizer.json"], ["tokenizer.model"]])
 def test_text_that_is_not_text(gemma_folder, tmp_path, files):
     ours = Tokenizer.from_folder(copy_of(gemma_folder, tmp_path / "one", *files))
-    for encode in (ours.encode, lambda text: ours.encode_batch(["fine", text])):
+    for encode in (ours.encode, ours.encode_offsets, lambda text: ours.encode_batch(["fine", text])):
         with pytest.raises(TokenizerError, match="surrogate '\\\\ud83d' at position 2"):
             encode("ab\ud83dc")
         with pytest.raises(TokenizerError, match="must be a str, found int"):

@@ -13,8 +13,11 @@ A new backend is one file: it subclasses Backend, provides what is marked "each 
 where its framework has a faster one.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+import contextlib
+import copy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -31,6 +34,8 @@ class Backend:
     name: ClassVar[str]
     eager: ClassVar[bool]  # True where programs compiled with hot=False take any new shape at no cost
     device: str  # "cpu", "gpu:0", "tpu:0", "mps:0"
+    dropout_keys: Array | None = None  # (B,) int32, one per row, while training with dropout
+    remat: bool = False
 
     def __init__(self, device: str = "cpu"):
         self.device = device
@@ -48,15 +53,94 @@ class Backend:
         """The values as a numpy array that the caller may write to only after copying it."""
         raise NotImplementedError
 
-    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True) -> Callable:
+    def compile(
+        self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True,
+        training: bool = False, jit: bool | None = None,
+    ) -> Callable:  # fmt: skip
         """A fast version of `fn`, whose arguments and results are (dicts of) arrays.
 
         With a skeleton, fn's first argument is a Module, and the result is called with a params dict in its place: the
         dict is what crosses the framework's boundary. A params dict is never changed in place, only replaced.
         Arguments at the positions in `donate` are consumed: their memory may be reused for the results.
         hot: it will run many times with the same shapes, so seconds of compilation pay.
+        training: it takes gradients (see `value_and_grad`), or its results will be differentiated by. jit: whether such
+        a program is compiled by XLA or torch.compile; None: what is usual for the backend and device.
         """
         raise NotImplementedError
+
+    def value_and_grad(self, fn: Callable[..., tuple[Array, Any]]) -> Callable:
+        """From fn(variables, *args) -> (scalar, more results) to ((scalar, more results), gradients).
+
+        variables and gradients are dicts of arrays; nothing else is differentiated by.
+        """
+        raise NotImplementedError
+
+    def stop_gradient(self, x: Array) -> Array:
+        """x as a constant for `value_and_grad`."""
+        return x
+
+    def copy(self, x: Array) -> Array:
+        """The values in memory of their own."""
+        raise NotImplementedError
+
+    def add_into(self, total: Array, new: Array) -> Array:
+        """total + new. CONSUMES `total`: in place where arrays can be written to."""
+        return total + new
+
+    def for_training(self, dropout_keys: Array | None = None, remat: bool = False) -> Self:
+        """This backend as the forward pass of a training step gets it.
+
+        dropout_keys (B,) int32: what `dropout` draws from, one number per row of the batch; None: no dropout.
+        remat: keep only the inputs of blocks for the backward pass, which computes the rest again.
+        """
+        changed = copy.copy(self)
+        changed.dropout_keys, changed.remat = dropout_keys, remat
+        return changed
+
+    def native_optimizer(self, optimizer: Any) -> Any:
+        """The framework's own optimizer with the methods of optim.Optimizer; None for what is none."""
+        return None
+
+    def block(self, fn: Callable, *args: Any) -> Any:
+        """fn(*args), one block of a model; with `remat` each backend sees to the recomputation."""
+        raise NotImplementedError
+
+    def loop(self, n: Array, body: Callable[[Array, Any], Any], state: Any) -> Any:
+        """state = body(i, state) for i in 0 ... n - 1; n an int32 scalar array. Not differentiable."""
+        for i in range(int(n)):
+            state = body(i, state)
+        return state
+
+    def scan(self, body: Callable[[Any, Array, Any], tuple], state: Any, n: int, xs: Any = None) -> tuple[Any, Any]:
+        """state, y = body(state, i, x) for i in 0 ... n - 1, with x = xs[i]; returns the last state and all y.
+
+        xs and the ys are either None or what an earlier `scan` returned as its ys: opaque.
+        """
+        ys = []
+        for i in range(n):
+            state, y = body(state, i, None if xs is None else xs[i])
+            ys.append(y)
+        return state, ys
+
+    def joined(self, ys: Any) -> Array:
+        """The ys of a `scan` in one array, one after the other along their first axis."""
+        return self.concat(ys, 0)
+
+    @contextlib.contextmanager
+    def matmul_precision(self, precision: str | None) -> Iterator[None]:
+        """Inside: "highest" computes float32 products in float32, "high" in TF32 where the device has it.
+
+        None leaves the framework's own setting alone.
+        """
+        yield
+
+    def free_memory(self) -> int | None:
+        """Bytes that are free on the device, None if unknown."""
+        return host_memory() if self.device == "cpu" else None
+
+    def peak_memory(self) -> int | None:
+        """The most bytes that this process has had on the device, None if unknown."""
+        return host_peak() if self.device == "cpu" else None
 
     @property
     def asynchronous(self) -> bool:
@@ -163,6 +247,14 @@ class Backend:
 
         start: (B,) int32 with start + T <= S. In place on numpy and torch; XLA reuses donated memory.
         """
+        raise NotImplementedError
+
+    def slice_rows(self, x: Array, start: Array, size: int) -> Array:
+        """x[start : start + size], start an int or an int32 scalar array; all of it must be inside."""
+        return x[start : start + size]
+
+    def add_rows(self, x: Array, indices: Array, new: Array) -> Array:
+        """x (N, D) with new (M, D) added to its rows at indices (M,), also where they repeat. CONSUMES `x`."""
         raise NotImplementedError
 
     # --- elementwise: each backend --------------------------------------------------------------------------
@@ -306,6 +398,21 @@ class Backend:
         left, right = self.split(x, 2, axis=-1)
         return self.concat([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
+    def dropout(self, x: Array, rate: float, salt: int) -> Array:
+        """x (B, ...) with a share of its values 0 and the others scaled up; x itself when not training.
+
+        Which ones is decided by `dropout_keys` and `salt` alone, alike on every backend: a counter through the
+        finalizer of MurmurHash3 (Appleby, public domain).
+        """
+        if not rate or self.dropout_keys is None:
+            return x
+        batch, *rest = x.shape
+        count = int(np.prod(rest))
+        keys = self.reshape(self.dropout_keys, (batch, 1))
+        bits = _mixed(_mixed(keys ^ salt) + self.reshape(self.arange(count), (1, count)))
+        kept = (bits & 0xFFFFFF) >= int(rate * 2**24)
+        return self.where(self.reshape(kept, x.shape), x * (1.0 / (1.0 - rate)), x * 0.0)
+
     def attention(
         self, q: Array, k: Array, v: Array, mask: Array | None = None, scale: float = 1.0, softcap: float | None = None
     ) -> Array:
@@ -329,6 +436,33 @@ class Backend:
             scores = self.reshape(scores, (batch, kv_heads, group * time, length))
         weights = self.cast(self.softmax(scores), self.dtype(q))
         return self.reshape(self.matmul(weights, v), (batch, heads, time, width))
+
+
+def _mixed(x: Array) -> Array:
+    """MurmurHash3's finalizer on int32, whose overflow wraps on every backend."""
+    for shift, factor in ((16, -2048144789), (13, -1028477387), (16, 1)):
+        # An arithmetic shift by division, without the sign bits that it drags in.
+        x = (x ^ ((x // 2**shift) & (2 ** (32 - shift) - 1))) * factor
+    return x
+
+
+def host_memory() -> int | None:
+    """Bytes of main memory that a program can still have."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def host_peak() -> int | None:
+    """The most bytes of main memory that this process has had."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def host_copy(values: Any, dtype: np.dtype | None) -> np.ndarray:

@@ -1,7 +1,8 @@
 """JAX: every step is one jitted XLA program, with the caches donated."""
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 # Read by XLA when it first touches a GPU: without it JAX takes three quarters of the memory from the other frameworks.
@@ -21,6 +22,37 @@ def _use_compilation_cache() -> None:
     base = os.environ.get("MODELHUB_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "modelhub")
     jax.config.update("jax_compilation_cache_dir", os.path.join(base, "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+class Optax:
+    """An optax.GradientTransformation with the methods of optim.Optimizer; it brings its own learning rate.
+
+    Its state is kept as {"optax/NUMBER": leaf}, so that it goes into checkpoints as any other.
+    """
+
+    def __init__(self, transformation: Any):
+        self.transformation = transformation
+
+    def __repr__(self) -> str:
+        return "an optax transformation"
+
+    def init(self, xp: Backend, params: Mapping[str, Array]) -> dict[str, Array]:
+        leaves = jax.tree.leaves(self.transformation.init(dict(params)))
+        return {f"optax/{number:04d}": jnp.asarray(leaf) for number, leaf in enumerate(leaves)}
+
+    def update(
+        self, xp: Backend, grads: Mapping[str, Array], state: Mapping[str, Array], params: Mapping[str, Array],
+        learning_rate: Array, step: Array, finite: Array | None = None,
+    ) -> tuple[dict[str, Array], dict[str, Array]]:  # fmt: skip
+        structure = jax.tree.structure(jax.eval_shape(self.transformation.init, dict(params)))
+        before = jax.tree.unflatten(structure, [state[name] for name in sorted(state)])
+        changes, after = self.transformation.update(dict(grads), before, dict(params))
+        new = {name: (x + changes[name]).astype(x.dtype) for name, x in params.items()}
+        slots = {f"optax/{number:04d}": leaf for number, leaf in enumerate(jax.tree.leaves(after))}
+        if finite is not None:
+            new = {name: jnp.where(finite, x, params[name]) for name, x in new.items()}
+            slots = {name: jnp.where(finite, x, state[name]) for name, x in slots.items()}
+        return new, slots
 
 
 class JaxBackend(Backend):
@@ -52,8 +84,61 @@ class JaxBackend(Backend):
     def get(self, x: Array) -> np.ndarray:
         return np.asarray(x)
 
-    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True) -> Callable:
-        return jax.jit(bound(fn, skeleton), donate_argnums=tuple(donate))
+    def compile(
+        self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True,
+        training: bool = False, jit: bool | None = None,
+    ) -> Callable:  # fmt: skip
+        return bound(fn, skeleton) if jit is False else jax.jit(bound(fn, skeleton), donate_argnums=tuple(donate))
+
+    def value_and_grad(self, fn: Callable[..., tuple[Array, Any]]) -> Callable:
+        return jax.value_and_grad(fn, has_aux=True)
+
+    def stop_gradient(self, x: Array) -> Array:
+        return jax.lax.stop_gradient(x)
+
+    def copy(self, x: Array) -> Array:
+        return jnp.array(x)
+
+    def native_optimizer(self, optimizer: Any) -> Any:
+        is_one = all(callable(getattr(optimizer, name, None)) for name in ("init", "update"))
+        return Optax(optimizer) if is_one and type(optimizer).__module__.startswith("optax") else None
+
+    def block(self, fn: Callable, *args: Any) -> Any:
+        if not self.remat:
+            return fn(*args)
+        # Arrays may also be closed over: only what is given as an argument counts as the block's input.
+        arrays = [arg for arg in args if self.owns(arg)]
+
+        def run(*arrays: Array) -> Any:
+            given = iter(arrays)
+            return fn(*(next(given) if self.owns(arg) else arg for arg in args))
+
+        return jax.checkpoint(run)(*arrays)
+
+    def loop(self, n: Array, body: Callable[[Array, Any], Any], state: Any) -> Any:
+        return jax.lax.fori_loop(0, n, body, state)
+
+    def scan(self, body: Callable[[Any, Array, Any], tuple], state: Any, n: int, xs: Any = None) -> tuple[Any, Any]:
+        return jax.lax.scan(lambda state, x: body(state, *x), state, (jnp.arange(n), xs))
+
+    def joined(self, ys: Any) -> Array:
+        return jnp.reshape(ys, (-1, *ys.shape[2:]))
+
+    @contextlib.contextmanager
+    def matmul_precision(self, precision: str | None) -> Iterator[None]:
+        names = {"highest": "highest", "high": "tensorfloat32"}
+        with jax.default_matmul_precision(names[precision]) if precision else contextlib.nullcontext():
+            yield
+
+    def free_memory(self) -> int | None:
+        stats = self._device.memory_stats() or {}
+        if "bytes_limit" in stats:
+            return stats["bytes_limit"] - stats["bytes_in_use"]
+        return super().free_memory()
+
+    def peak_memory(self) -> int | None:
+        stats = self._device.memory_stats() or {}
+        return stats.get("peak_bytes_in_use", super().peak_memory())
 
     def array(self, values: Any, dtype: str | None = None) -> Array:
         # A copy first: device_put alone might keep looking at memory that the caller goes on writing to.
@@ -108,6 +193,12 @@ class JaxBackend(Backend):
         if buffer.shape[0] == 1:
             return jax.lax.dynamic_update_slice(buffer, new, (0, 0, start[0], 0))
         return jax.vmap(lambda b, n, s: jax.lax.dynamic_update_slice(b, n, (0, s, 0)))(buffer, new, start)
+
+    def slice_rows(self, x: Array, start: Array, size: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, start, size)
+
+    def add_rows(self, x: Array, indices: Array, new: Array) -> Array:
+        return x.at[indices].add(new)
 
     def exp(self, x: Array) -> Array:
         return jnp.exp(x)

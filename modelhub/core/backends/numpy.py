@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from modelhub.core.backends.base import Array, Backend, Shape, bound_once, host_copy
+from modelhub.errors import NoGradients
 
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # float32 erf as a rational function of x, the coefficients that Eigen and XLA use; error below 1e-7.
@@ -51,8 +52,22 @@ class NumpyBackend(Backend):
     def get(self, x: Array) -> np.ndarray:
         return np.asarray(x)
 
-    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True) -> Callable:
+    def compile(
+        self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True,
+        training: bool = False, jit: bool | None = None,
+    ) -> Callable:  # fmt: skip
         return bound_once(fn, skeleton)
+
+    def value_and_grad(self, fn: Callable[..., tuple[Array, Any]]) -> Callable:
+        raise NoGradients(
+            'numpy has no gradients: load the model with backend="jax", "torch" or "tensorflow" to train it'
+        )
+
+    def copy(self, x: Array) -> Array:
+        return x.copy()
+
+    def block(self, fn: Callable, *args: Any) -> Any:
+        return fn(*args)
 
     def array(self, values: Any, dtype: str | None = None) -> Array:
         return host_copy(values, _dtype(dtype) if dtype else None)
@@ -107,6 +122,10 @@ class NumpyBackend(Backend):
         for row, first in enumerate(start.tolist()):
             buffer[row, :, first : first + time] = new[row]
         return buffer
+
+    def add_rows(self, x: Array, indices: Array, new: Array) -> Array:
+        np.add.at(x, indices, new)
+        return x
 
     def exp(self, x: Array) -> Array:
         return np.exp(x)

@@ -11,7 +11,7 @@ os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 import numpy as np
 
-from modelhub.core.backends.base import Array, Backend, Shape, bound_once, host_copy
+from modelhub.core.backends.base import Array, Backend, Shape, bound, bound_once, host_copy
 from modelhub.core.tree import bind
 
 
@@ -90,13 +90,65 @@ class TensorflowBackend(Backend):
     def get(self, x: Array) -> np.ndarray:
         return np.asarray(x.numpy())  # a scalar comes as a number
 
-    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True) -> Callable:
+    def compile(
+        self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True,
+        training: bool = False, jit: bool | None = None,
+    ) -> Callable:  # fmt: skip
+        if training:
+            # On CPU the products of TensorFlow's own kernels are faster than XLA's (docs/decisions.md).
+            return tf.function(
+                bound(fn, skeleton), jit_compile=self.device != "cpu" if jit is None else jit, autograph=False
+            )
         if hot and skeleton is None:
             return tf.function(fn, jit_compile=True, autograph=False)
         if hot:
             return _capturing(fn, skeleton)
         # XLA takes 3 s to compile what runs eagerly in 0.2 s (docs/decisions.md).
         return bound_once(fn, skeleton)
+
+    def value_and_grad(self, fn: Callable[..., tuple[Array, Any]]) -> Callable:
+        def run(variables: dict[str, Array], *args: Any) -> tuple[tuple[Array, Any], dict[str, Array]]:
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(variables)
+                value, more = fn(variables, *args)
+            found = tape.gradient(value, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+            return (value, more), {name: tf.convert_to_tensor(gradient) for name, gradient in found.items()}
+
+        return run
+
+    def stop_gradient(self, x: Array) -> Array:
+        return tf.stop_gradient(x)
+
+    def copy(self, x: Array) -> Array:
+        return tf.identity(x)
+
+    def block(self, fn: Callable, *args: Any) -> Any:
+        if not self.remat:
+            return fn(*args)
+        arrays = [arg for arg in args if self.owns(arg)]
+
+        def run(*arrays: Array) -> Any:
+            given = iter(arrays)
+            return fn(*(next(given) if self.owns(arg) else arg for arg in args))
+
+        return tf.recompute_grad(run)(*arrays)
+
+    def loop(self, n: Array, body: Callable[[Array, Any], Any], state: Any) -> Any:
+        return tf.while_loop(lambda i, _: i < n, lambda i, state: (i + 1, body(i, state)), (0, state))[1]
+
+    @contextlib.contextmanager
+    def matmul_precision(self, precision: str | None) -> Iterator[None]:
+        before = tf.config.experimental.tensor_float_32_execution_enabled()
+        tf.config.experimental.enable_tensor_float_32_execution(before if precision is None else precision == "high")
+        try:
+            yield
+        finally:
+            tf.config.experimental.enable_tensor_float_32_execution(before)
+
+    def peak_memory(self) -> int | None:
+        if self.device == "cpu":
+            return super().peak_memory()
+        return tf.config.experimental.get_memory_info(self.device.upper())["peak"]
 
     def array(self, values: Any, dtype: str | None = None) -> Array:
         values = host_copy(values, tf.dtypes.as_dtype(dtype).as_numpy_dtype if dtype else None)
@@ -163,6 +215,15 @@ class TensorflowBackend(Backend):
         if time > 1:
             new = tf.gather(new, tf.clip_by_value(offset, 0, time - 1), axis=2, batch_dims=1)
         return tf.where(inside[:, None, :, None], new, buffer)
+
+    def slice_rows(self, x: Array, start: Array, size: int) -> Array:
+        if isinstance(start, int):
+            return x[start : start + size]
+        begin = tf.concat([tf.reshape(start, (1,)), tf.zeros((len(x.shape) - 1,), tf.int32)], 0)
+        return tf.ensure_shape(tf.slice(x, begin, (size, *x.shape[1:])), (size, *x.shape[1:]))
+
+    def add_rows(self, x: Array, indices: Array, new: Array) -> Array:
+        return tf.tensor_scatter_nd_add(x, indices[:, None], new)
 
     def exp(self, x: Array) -> Array:
         return tf.exp(x)

@@ -1,13 +1,17 @@
 """PyTorch: eager kernels; in-place caches; matrix-vector products in the form that its CPU build threads."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from modelhub.core.backends.base import Array, Backend, Shape, bound_once, host_copy
+from modelhub.errors import ConfigError
 
 _DTYPES = {
     "float32": torch.float32,
@@ -21,6 +25,91 @@ _DTYPES = {
     "bool": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# oneDNN's float32 product, which torch itself takes only for bfloat16: on processors that MKL does not favour it is
+# twice as fast (docs/decisions.md has the figures). Weights may be strided in any way.
+_ONEDNN = (
+    torch.ops.mkldnn._linear_pointwise
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    else None
+)
+
+
+def _product(x: Array, weight: Array) -> Array:
+    """x (M, K) times weight (N, K), transposed, in float32 on CPU, without a gradient."""
+    assert _ONEDNN is not None
+    return _ONEDNN(x, weight, None, "none", [], "")
+
+
+class _Product(torch.autograd.Function):
+    """`_product` with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Array, weight: Array) -> Array:
+        x_wanted, weight_wanted = ctx.needs_input_grad
+        ctx.save_for_backward(x if weight_wanted else None, weight if x_wanted else None)
+        return _product(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Array) -> tuple[Array | None, Array | None]:
+        x, weight = ctx.saved_tensors
+        of_x = None if weight is None else _product(gradient, weight.t())
+        return of_x, None if x is None else _product(gradient.t(), x.t())
+
+
+class TorchOptimizer:
+    """A torch.optim class, or a function params -> optimizer, with the methods of optim.Optimizer.
+
+    A class gets the learning rate of each step; a function's optimizer keeps its own. The state is kept as
+    {"torch/NAME/slot": tensor}, so that it goes into checkpoints as any other.
+    """
+
+    def __init__(self, make: Callable[..., torch.optim.Optimizer]):
+        self.make = make
+        self.takes_rate = isinstance(make, type)
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._leaves: dict[str, Array] = {}
+
+    def __repr__(self) -> str:
+        return f"torch optimizer {getattr(self.make, '__name__', 'function')}"
+
+    def init(self, xp: Backend, params: Mapping[str, Array]) -> dict[str, Array]:
+        self._optimizer = None
+        return {}
+
+    def update(
+        self, xp: Backend, grads: Mapping[str, Array], state: Mapping[str, Array], params: Mapping[str, Array],
+        learning_rate: Array, step: Array, finite: Array | None = None,
+    ) -> tuple[dict[str, Array], dict[str, Array]]:  # fmt: skip
+        if self._optimizer is None or any(self._leaves[name] is not params[name] for name in params):
+            self._start(params, state, float(learning_rate))
+        assert self._optimizer is not None
+        if finite is not None and not bool(finite):
+            return dict(params), dict(state)
+        if self.takes_rate:
+            for group in self._optimizer.param_groups:
+                group["lr"] = float(learning_rate)
+        for name, leaf in self._leaves.items():
+            leaf.grad = grads[name].to(leaf.dtype)
+        self._optimizer.step()
+        for leaf in self._leaves.values():
+            leaf.grad = None
+        slots = {
+            f"torch/{name}/{slot}": torch.as_tensor(value)
+            for name, leaf in self._leaves.items()
+            for slot, value in self._optimizer.state[leaf].items()
+            if value is not None
+        }
+        return dict(self._leaves), slots
+
+    def _start(self, params: Mapping[str, Array], state: Mapping[str, Array], rate: float) -> None:
+        """At the first step, and when a run goes on from a checkpoint."""
+        self._leaves = dict(params)
+        leaves = list(self._leaves.values())
+        self._optimizer = self.make(leaves, lr=rate) if self.takes_rate else self.make(leaves)
+        for key, value in state.items():
+            _, name, slot = key.split("/")
+            # Copies: the state that was given may be kept elsewhere, and torch writes into its own.
+            self._optimizer.state[self._leaves[name]][slot] = value.clone()
 
 
 class TorchBackend(Backend):
@@ -58,9 +147,67 @@ class TorchBackend(Backend):
             return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return x.numpy()
 
-    def compile(self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True) -> Callable:
+    def compile(
+        self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True,
+        training: bool = False, jit: bool | None = None,
+    ) -> Callable:  # fmt: skip
         # Eager: on CPU torch.compile needs a C++ compiler, and decoding is bound by memory, not by launches.
-        return torch.inference_mode()(bound_once(fn, skeleton))
+        if jit and training:
+            fn = torch.compile(fn, dynamic=False)
+        # What inference mode makes can never be part of a gradient.
+        return (torch.no_grad() if training else torch.inference_mode())(bound_once(fn, skeleton))
+
+    def value_and_grad(self, fn: Callable[..., tuple[Array, Any]]) -> Callable:
+        def run(variables: dict[str, Array], *args: Any) -> tuple[tuple[Array, Any], dict[str, Array]]:
+            leaves = {name: x.detach().requires_grad_() for name, x in variables.items()}
+            with torch.enable_grad():
+                value, more = fn(leaves, *args)
+            found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            return (value.detach(), more), dict(zip(leaves, found, strict=True))
+
+        return run
+
+    def stop_gradient(self, x: Array) -> Array:
+        return x.detach()
+
+    def add_into(self, total: Array, new: Array) -> Array:
+        return total.add_(new)
+
+    def copy(self, x: Array) -> Array:
+        return x.detach().clone()
+
+    def native_optimizer(self, optimizer: Any) -> Any:
+        if isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError(
+                "give the class of the torch optimizer, or a function params -> optimizer: the parameters to train are "
+                "not known before fit; for example functools.partial(torch.optim.AdamW, lr=1e-4)"
+            )
+        is_class = isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)
+        is_function = callable(optimizer) and not isinstance(optimizer, type) and not hasattr(optimizer, "update")
+        return TorchOptimizer(optimizer) if is_class or is_function else None
+
+    def block(self, fn: Callable, *args: Any) -> Any:
+        if not self.remat:
+            return fn(*args)
+        return torch.utils.checkpoint.checkpoint(fn, *args, use_reentrant=False)
+
+    @contextlib.contextmanager
+    def matmul_precision(self, precision: str | None) -> Iterator[None]:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision or before)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def free_memory(self) -> int | None:
+        if self._device.type != "cuda":
+            return super().free_memory()
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return free + torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+
+    def peak_memory(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else super().peak_memory()
 
     def array(self, values: Any, dtype: str | None = None) -> Array:
         x = self.put(host_copy(values, np.dtype(dtype) if dtype and dtype != "bfloat16" else None))
@@ -125,6 +272,9 @@ class TorchBackend(Backend):
         rows = torch.arange(len(start), device=self._device)[:, None]
         buffer[rows, :, slots] = new.transpose(1, 2)
         return buffer
+
+    def add_rows(self, x: Array, indices: Array, new: Array) -> Array:
+        return x.index_add_(0, indices, new)
 
     def exp(self, x: Array) -> Array:
         return torch.exp(x)
@@ -191,14 +341,32 @@ class TorchBackend(Backend):
         return values, indices.to(torch.int32)
 
     def matmul(self, x: Array, y: Array) -> Array:
-        return torch.matmul(x, y)
+        batch = x.shape[:-2]
+        if batch != y.shape[:-2] or math.prod(batch) != 1 or not self._suits_onednn(x, y):
+            return torch.matmul(x, y)
+        return self._onednn(x.flatten(0, -2), y.flatten(0, -2).t()).reshape(*batch, x.shape[-2], y.shape[-1])
+
+    def _suits_onednn(self, x: Array, y: Array) -> bool:
+        """Tiny matrices are not worth its setup."""
+        same = x.dtype == y.dtype == torch.float32
+        return _ONEDNN is not None and self._on_cpu and same and min(*x.shape[-2:], *y.shape[-2:]) > 4
+
+    def _onednn(self, x: Array, weight: Array) -> Array:
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return _Product.apply(x, weight)
+        return _product(x, weight)
 
     def einsum(self, equation: str, *operands: Array) -> Array:
         return torch.einsum(equation, *operands)
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         rows = x.numel() // x.shape[-1]
-        if not self._on_cpu or rows > 16 or weight.dtype != torch.float32:
+        if not self._on_cpu or weight.dtype != torch.float32 or x.dtype != torch.float32:
+            return F.linear(x, weight, bias)
+        if _ONEDNN is not None and rows > 4 and min(weight.shape) > 4:
+            y = self._onednn(x.reshape(rows, -1), weight).reshape(*x.shape[:-1], -1)
+            return y if bias is None else y + bias
+        if rows > 16 or torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, weight, bias)
         # Few rows on CPU: F.linear reads the weights on one thread, at a quarter of the memory's speed
         # (docs/decisions.md has the figures).
@@ -247,6 +415,8 @@ class TorchBackend(Backend):
     def attention(
         self, q: Array, k: Array, v: Array, mask: Array | None = None, scale: float = 1.0, softcap: float | None = None
     ) -> Array:
-        if softcap:  # no fused kernel caps the scores
+        one_product = self._on_cpu and k.shape[0] * k.shape[1] == 1 and q.shape[2] > 4 and self._suits_onednn(q, k)
+        # No fused kernel caps the scores; for a single key head two plain products are faster (docs/decisions.md).
+        if softcap or one_product:
             return super().attention(q, k, v, mask, scale, softcap)
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])

@@ -1,0 +1,170 @@
+"""Low-rank adapters: which layers get one, the skeleton with them, their first values, and merging.
+
+Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732; DoRA: Liu et al. 2024,
+arXiv:2402.09353. Names and defaults are PEFT's. The layer itself is modelhub.core.nn.LoRA.
+"""
+
+import copy
+import dataclasses
+import fnmatch
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from modelhub.core.backends.base import Backend
+from modelhub.core.nn import Linear, LoRA
+from modelhub.core.tree import Module, Params, Spec, flatten, initial_value
+from modelhub.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+DEFAULT_TARGETS = ("q_proj", "v_proj")
+MARK = ".lora."  # in the names of an adapter's parameters: MODULE.lora.lora_A
+ModuleT = TypeVar("ModuleT", bound=Module)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """alpha None: equal to rank. The update is scaled by alpha / rank, with use_rslora by alpha / sqrt(rank).
+
+    rank_pattern, alpha_pattern: other values for single modules, by their full names.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"LoRA: rank must be a whole number, 1 or more, got {rank!r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"LoRA: dropout must be at least 0 and below 1, got {self.dropout!r}")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ConfigError(f"LoRA: alpha must be above 0, got {self.alpha!r}")
+
+    def rank_of(self, module: str) -> int:
+        return self.rank_pattern.get(module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        rank = self.rank_of(module)
+        alpha = self.alpha_pattern.get(module, rank if self.alpha is None else self.alpha)
+        return alpha / (rank**0.5 if self.use_rslora else rank)
+
+
+def linears(node: Any, prefix: str = "") -> dict[str, Linear]:
+    """{dotted name: layer} of all Linear layers."""
+    if isinstance(node, Linear):
+        return {prefix: node}
+    found: dict[str, Linear] = {}
+    if isinstance(node, Module):
+        children = [(f.name, getattr(node, f.name)) for f in dataclasses.fields(node)]  # type: ignore[arg-type]
+    else:
+        children = [(str(i), item) for i, item in enumerate(node)] if isinstance(node, list) else []
+    for name, child in children:
+        found |= linears(child, f"{prefix}.{name}" if prefix else name)
+    return found
+
+
+def choose(skeleton: Module, targets: str | Sequence[str] | None) -> list[str]:
+    """The names of the layers that `targets` mean, in the model's order.
+
+    targets: "all-linear" (all but the head), or names: of a layer ("q_proj", "self_attn.q_proj", the full name) or a
+    pattern for the full name ("model.layers.1?.*_proj"). None: the projections of queries and values.
+
+    Raises ConfigError, listing what exists, if one of them means no layer.
+    """
+    everything = list(linears(skeleton))
+    if targets == ALL_LINEAR:
+        return [name for name in everything if name != "lm_head"]
+    wanted = DEFAULT_TARGETS if targets is None else [targets] if isinstance(targets, str) else list(targets)
+    found: set[str] = set()
+    for target in wanted:
+        matches = {
+            name for name in everything if f".{name}".endswith(f".{target}") or fnmatch.fnmatchcase(name, target)
+        }
+        if not matches:
+            endings = sorted({name.rpartition(".")[2] for name in everything})
+            raise ConfigError(
+                f"LoRA: target {target!r} matches no linear layer of this model. There are {', '.join(endings)}; full "
+                f'names are like {everything[0]!r}; "all-linear" means all but the head'
+            )
+        found |= matches
+    if not found:
+        raise ConfigError('LoRA: targets is empty; name at least one layer, or "all-linear"')
+    return [name for name in everything if name in found]
+
+
+def attach(skeleton: ModuleT, config: LoRAConfig, modules: Iterable[str]) -> tuple[ModuleT, dict[str, Spec]]:
+    """The skeleton with an adapter in each of `modules`, and the adapter's {parameter name: Spec}.
+
+    Raises ConfigError if a rank is larger than a layer.
+    """
+    chosen = set(modules)
+    layers = linears(skeleton)
+    too_small = []
+    replaced: dict[str, Linear] = {}
+    for name in chosen:
+        outputs, inputs = layers[name].weight.shape
+        rank = config.rank_of(name)
+        if rank > min(outputs, inputs):
+            too_small.append(f"{name} ({outputs} x {inputs})")
+        adapter = LoRA.abstract(
+            inputs, outputs, rank, scale=config.scale_of(name), dropout=config.dropout, use_dora=config.use_dora,
+            salt=zlib.crc32(name.encode()) >> 1,
+        )  # fmt: skip
+        replaced[name] = dataclasses.replace(layers[name], lora=adapter)
+    if too_small:
+        raise ConfigError(
+            f"LoRA: rank {config.rank} is larger than {len(too_small)} of the targeted layers, the first "
+            f"{sorted(too_small)[0]}: an update of that rank would have more parameters than the layer. Take a smaller "
+            f"rank, or other targets"
+        )
+    changed = _replace(skeleton, replaced)
+    return changed, {name: spec for name, spec in flatten(changed).items() if MARK in name}
+
+
+def _replace(node: Any, replaced: Mapping[str, Linear], prefix: str = "") -> Any:
+    if prefix in replaced:
+        return replaced[prefix]
+    if isinstance(node, list):
+        return [_replace(item, replaced, f"{prefix}.{index}") for index, item in enumerate(node)]
+    if not isinstance(node, Module):
+        return node
+    changed = copy.copy(node)
+    for name, child in changed.__dict__.items():
+        if isinstance(child, (Module, list)):
+            changed.__dict__[name] = _replace(child, replaced, f"{prefix}.{name}" if prefix else name)
+    return changed
+
+
+def initial(xp: Backend, skeleton: Module, params: Params, specs: Mapping[str, Spec], seed: int) -> Params:
+    """First values of an adapter, float32: A random as in PEFT, B zero, DoRA's magnitudes those of the weights."""
+    layers = linears(skeleton)
+    values: Params = {}
+    for name, spec in specs.items():
+        module, _, kind = name.partition(MARK)
+        if kind == "lora_magnitude_vector":
+            weight = xp.cast(params[f"{module}.weight"], "float32")
+            values[name] = xp.sqrt(xp.sum(weight * weight, axis=1))
+        else:
+            values[name] = xp.put(initial_value(name, spec, seed))
+    assert all(layers[name.partition(MARK)[0]].lora for name in specs)
+    return values
+
+
+def folded(xp: Backend, skeleton: Module, params: Params) -> Params:
+    """{name: weight} of the layers that have an adapter: the weights that do alone what both do together."""
+    weights: Params = {}
+    for module, layer in linears(skeleton).items():
+        if layer.lora is not None:
+            prefix = module + MARK
+            bound = dataclasses.replace(
+                layer.lora, **{n[len(prefix) :]: x for n, x in params.items() if n.startswith(prefix)}
+            )
+            weights[f"{module}.weight"] = bound.folded(xp, params[f"{module}.weight"])
+    return weights

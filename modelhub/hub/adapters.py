@@ -1,0 +1,310 @@
+"""PEFT's adapter folders, both ways: adapter_config.json and adapter_model.safetensors.
+
+Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from modelhub.errors import CheckpointError, InputError
+from modelhub.hub.checkpoint import SafetensorsCheckpoint, WeightFile, shown
+from modelhub.hub.files import replace_folder
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_README = "README.md"  # ours to keep, not ours to write
+_PREFIX = "base_model.model."
+_MARK = ".lora."
+# Older files have the adapter's name inside, and DoRA's vector with or without .weight; some writers omit the prefix.
+_TENSOR = re.compile(
+    rf"(?:{re.escape(_PREFIX)})?(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
+)
+_LARGEST_CONFIG = 10_000_000
+_LISTED = 20
+
+
+@dataclass
+class AdapterFiles:
+    """A LoRA or DoRA adapter as plain data.
+
+    rank, alpha, dropout, use_rslora, use_dora: as PEFT's r, lora_alpha, ... rank_pattern, alpha_pattern: other values
+    of single modules, by their full names. targets: PEFT's target_modules; of an adapter read, the full names. base:
+    the base model's name or "". tensors: MODULE.lora.lora_A (r, in), MODULE.lora.lora_B (out, r) and, with DoRA,
+    MODULE.lora.lora_magnitude_vector (out,), float32.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    use_rslora: bool
+    use_dora: bool
+    targets: list[str]
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    base: str
+    tensors: dict[str, np.ndarray]
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
+    """The adapter in a folder that PEFT, or write_adapter, wrote.
+
+    Which modules it adapts is what the tensors say; target_modules is not consulted.
+
+    Raises CheckpointError for files that are missing, damaged or pickled, for tensors that disagree with each other or
+    with the config, and once for all settings that change the maths in ways modelhub does not have.
+    """
+    folder = Path(folder)
+    _check_files(folder)
+    config = _read_config(folder / CONFIG)
+    with SafetensorsCheckpoint(folder / WEIGHTS) as file:
+        theirs = {name: _TENSOR.fullmatch(name) for name in file.tensors}
+        _refuse(folder, [*_unknown_settings(config), *_unknown_tensors(name for name in theirs if not theirs[name])])
+        tensors: dict[str, np.ndarray] = {}
+        for name, match in theirs.items():
+            assert match
+            ours = f"{match[1]}{_MARK}{match[2]}"
+            if ours in tensors:
+                raise CheckpointError(
+                    f"{folder / WEIGHTS} holds {shown(ours)} twice, the second time as {shown(name)}."
+                )
+            tensors[ours] = file.read(name)
+    values, mistakes = _read_settings(config)
+    _complain(folder / CONFIG, mistakes)
+    modules = _modules(tensors)
+    files = AdapterFiles(
+        rank=values["r"],
+        alpha=values["lora_alpha"],
+        dropout=values["lora_dropout"],
+        use_rslora=values["use_rslora"],
+        use_dora=values["use_dora"],
+        targets=modules,
+        rank_pattern=_by_module(folder / CONFIG, values["rank_pattern"], modules, values["r"]),
+        alpha_pattern=_by_module(folder / CONFIG, values["alpha_pattern"], modules, values["lora_alpha"]),
+        base=values["base_model_name_or_path"],
+        tensors=tensors,
+    )
+    _complain(folder, _misfits(files))
+    return files
+
+
+def write_adapter(folder: str | os.PathLike[str], files: AdapterFiles) -> None:
+    """Write a folder that PEFT loads; an adapter that was there is replaced as a whole, its README.md stays.
+
+    Raises InputError if the folder holds anything else than an adapter, and CheckpointError if it cannot be written or
+    the tensors do not fit together; what was there before is then as it was.
+    """
+    target = Path(folder).resolve()
+    others = sorted(set(os.listdir(target)) - {CONFIG, WEIGHTS, _README}) if target.is_dir() else []
+    if others or target.is_file():
+        found = ", ".join(others[:_LISTED]) or "a file"
+        raise InputError(f"{target} is not an adapter's folder: it holds {found}. Give a new or an empty folder.")
+    _complain(target, _misfits(files))
+    config = {
+        "base_model_name_or_path": files.base or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": _whole(files.alpha),
+        "lora_dropout": files.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": files.rank,
+        "rank_pattern": files.rank_pattern,
+        "alpha_pattern": {module: _whole(alpha) for module, alpha in files.alpha_pattern.items()},
+        "target_modules": sorted(files.targets),
+        "task_type": "CAUSAL_LM",
+        "use_dora": files.use_dora,
+        "use_rslora": files.use_rslora,
+    }
+    tensors = {_peft_name(name): np.asarray(array, np.float32, order="C") for name, array in files.tensors.items()}
+    work = target.with_name(f".{target.name}.saving")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+        (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file(tensors, work / WEIGHTS, {"format": "pt"})
+        if (target / _README).is_file():
+            shutil.copy2(target / _README, work)
+        replace_folder(work, target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{target} could not be written: {error}. What was there before is as it was.") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _peft_name(name: str) -> str:
+    module, _, kind = name.rpartition(_MARK)
+    return f"{_PREFIX}{module}.{kind}" + ("" if kind == "lora_magnitude_vector" else ".weight")
+
+
+def _whole(value: float) -> float:
+    return int(value) if value == int(value) else value  # vLLM, for one, expects an integer
+
+
+# What is in the folder
+
+
+def _check_files(folder: Path) -> None:
+    found = set(os.listdir(folder)) if folder.is_dir() else None
+    if found is None:
+        raise CheckpointError(f"{folder} is not a folder. Give the folder that holds {CONFIG} and {WEIGHTS}.")
+    if {CONFIG, WEIGHTS} <= found:
+        return
+    if CONFIG in found and "adapter_model.bin" in found:
+        raise CheckpointError(
+            f"{folder} holds its tensors only as a pickle (adapter_model.bin), and opening a pickle can run any code "
+            f"that its author put in it. Take a version with {WEIGHTS}, or, if you trust the author, convert once with "
+            "PEFT: PeftModel.from_pretrained(base_model, folder).save_pretrained(new_folder)."
+        )
+    if "config.json" in found and CONFIG not in found:
+        raise CheckpointError(f"{folder} holds a whole model, not an adapter. Load it with from_preset.")
+    listed = ", ".join(sorted(found)[:_LISTED]) or "an empty folder"
+    raise CheckpointError(f"{folder} holds no adapter: expected {CONFIG} and {WEIGHTS}, found {listed}.")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    with closing(WeightFile(path)) as file:
+        if file.size > _LARGEST_CONFIG:
+            raise file.damaged(f"expected a config of at most {_LARGEST_CONFIG} bytes, found {file.size}")
+        try:
+            config = json.loads(file.read(0, file.size))
+        except (ValueError, RecursionError) as error:
+            raise file.damaged(f"it is not JSON ({shown(str(error))})") from error
+        if not isinstance(config, dict):
+            raise file.damaged(f"expected a JSON object, found {shown(config)}")
+        return config
+
+
+# What the config says
+
+# Read elsewhere; or said by the tensors; or of use to training alone.
+_ACCEPTED = {
+    "auto_mapping", "corda_config", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+# The other ways to start (pissa, olora, corda, loftq, lora_ga) take the first update out of the base's weights.
+_BASE_INTACT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+def _unknown_settings(config: Mapping[str, Any]) -> list[str]:
+    # Everything that PEFT adds to LoRA is off when it is null, false or empty.
+    if config.get("peft_type") != "LORA":
+        return [f"peft_type {shown(config.get('peft_type'))}; modelhub has LORA"]
+    asked = {key: value for key, value in config.items() if value and key not in _ACCEPTED and key not in _SETTINGS}
+    harmless = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": _BASE_INTACT}
+    return [f"{shown(key)}: {shown(value)}" for key, value in asked.items() if value not in harmless.get(key, ())]
+
+
+def _unknown_tensors(names: Iterable[str]) -> list[str]:
+    return [f"the tensor {shown(name)}: not LoRA or DoRA of a linear layer" for name in names]
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if problems:
+        raise CheckpointError(
+            f"{folder}: this adapter does more than modelhub has:\n  {_lines(problems)}\nMerge it into its base with "
+            "PEFT, PeftModel.from_pretrained(base_model, folder).merge_and_unload().save_pretrained(new_folder), and "
+            "load the result with from_preset; or train it without these. Whole weights of embed_tokens or lm_head "
+            "that were only copied stay out with PEFT's save_pretrained(folder, save_embedding_layers=False)."
+        )
+
+
+def _complain(path: Path, problems: list[str]) -> None:
+    if problems:
+        raise CheckpointError(f"{path} does not hold together:\n  {_lines(problems)}\nSave or download it again.")
+
+
+def _lines(problems: list[str]) -> str:
+    more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+    return "\n  ".join([*problems[:_LISTED], *more])
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _is_alpha(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < 1 << 31  # type: ignore[operator]
+
+
+def _is_dropout(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1  # type: ignore[operator]
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+# key: PEFT's default, what a value must be, in words and as a test
+_SETTINGS: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
+    "r": (8, "a whole number above 0", _is_rank),
+    "lora_alpha": (8, "a number above 0", _is_alpha),
+    "lora_dropout": (0.0, "a number, at least 0 and below 1", _is_dropout),
+    "use_rslora": (False, "true or false", _is_bool),
+    "use_dora": (False, "true or false", _is_bool),
+    "rank_pattern": ({}, "whole numbers by pattern", lambda x: isinstance(x, dict) and all(map(_is_rank, x.values()))),
+    "alpha_pattern": ({}, "numbers by pattern", lambda x: isinstance(x, dict) and all(map(_is_alpha, x.values()))),
+    "base_model_name_or_path": ("", "text", lambda x: isinstance(x, str)),
+}
+
+
+def _read_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The values, and what is wrong with them."""
+    values = {key: rule[0] if config.get(key) is None else config[key] for key, rule in _SETTINGS.items()}
+    return values, [
+        f"{key}: expected {words}, found {shown(values[key])}"
+        for key, (_, words, test) in _SETTINGS.items()
+        if not test(values[key])
+    ]
+
+
+def _by_module(path: Path, pattern: Mapping[str, Any], modules: list[str], default: Any) -> dict[str, Any]:
+    """{module: value} where it is not the default. As in PEFT, a regular expression for the name's end; first match."""
+    try:
+        rules = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{path}: a pattern is not a regular expression: {shown(str(error))}.") from error
+    values = {module: next((v for rule, v in rules if rule.match(module)), default) for module in modules}
+    return {module: value for module, value in values.items() if value != default}
+
+
+# What the tensors say
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(_MARK)[0] for name in names))
+
+
+def _misfits(files: AdapterFiles) -> list[str]:
+    problems = [] if files.tensors else ["there are no tensors"]
+    for module in _modules(files.tensors):
+        a, b, magnitude = (
+            files.tensors[name].shape if (name := f"{module}{_MARK}{kind}") in files.tensors else None
+            for kind in ("lora_A", "lora_B", "lora_magnitude_vector")
+        )
+        rank = files.rank_pattern.get(module, files.rank)
+        where = shown(module)
+        if a is None or b is None:
+            problems.append(f"{where} lacks {'lora_A' if a is None else 'lora_B'}")
+        elif len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a + b:
+            problems.append(f"{where}: expected lora_A (r, in) and lora_B (out, r), found {a} and {b}")
+        elif a[0] != rank:
+            problems.append(f"{where}: rank {rank} by the config, {a[0]} by the tensors")
+        elif (magnitude is not None) != files.use_dora:
+            has = "lacks" if files.use_dora else "has"
+            problems.append(f"{where} {has} lora_magnitude_vector, and use_dora is {files.use_dora}")
+        elif magnitude is not None and magnitude != b[:1]:
+            problems.append(f"{where}: expected lora_magnitude_vector {b[:1]}, found {magnitude}")
+    return problems

@@ -1,0 +1,194 @@
+"""LoRA on a Backbone: enabling, switching, merging, and PEFT's folders."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelhub.core import lora
+from modelhub.core.backends.base import Backend
+from modelhub.core.tree import Params, flatten
+from modelhub.errors import CheckpointError, InputError
+from modelhub.hub.adapters import AdapterFiles, read_adapter, write_adapter
+
+
+@dataclass
+class Adapter:
+    """One adapter. params: its arrays, under our names; those of the active one are in the Backbone's params too."""
+
+    config: lora.LoRAConfig
+    modules: list[str]
+    params: Params
+
+
+class Adapters:
+    """What a Backbone can do with adapters; at most one of them is active at a time.
+
+    base_model: the skeleton without any. adapters: all of them by name. active_adapter: a name or None.
+    """
+
+    base_model: Any
+    model: Any
+    xp: Backend
+    params: Params
+    adapters: dict[str, Adapter]
+    active_adapter: str | None
+    _replaced: Params  # the base weights that merge_lora has put others in place of
+
+    def enable_lora(
+        self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
+        targets: str | Sequence[str] | None = None, use_rslora: bool = False, use_dora: bool = False,
+        *, name: str = "default", seed: int = 0,
+    ) -> None:  # fmt: skip
+        """Add a new low-rank adapter and make it the active one; from now on `fit` trains it alone.
+
+        rank, alpha (None: equal to rank), dropout, use_rslora, use_dora: as in PEFT. targets: names of linear layers
+        ("q_proj", "mlp.up_proj"), patterns ("model.layers.1?.*"), or "all-linear"; None: q_proj and v_proj.
+
+        Raises ConfigError for values that make no sense and for targets that match nothing; InputError for a name that
+        is taken.
+        """
+        if name in self.adapters:
+            raise InputError(
+                f"there is an adapter {name!r} already; give the new one another name=, or use set_adapter({name!r})"
+            )
+        config = lora.LoRAConfig(rank, alpha, dropout, use_rslora, use_dora)
+        modules = lora.choose(self.base_model, targets)
+        skeleton, specs = lora.attach(self.base_model, config, modules)
+        self.set_adapter(None)
+        self.adapters[name] = Adapter(config, modules, lora.initial(self.xp, skeleton, self.params, specs, seed))
+        self.set_adapter(name)
+
+    def set_adapter(self, name: str | None) -> None:
+        """Make an adapter the active one; None: none of them. A merged one is taken out of the weights first."""
+        if name is not None and name not in self.adapters:
+            raise InputError(f"there is no adapter {name!r}; there are {', '.join(self.adapters) or 'none'}")
+        if self._replaced:
+            self.unmerge_lora()
+        base = self._base_params()
+        if self.active_adapter is not None:  # keep what training made of it
+            kept = self.adapters[self.active_adapter]
+            kept.params = {key: self.params[key] for key in kept.params}
+        self.active_adapter = name
+        if name is None:
+            self._use(self.base_model, base)
+        else:
+            adapter = self.adapters[name]
+            skeleton, _ = lora.attach(self.base_model, adapter.config, adapter.modules)
+            self._use(skeleton, base | adapter.params)
+
+    def merge_lora(self) -> None:
+        """Put the active adapter into the weights: the same outputs, at the base model's speed. See unmerge_lora."""
+        self._require_adapter("merge")
+        weights = lora.folded(self.xp, self.model, self.params)
+        base = self._base_params()
+        self.adapters[self.active_adapter or ""].params = {k: x for k, x in self.params.items() if lora.MARK in k}
+        self._use(self.base_model, base | weights)
+        self._replaced = {key: base[key] for key in weights}
+
+    def unmerge_lora(self) -> None:
+        """Undo merge_lora: the base weights are what they were, bit for bit."""
+        if not self._replaced:
+            raise InputError("no adapter is merged; merge_lora() comes first")
+        base, self._replaced = self.params | self._replaced, {}
+        adapter = self.adapters[self.active_adapter or ""]
+        skeleton, _ = lora.attach(self.base_model, adapter.config, adapter.modules)
+        self._use(skeleton, base | adapter.params)
+
+    def save_adapter(self, folder: str | os.PathLike[str], base: str = "") -> None:
+        """Write the active adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
+
+        base: the name of the base model that the folder is to state.
+        """
+        self._require_adapter("save", merged=True)
+        adapter = self.adapters[self.active_adapter or ""]
+        config, arrays = adapter.config, adapter.params if self._replaced else self.params
+        endings = sorted({module.rpartition(".")[2] for module in adapter.modules})
+        named = lora.choose(self.base_model, endings) == adapter.modules
+        files = AdapterFiles(
+            rank=config.rank,
+            alpha=config.rank if config.alpha is None else config.alpha,
+            dropout=config.dropout,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            targets=endings if named else adapter.modules,
+            rank_pattern=dict(config.rank_pattern),
+            alpha_pattern=dict(config.alpha_pattern),
+            base=base,
+            tensors={key: self.xp.get(arrays[key]) for key in adapter.params},
+        )
+        write_adapter(Path(folder), files)
+
+    def load_adapter(self, folder: str | os.PathLike[str], name: str | None = None) -> str:
+        """Read a PEFT folder and make it the active adapter; returns its name, by default that of the folder.
+
+        Raises CheckpointError for files that are damaged, of an unknown kind, or made for another base model.
+        """
+        name = name or Path(folder).resolve().name
+        if name in self.adapters:
+            raise InputError(f"there is an adapter {name!r} already; give this one another name=")
+        files = read_adapter(Path(folder))
+        config = lora.LoRAConfig(
+            files.rank, files.alpha, files.dropout, files.use_rslora, files.use_dora, files.rank_pattern,
+            files.alpha_pattern,
+        )  # fmt: skip
+        modules = _in_order(self.base_model, {key.partition(lora.MARK)[0] for key in files.tensors}, folder)
+        _, specs = lora.attach(self.base_model, config, modules)
+        _check_shapes(specs, files, folder)
+        self.adapters[name] = Adapter(
+            config, modules, {key: self.xp.array(array, "float32") for key, array in files.tensors.items()}
+        )
+        self.set_adapter(name)
+        return name
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is active, and not merged."""
+        return self.active_adapter is not None and not self._replaced
+
+    def trainable_names(self) -> list[str]:
+        """What `fit` trains: the active adapter, else everything."""
+        return [name for name in self.params if lora.MARK in name] if self.has_adapter else list(self.params)
+
+    def plain_params(self) -> Params:
+        """The parameters of a model without adapters that does the same."""
+        base = self._base_params()
+        return base | lora.folded(self.xp, self.model, self.params) if self.has_adapter else base
+
+    def _base_params(self) -> Params:
+        return {name: self.params[name] for name in flatten(self.base_model)}
+
+    def _require_adapter(self, what: str, merged: bool = False) -> None:
+        if self.active_adapter is None:
+            raise InputError(f"there is no active adapter to {what}; enable_lora() or load_adapter() makes one")
+        if self._replaced and not merged:
+            raise InputError(f"the adapter {self.active_adapter!r} is merged already")
+
+    def _use(self, model: Any, params: Params) -> None:
+        raise NotImplementedError
+
+
+def _in_order(base: Any, modules: Iterable[str], folder: str | os.PathLike[str]) -> list[str]:
+    layers = lora.linears(base)
+    wanted = set(modules)
+    if unknown := sorted(wanted - layers.keys()):
+        raise CheckpointError(
+            f"{folder}: this adapter is for another base model: it changes {len(unknown)} layers that this model does "
+            f"not have, the first {unknown[0]}; this model has layers such as {next(iter(layers))}"
+        )
+    return [name for name in layers if name in wanted]
+
+
+def _check_shapes(specs: Any, files: AdapterFiles, folder: str | os.PathLike[str]) -> None:
+    wrong = [
+        f"{name} is {files.tensors[name].shape}, this model needs {spec.shape}"
+        for name, spec in specs.items()
+        if name in files.tensors and files.tensors[name].shape != spec.shape
+    ]
+    missing = [f"{name} is missing" for name in specs if name not in files.tensors]
+    if wrong or missing:
+        raise CheckpointError(
+            f"{folder}: this adapter is for another base model{f' ({files.base})' if files.base else ''}:\n  "
+            + "\n  ".join((wrong + missing)[:10])
+        )

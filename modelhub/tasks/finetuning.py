@@ -1,0 +1,290 @@
+"""What a task needs to be trained: compile, fit, evaluate, adapters, saving."""
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from modelhub.core import head, optim
+from modelhub.core.tree import Params
+from modelhub.errors import ConfigError, InputError, ModelhubError
+from modelhub.processing.tokenizer import Tokenizer
+from modelhub.tasks.backbone import Backbone
+from modelhub.tasks.saving import save_to_preset
+from modelhub.training.batches import BatchSource, prepare
+from modelhub.training.callbacks import Callback, ProgressBar
+from modelhub.training.engine import Engine, Settings
+from modelhub.training.fit import Plan, Run
+from modelhub.training.history import History
+from modelhub.training.records import read_records, rows_of
+
+log = logging.getLogger("modelhub")
+
+PRECISIONS = {
+    None: None, "float32": "float32", "mixed_bfloat16": "bfloat16", "bfloat16": "bfloat16",
+    "mixed_float16": "float16", "float16": "float16",
+}  # fmt: skip
+
+
+@dataclass
+class Preprocessor:
+    """sequence_length: tokens of a row in training; longer examples are cut."""
+
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What `compile` was told."""
+
+    settings: Settings
+    learning_rate: float
+    schedule: Callable[[int, int | None], float]
+    described: dict[str, Any]  # for checkpoints: what a resumed run must have in common
+
+
+class FineTuning:
+    """Mixed into tasks that have a backbone, a tokenizer and a preprocessor."""
+
+    backbone: Backbone
+    tokenizer: Tokenizer | None
+    preprocessor: Preprocessor
+    preset: str
+    generation_config: dict[str, Any]
+    stop_training = False  # set by callbacks, as in Keras
+    _compiled: Compiled | None = None
+
+    # --- adapters -----------------------------------------------------------------------------------------------
+
+    def enable_lora(
+        self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
+        targets: str | Sequence[str] | None = None, use_rslora: bool = False, use_dora: bool = False,
+        *, name: str = "default", seed: int = 0,
+    ) -> None:  # fmt: skip
+        """Add a low-rank adapter, which `fit` then trains alone; see Backbone.enable_lora."""
+        self.backbone.enable_lora(rank, alpha, dropout, targets, use_rslora, use_dora, name=name, seed=seed)
+
+    def set_adapter(self, name: str | None) -> None:
+        """Make one of several adapters the active one; None: the base model alone."""
+        self.backbone.set_adapter(name)
+
+    def merge_lora(self) -> None:
+        """Put the active adapter into the weights: the same outputs, at the base model's speed."""
+        self.backbone.merge_lora()
+
+    def unmerge_lora(self) -> None:
+        """Undo merge_lora: the base weights are what they were, bit for bit."""
+        self.backbone.unmerge_lora()
+
+    def save_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Write the active adapter as a folder that PEFT, transformers and vLLM load."""
+        self.backbone.save_adapter(folder, base=self.preset.removeprefix("hf://"))
+
+    def load_adapter(self, folder: str | os.PathLike[str], name: str | None = None) -> str:
+        """Read a PEFT folder and make it the active adapter; returns its name, by default that of the folder."""
+        return self.backbone.load_adapter(folder, name)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is active, and not merged."""
+        return self.backbone.has_adapter
+
+    def save_to_preset(self, folder: str | os.PathLike[str]) -> None:
+        """Write a Hugging Face model folder: config, weights (with the active adapter merged in), tokenizer.
+
+        transformers and `from_preset` load it. The folder is replaced as a whole, or not at all.
+        """
+        save_to_preset(folder, self.backbone, self.tokenizer, self.generation_config)
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def compile(
+        self, optimizer: Any = "adamw", learning_rate: float | None = None, schedule: Any = None,
+        weight_decay: float | None = None, clip_norm: float | None = None, loss: head.Loss | None = None,
+        metrics: Sequence[str] = ("accuracy",), mixed_precision: str | None = None,
+        matmul_precision: str | None = None, remat: bool = False, jit: bool | None = None,
+    ) -> None:  # fmt: skip
+        """Say how to train. Without a call, `fit` trains with AdamW and the defaults here.
+
+        optimizer: "sgd", "adam", "adamw", "adafactor", "lion" or "muon", an object of modelhub.optim, or a native one
+            of the model's backend: an optax transformation, a torch.optim class (or a function params -> optimizer).
+        learning_rate: of the first step after warm-up; None: the optimizer object's own, else 5e-5. schedule:
+            "constant", "linear", "cosine", an object of modelhub.optim, or a function (step, total_steps) -> factor.
+        clip_norm: the largest norm of all gradients together. loss: the user's own, loss(logits, labels) -> losses per
+            position, on arrays of the backend, in place of cross entropy.
+        metrics: "accuracy", the share of positions whose likeliest token is the label, is all there is.
+        mixed_precision: "mixed_bfloat16" or "mixed_float16" compute in 16 bits and keep what is trained in float32;
+            float16 with a loss scale. matmul_precision: "highest", or "high" for TF32 on NVIDIA.
+        remat: keep less for the backward pass and compute it again. jit: compile the step, or not; None: what is
+            usual for the backend.
+
+        Raises ConfigError.
+        """
+        xp = self.backbone.xp
+        if mixed_precision not in PRECISIONS:
+            names = ", ".join(map(repr, PRECISIONS))
+            raise ConfigError(f"mixed_precision must be one of {names}, got {mixed_precision!r}")
+        if matmul_precision not in (None, "highest", "high"):
+            raise ConfigError(f'matmul_precision must be "highest", "high" or None, got {matmul_precision!r}')
+        if unknown := set(metrics) - {"accuracy"}:
+            raise ConfigError(f'metrics can only be "accuracy", got {", ".join(map(repr, sorted(unknown)))}')
+        if clip_norm is not None and not clip_norm > 0:
+            raise ConfigError(f"clip_norm must be above 0, got {clip_norm!r}; None is for no clipping")
+        rate = 5e-5 if learning_rate is None else learning_rate
+        native = xp.native_optimizer(optimizer)
+        chosen = native or optim.get(optimizer, learning_rate=rate, weight_decay=weight_decay)
+        if native is None:
+            rate = float(chosen.learning_rate)
+        settings = Settings(chosen, clip_norm, loss, PRECISIONS[mixed_precision], matmul_precision, remat, jit=jit)
+        described = {
+            "optimizer": repr(chosen), "learning_rate": rate, "schedule": str(schedule), "clip_norm": clip_norm,
+            "loss": getattr(loss, "__name__", None), "mixed_precision": mixed_precision,
+        }  # fmt: skip
+        self._compiled = Compiled(settings, rate, optim.get_schedule(schedule), described)
+
+    def fit(
+        self, data: Any, epochs: int = 1, batch_size: int = 4, steps: int | None = None, validation_data: Any = None,
+        grad_accum: int = 1, packing: bool = True, loss_on: str = "response", callbacks: Sequence[Callback] = (),
+        checkpoint_dir: str | os.PathLike[str] | None = None, resume: str | bool = "auto", seed: int = 0,
+        *, validation_split: float = 0.0, template: str | None = None, kind: str | None = None,
+        save_steps: int | None = None, verbose: bool = True,
+    ) -> History:  # fmt: skip
+        """Train on data: the active adapter, or without one all weights. Returns what was measured.
+
+        data: a path (.jsonl, .json, .csv, .parquet), a list of strings or dicts, a Hugging Face Dataset, or an iterable
+            of ready batches (dicts with input_ids and labels, arrays of any framework).
+        batch_size: rows of sequence_length in one step, packed or not. grad_accum: batches in one optimizer step.
+        steps: optimizer steps in all; None: as many as `epochs` have.
+        validation_data: like data, or validation_split: a share of the records to hold out; measured after each epoch.
+        packing: several examples in one row, invisible to each other. False: one a row, rows of similar length together.
+        loss_on: "response" (instructions and chats; strings always count whole) or "all".
+        template: for instruction records; a string with {instruction}, {context} and {response}, or "chat", the
+            preset's own. kind: of the records, where the keys do not tell: "dolly", "alpaca", "prompt", "messages",
+            "text".
+        checkpoint_dir: keep the run's state here; with resume="auto" the same call goes on where it was broken off,
+            also on another backend. save_steps: steps between checkpoints; None: two minutes, and each epoch's end.
+        verbose: print what will be trained on, and the progress.
+
+        Raises DataError, ConfigError, NoGradients (numpy), ResumeError, TrainingError (a loss that is not a number).
+        """
+        xp = self.backbone.xp
+        xp.value_and_grad(lambda variables: (variables, None))  # numpy says now that it cannot
+        if self._compiled is None:
+            self.compile()
+        compiled = self._compiled
+        assert compiled is not None
+        plan = Plan(
+            epochs, steps, grad_accum, compiled.learning_rate, compiled.schedule, checkpoint_dir, resume, save_steps
+        )
+        held_out = validation_data
+        if validation_split:
+            if validation_data is not None or not 0.0 < validation_split < 1.0:
+                raise InputError("give validation_data, or a validation_split between 0 and 1, not both")
+            data, held_out = _split(data, kind, validation_split, seed)
+        options = {"packing": packing, "loss_on": loss_on, "template": template, "kind": kind, "seed": seed}
+        train = self._prepare(data, batch_size, **options)
+        validation = None if held_out is None else self._prepare(held_out, batch_size, shuffle=False, **options)
+        settings = dataclasses.replace(compiled.settings, seed=seed, dropout=self._drops_out())
+        names = self.backbone.trainable_names()
+        engine = Engine(xp, self.backbone.model, self.params, names, settings)
+        total = plan.total_steps(train)
+        if verbose:
+            self._describe(train, engine, batch_size, total)
+        frozen = {name: array for name, array in self.params.items() if name not in engine.trainable}
+
+        def publish(trainable: Params) -> None:
+            self.params = frozen | trainable
+
+        run = Run(
+            engine, train, plan, model=self, publish=publish, validation=validation,
+            callbacks=[*callbacks, *([ProgressBar(total)] if verbose else [])],
+            settings=compiled.described | options | {
+                "preset": self.preset, "adapter": self._adapter_described(), "data": train.fingerprint,
+                "sequence_length": self.preprocessor.sequence_length, "batch_size": batch_size,
+                "grad_accum": grad_accum,
+            },
+        )  # fmt: skip
+        return run.fit()
+
+    def evaluate(
+        self, data: Any, batch_size: int = 4, packing: bool = True, loss_on: str = "response",
+        *, template: str | None = None, kind: str | None = None,
+    ) -> dict[str, float]:  # fmt: skip
+        """loss (mean over tokens), perplexity (its exponential), accuracy, and tokens, of data as `fit` takes it."""
+        compiled = self._compiled
+        settings = compiled.settings if compiled else Settings()
+        source = self._prepare(
+            data, batch_size, packing=packing, loss_on=loss_on, template=template, kind=kind, shuffle=False
+        )
+        found = Engine(self.backbone.xp, self.backbone.model, self.params, (), settings).evaluate(source.epoch(0))
+        perplexity = math.exp(found["loss"]) if found["loss"] < 700 else math.inf
+        return {"loss": found["loss"], "perplexity": perplexity} | found
+
+    @property
+    def params(self) -> Params:
+        raise NotImplementedError
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        raise NotImplementedError
+
+    def _prepare(self, data: Any, batch_size: int, **options: Any) -> BatchSource:
+        length, context = self.preprocessor.sequence_length, self.backbone.config.max_position_embeddings
+        if not 2 <= length <= context:
+            raise InputError(f"sequence_length must be 2 to {context}, the model's context; got {length}")
+        return prepare(data, self.tokenizer, self._render(), length, batch_size, **options)
+
+    def _render(self) -> Callable[..., str] | None:
+        try:
+            return self.chat_template.render  # type: ignore[attr-defined]
+        except ModelhubError:  # the preset has none; an error only for data that needs one
+            return None
+
+    def _drops_out(self) -> bool:
+        active = self.backbone.active_adapter
+        return active is not None and self.backbone.adapters[active].config.dropout > 0
+
+    def _adapter_described(self) -> dict[str, Any] | None:
+        if not self.has_adapter:
+            return None
+        adapter = self.backbone.adapters[self.backbone.active_adapter or ""]
+        described = dataclasses.asdict(adapter.config)
+        return described | {"modules": adapter.modules}
+
+    def _describe(self, data: BatchSource, engine: Engine, batch_size: int, total: int | None) -> None:
+        console = Console(stderr=True, highlight=False)
+        counts = [int(np.prod(x.shape)) for x in engine.trainable.values()]
+        share = sum(counts) / self.backbone.num_parameters
+        what = "LoRA" if self.has_adapter else "all weights"
+        console.print(
+            f"training {sum(counts):,} of {self.backbone.num_parameters:,} parameters ({share:.2%}, {what}) on "
+            f"{self.backbone.xp.name}, {self.backbone.xp.device}, for {total or 'an unknown number of'} steps"
+        )
+        console.print(data.report(), soft_wrap=True)
+        needed = engine.memory(batch_size, self.preprocessor.sequence_length, self.backbone.config)
+        free = self.backbone.xp.free_memory()
+        console.print(
+            f"memory: about {needed / 1e9:.1f} GB beside the weights"
+            + ("" if free is None else f", {free / 1e9:.1f} GB are free")
+        )
+        if free is not None and needed > free:
+            log.warning(
+                "this may not fit: %.1f GB needed, %.1f GB free; take a smaller batch_size or sequence_length, "
+                "or compile(remat=True)", needed / 1e9, free / 1e9,
+            )  # fmt: skip
+
+
+def _split(data: Any, kind: str | None, share: float, seed: int) -> tuple[list[Any], list[Any]]:
+    read_records(data, kind)  # errors name the file's lines
+    rows = [row for _, row in rows_of(data)]
+    held = math.ceil(share * len(rows))
+    if held >= len(rows):
+        raise InputError(f"validation_split={share} leaves nothing of {len(rows)} records to train on")
+    chosen = set(np.random.default_rng(seed).permutation(len(rows))[:held].tolist())
+    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]

@@ -1,0 +1,86 @@
+"""A model as a Hugging Face folder, for transformers, vLLM and `from_preset`."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from modelhub.errors import CheckpointError
+from modelhub.hub.files import replace_folder
+from modelhub.processing.tokenizer import Tokenizer
+from modelhub.tasks.backbone import Backbone
+
+SHARD_BYTES = 5_000_000_000
+
+
+def save_to_preset(
+    folder: str | os.PathLike[str],
+    backbone: Backbone,
+    tokenizer: Tokenizer | None,
+    generation_config: Mapping[str, Any],
+) -> None:
+    """Write the folder beside its place and then swap: it is whole or as it was. Raises CheckpointError.
+
+    An active adapter is merged into the weights that are written, not into those of the model.
+    """
+    target = Path(folder).resolve()
+    _refuse_strangers(target)
+    work = target.with_name(f".{target.name}.saving")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+        config = backbone.config.to_hf() | {"dtype": backbone.dtype}
+        _write_json(work / "config.json", config)
+        if generation_config:
+            _write_json(work / "generation_config.json", generation_config)
+        if tokenizer is not None:
+            tokenizer.save(work)
+        _write_weights(work, {name: backbone.xp.get(x) for name, x in backbone.plain_params().items()})
+        replace_folder(work, target)
+    except OSError as error:
+        raise CheckpointError(f"{target} could not be written: {error}. What was there before is as it was") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _refuse_strangers(target: Path) -> None:
+    """The folder is replaced as a whole: it must be a model's, empty or new."""
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise CheckpointError(
+            f"{target} holds other files than a model's, which saving here would remove; give a new or empty folder"
+        )
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_weights(folder: Path, params: Mapping[str, np.ndarray]) -> None:
+    shards = list(_shards(params))
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", {"format": "pt"})
+        return
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / name, {"format": "pt"})
+        index |= dict.fromkeys(shard, name)
+    total = sum(array.nbytes for array in params.values())
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _shards(params: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in params.items():
+        if shard and size + array.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = np.ascontiguousarray(array)  # safetensors writes memory as it lies
+        size += array.nbytes
+    yield shard

@@ -1,0 +1,447 @@
+"""Examples, or batches that the user made, as batches of static shapes.
+
+A batch is a dict of int32 arrays (rows, length):
+  input_ids     the tokens; 0 or the pad id where there are none
+  labels        the token itself where the model learns it, else -100; not shifted: the label of a position is predicted
+                from the position before it, so the first token of an example never has one
+  position_ids  0, 1, 2, ... in each example
+  segment_ids   0: nothing here; 1, 2, ...: the examples of a row, which must not see each other
+"""
+
+import hashlib
+import itertools
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from modelhub.errors import DataError
+from modelhub.processing.tokenizer import Tokenizer
+from modelhub.training.examples import Example, Examples, Render, make_examples
+from modelhub.training.records import read_records
+
+Batch = dict[str, np.ndarray]
+NO_LABEL = -100
+WIDTHS = 8  # without packing: at most so many lengths of rows, each of which is compiled once
+
+
+class BatchSource(Protocol):
+    """What the fit loop sees: the same for records and for batches that the user made."""
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Equal for equal data; None where it cannot be known."""
+
+    def steps(self, epoch: int) -> int | None:
+        """The number of batches in an epoch; None where it cannot be known."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from batch `start` on."""
+
+    def report(self) -> "Report | str":
+        """For people: str() of it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the user's own iterable wants kept in a checkpoint; {} if nothing."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next epoch(n, start) continues where the state was taken."""
+
+
+def prepare(
+    data: Any,
+    tokenizer: Tokenizer | None,
+    render: Render | None,
+    sequence_length: int,
+    batch_size: int,
+    *,
+    packing: bool = True,
+    loss_on: str = "response",
+    template: str | None = None,
+    kind: str | None = None,
+    seed: int = 0,
+    shuffle: bool = True,
+) -> BatchSource:
+    """Whatever the user calls data, as batches for the fit loop.
+
+    data: what `read_records` takes, or ready batches: an iterable of dicts with `input_ids` and `labels`, for which the
+    other arguments mean nothing. The rest as in `read_records`, `make_examples` and `Batches`. Raises DataError.
+    """
+    first, data = _peek(data)
+    if isinstance(first, Mapping) and "input_ids" in first:
+        return ReadyBatches(data)
+    if tokenizer is None:
+        raise DataError("this model has no tokenizer: set lm.tokenizer, or give ready batches (input_ids and labels)")
+    records = read_records(data, kind)
+    made = make_examples(records, tokenizer, sequence_length, render=render, template=template, loss_on=loss_on)
+    return Batches(made, sequence_length, batch_size, packing=packing, seed=seed, shuffle=shuffle, tokenizer=tokenizer)
+
+
+def _peek(data: Any) -> tuple[Any, Any]:
+    """The first item (None if there is none to see), and the data with it put back where it was taken out."""
+    if isinstance(data, str | Path | Mapping) or hasattr(data, "iterrows") or not isinstance(data, Iterable):
+        return None, data
+    if isinstance(data, Sequence):
+        return (data[0] if len(data) else None), data
+    iterator = iter(data)
+    try:
+        first = next(iterator)
+    except StopIteration:
+        return None, []
+    return first, _Begun(data, itertools.chain([first], iterator))
+
+
+class _Begun:
+    """An iterable with an iterator under way, which its first reader gets: a DataLoader starts its workers once."""
+
+    def __init__(self, data: Iterable[Any], begun: Iterator[Any]) -> None:
+        self.data = data
+        self._begun: Iterator[Any] | None = begun
+
+    def __iter__(self) -> Iterator[Any]:
+        begun, self._begun = self._begun, None
+        return iter(self.data) if begun is None else begun
+
+
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """What the training data comes to. fill: the share of the rows' positions that hold tokens."""
+
+    examples: int
+    tokens: int
+    learnt: int
+    cut: int
+    dropped: dict[str, int]
+    notes: dict[str, int]
+    steps: int
+    rows_per_step: int
+    fill: float
+    sample: list[tuple[str, bool]]  # text of the first example, and whether it is learnt
+
+    def __str__(self) -> str:
+        console = Console(highlight=False)  # colours on a terminal, none in a file
+        with console.capture() as capture:
+            console.print(self.__rich__(), soft_wrap=True, end="")
+        return capture.get()
+
+    def __rich__(self) -> Text:
+        text = Text(
+            f"{self.examples:,} examples, {self.tokens:,} tokens, of which {self.learnt / self.tokens:.1%} are learnt\n"
+            f"{self.steps:,} steps an epoch, each {self.rows_per_step} rows or {self.examples / self.steps:.1f} "
+            f"examples; rows are {self.fill:.1%} full\n"
+        )
+        counted = [(f"dropped: {what}", count) for what, count in self.dropped.items()] + list(self.notes.items())
+        for what, count in [("cut at the end to fit sequence_length", self.cut), *counted]:
+            text.append(f"{count:,} {what}\n" if count else "")
+        if self.sample:
+            text.append("an example; learnt is what stands between » and «:\n")
+        for piece, learnt in self.sample:
+            text.append(f"»{piece}«" if learnt else piece, style="bold" if learnt else "dim")
+        return text
+
+
+class Batches:
+    """Examples in shuffled batches; an epoch's order depends on (seed, epoch) alone.
+
+    examples: a list of Example, or what `make_examples` returns. batch_size: rows of a batch. packing: as many examples
+    in a row of sequence_length as go in (best fit); else one a row, with rows of similar lengths in a batch, and at
+    most WIDTHS different lengths of rows. shuffle=False: every epoch alike, for evaluation. tokenizer: for the pad id
+    and the report's sample.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example] | Examples,
+        sequence_length: int,
+        batch_size: int,
+        *,
+        packing: bool = True,
+        seed: int = 0,
+        shuffle: bool = True,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self._made = examples if isinstance(examples, Examples) else Examples(list(examples))
+        self.examples = self._made.examples
+        self.sequence_length, self.batch_size = sequence_length, batch_size
+        self.packing, self.seed, self.shuffle, self.tokenizer = packing, seed, shuffle, tokenizer
+        if batch_size < 1:
+            raise DataError(f"batch_size must be 1 or more, got {batch_size}")
+        self._lengths = [len(example.ids) for example in self.examples]
+        if max(self._lengths, default=0) > sequence_length:
+            raise DataError(f"an example has {max(self._lengths)} tokens, more than sequence_length={sequence_length}")
+        if not any(example.loss[1:].any() for example in self.examples):
+            raise DataError(f"none of the {len(self.examples)} examples has a token to learn (a label)")
+        self._plan_of: tuple[int, list[_Plan]] | None = None
+        self._pad_id = (tokenizer.pad_token_id if tokenizer else None) or 0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all ids and masks, in order."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(len(example.ids).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(example.ids, "<i4").tobytes() + np.packbits(example.loss).tobytes())
+        return digest.hexdigest()
+
+    def steps(self, epoch: int) -> int:
+        """The number of batches; packing makes a few more or less of it in each epoch."""
+        return len(self._plan(epoch))
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from batch `start` on, which costs nothing."""
+        return (self._batch(*plan) for plan in self._plan(epoch)[start:])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: (seed, epoch, start) say it all."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to do."""
+
+    def report(self) -> Report:
+        """Of epoch 0."""
+        plan = self._plan(0)
+        positions = sum(width * len(rows) for width, rows in plan)
+        return Report(
+            examples=len(self.examples),
+            tokens=sum(self._lengths),
+            learnt=sum(int(example.loss[1:].sum()) for example in self.examples),
+            cut=self._made.cut,
+            dropped=dict(self._made.dropped),
+            notes=dict(self._made.notes),
+            steps=len(plan),
+            rows_per_step=self.batch_size,
+            fill=sum(self._lengths) / positions,
+            sample=_sample(self.examples[0], self.tokenizer) if self.tokenizer else [],
+        )
+
+    def _plan(self, epoch: int) -> "list[_Plan]":
+        if self._plan_of is None or self._plan_of[0] != epoch:
+            draw = np.random.default_rng([self.seed, epoch])
+            order = draw.permutation(len(self.examples)) if self.shuffle else np.arange(len(self.examples))
+            plan = self._packed(order) if self.packing else self._bucketed(order)
+            if self.shuffle:
+                plan = [plan[i] for i in draw.permutation(len(plan))]
+            self._plan_of = epoch, plan
+        return self._plan_of[1]
+
+    def _packed(self, order: np.ndarray) -> "list[_Plan]":
+        # Sorted by length the rows would be 99.9% full instead of 98.6% (Dolly's lengths, rows of 512), but then long
+        # examples are always alone and short ones among themselves.
+        rows = [[int(order[i]) for i in row] for row in pack([self._lengths[i] for i in order], self.sequence_length)]
+        return [(self.sequence_length, list(part)) for part in _parts(rows, self.batch_size)]
+
+    def _bucketed(self, order: np.ndarray) -> "list[_Plan]":
+        widths = least_padding(self._lengths, self.sequence_length)
+        buckets: dict[int, list[list[int]]] = defaultdict(list)
+        for i in order:
+            buckets[widths[bisect_left(widths, self._lengths[i])]].append([int(i)])
+        plan: list[_Plan] = []
+        left: list[list[int]] = []
+        for width in sorted(buckets):
+            rows = left + buckets[width]
+            full = len(rows) // self.batch_size * self.batch_size
+            plan += [(width, part) for part in _parts(rows[:full], self.batch_size)]
+            left = rows[full:]  # they go into longer rows, so that only the last batch has empty ones
+        return plan + [(max(buckets), left)] * bool(left)
+
+    def _batch(self, width: int, rows: list[list[int]]) -> Batch:
+        shape = (self.batch_size, width)
+        batch = {name: np.zeros(shape, np.int32) for name in ("input_ids", "labels", "position_ids", "segment_ids")}
+        batch["input_ids"].fill(self._pad_id)
+        batch["labels"].fill(NO_LABEL)
+        for row, indices in enumerate(rows):
+            begin = 0
+            for segment, index in enumerate(indices, 1):
+                example = self.examples[index]
+                place = row, slice(begin, begin + len(example.ids))
+                batch["input_ids"][place] = example.ids
+                batch["labels"][place] = np.where(example.loss, example.ids, NO_LABEL)
+                batch["labels"][row, begin] = NO_LABEL
+                batch["position_ids"][place] = np.arange(len(example.ids))
+                batch["segment_ids"][place] = segment
+                begin += len(example.ids)
+        return batch
+
+
+_Plan = tuple[int, list[list[int]]]  # length of the rows, and the examples of each
+
+
+def pack(lengths: Iterable[int], capacity: int) -> list[list[int]]:
+    """Rows of indices whose lengths add up to at most `capacity`: each goes where it leaves the least space (best fit).
+
+    Takes constant time for each, however many rows are open: rows lie in stacks by the space they have left, and a bit
+    of `spaces` says which stacks are not empty.
+    """
+    rows: list[list[int]] = []
+    stacks: dict[int, list[list[int]]] = defaultdict(list)
+    spaces = 0
+    for index, length in enumerate(lengths):
+        fits = spaces >> length
+        if fits:
+            space = length + (fits & -fits).bit_length() - 1
+            row = stacks[space].pop()
+            if not stacks[space]:
+                spaces &= ~(1 << space)
+        else:
+            space, row = capacity, []
+            rows.append(row)
+        row.append(index)
+        if left := space - length:
+            stacks[left].append(row)
+            spaces |= 1 << left
+    return rows
+
+
+def least_padding(lengths: Iterable[int], capacity: int) -> list[int]:
+    """The at most WIDTHS multiples of 64 (or the capacity) to which the lengths are padded with the least in all."""
+    counts = sorted(Counter(min(-(-length // 64) * 64, capacity) for length in lengths).items())
+    # best[j]: (positions, widths) for the j shortest sizes; each round may add one width, which takes sizes i to j
+    best: list[tuple[float, list[int]]] = [(0, []), *[(float("inf"), [])] * len(counts)]
+    total = [0, *itertools.accumulate(count for _, count in counts)]
+    for _ in range(WIDTHS):
+        for j in range(len(counts), 0, -1):
+            size = counts[j - 1][0]
+            added = min((best[i][0] + size * (total[j] - total[i]), i) for i in range(j))
+            if added[0] < best[j][0]:
+                best[j] = added[0], [*best[added[1]][1], size]
+    return best[-1][1]
+
+
+def _parts(rows: list[list[int]], size: int) -> Iterator[list[list[int]]]:
+    return (rows[i : i + size] for i in range(0, len(rows), size))
+
+
+def _sample(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The text of each run of tokens that are learnt, or not."""
+    borders = [0, *(np.flatnonzero(np.diff(example.loss)) + 1), len(example.ids)]
+    runs = itertools.pairwise(map(int, borders))
+    return [(tokenizer.decode(example.ids[a:b].tolist(), False), bool(example.loss[a])) for a, b in runs]
+
+
+# --- ready batches ----------------------------------------------------------------------------------------------------
+
+
+class ReadyBatches:
+    """Batches from any iterable: a torch DataLoader, a tf.data pipeline, a list, a generator. Checked and completed.
+
+    An epoch is one pass. A run that is resumed reads the passes and batches again that it had seen, so that iterables
+    that shuffle go on as they would have; one with state_dict() and load_state_dict() is asked instead.
+    """
+
+    fingerprint = None
+
+    def __init__(self, data: Iterable[Mapping[str, Any]]) -> None:
+        self._data = data
+        self._source: Any = data.data if isinstance(data, _Begun) else data
+        self._passes = 0  # begun so far
+        self._restored = False
+
+    def steps(self, epoch: int) -> int | None:
+        """The iterable's len(), if it has one."""
+        try:
+            return len(self._source)
+        except (TypeError, NotImplementedError):
+            return None
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of a pass, from batch `start` on. Raises DataError for batches that cannot be used."""
+        restored, self._restored = self._restored, False
+        if restored:
+            self._passes = epoch
+        while self._passes < epoch:
+            self._passes += 1
+            for _ in self._data:
+                pass
+        self._passes = max(self._passes, epoch + 1)
+        skipped = 0 if restored else start
+        number, labels = start, 0
+        for number, batch in enumerate(itertools.islice(self._data, skipped, None), start + 1):
+            ready = complete(batch, f"batch {number} of epoch {epoch + 1}")
+            labels += int((ready["labels"] != NO_LABEL).sum())
+            yield ready
+        if number == 0:
+            again = ": a generator can be read once. Give something that can be read again, such as a list"
+            raise DataError(f"the data gave no batch in epoch {epoch + 1}{again if epoch else ''}")
+        if start == 0 and not labels:
+            raise DataError(f"all labels of the {number} batches of epoch {epoch + 1} are {NO_LABEL}: nothing to learn")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The iterable's own, if it has one."""
+        return self._source.state_dict() if hasattr(self._source, "state_dict") else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hands the state to the iterable; {} means that it has none."""
+        if state:
+            self._source.load_state_dict(state)
+            self._data, self._restored = self._source, True
+
+    def report(self) -> str:
+        steps = self.steps(0)
+        return f"ready batches, {'an unknown number of' if steps is None else f'{steps:,}'} steps an epoch"
+
+
+def complete(batch: Mapping[str, Any], where: str = "the batch") -> Batch:
+    """A user's batch as the four arrays of a batch.
+
+    batch: integers (rows, length) of any framework: input_ids and labels; optionally attention_mask (0: padding),
+    position_ids, segment_ids. Without segment_ids a row is one example, or several where given position_ids start anew.
+    Labels of padding and of an example's first token become -100. Raises DataError for missing keys, other shapes and
+    other types.
+    """
+    if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
+        found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise DataError(f"{where} must be a dict with input_ids and labels, found {found}")
+    names = ("input_ids", "labels", "attention_mask", "position_ids", "segment_ids")
+    arrays = {name: _as_numpy(batch[name], f"{where}: {name}") for name in names if batch.get(name) is not None}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    ids, labels = arrays["input_ids"], arrays["labels"]
+    if ids.ndim != 2 or not ids.size or len(set(shapes.values())) != 1:
+        raise DataError(
+            f"{where}: the arrays must all have one shape (rows, length), found {shapes}. Single examples are put "
+            f"together by a DataLoader's collate function or by dataset.batch()"
+        )
+    wrong = labels[(labels < 0) & (labels != NO_LABEL)]
+    if wrong.size or (ids < 0).any():
+        raise DataError(f"{where}: negative {f'labels {wrong[:3]}' if wrong.size else 'input_ids'}; only -100 masks")
+    real = arrays.get("attention_mask", np.ones_like(ids)) != 0
+    positions, segments = arrays.get("position_ids"), arrays.get("segment_ids")
+    if segments is None:
+        if positions is None:
+            segments = np.ones_like(ids)
+            positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
+        else:
+            segments = np.cumsum(np.diff(positions, axis=1, prepend=positions[:, :1] - 2) != 1, axis=1)
+    segments = np.where(real, segments, 0)
+    first = np.diff(segments, axis=1, prepend=0) != 0
+    if positions is None:
+        index = np.arange(ids.shape[1])
+        positions = index - np.maximum.accumulate(np.where(first, index, 0), axis=1)
+    labels = np.where((segments == 0) | first, NO_LABEL, labels)
+    done = {"input_ids": ids, "labels": labels, "position_ids": positions, "segment_ids": segments}
+    return {name: np.ascontiguousarray(array, np.int32) for name, array in done.items()}
+
+
+def _as_numpy(value: Any, where: str) -> np.ndarray:
+    convert: list[Callable[[], Any]] = [lambda: value, lambda: value.detach().cpu(), lambda: value.numpy()]
+    for attempt in convert:  # a torch tensor on a GPU must first come to the CPU
+        try:
+            array = np.asarray(attempt())
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            continue
+        if array.dtype.kind in "iub":
+            return array.astype(np.int64)  # -100 is no unsigned number
+        raise DataError(f"{where} must be integers, found {array.dtype}")
+    raise DataError(
+        f"{where}: a {type(value).__name__} cannot be made an array; rows of different lengths need padding"
+    )

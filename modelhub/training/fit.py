@@ -1,0 +1,228 @@
+"""The loop over steps and epochs: learning rate, validation, callbacks, checkpoints, interruption."""
+
+import itertools
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modelhub.core.tree import Params
+from modelhub.errors import DataError, InputError, TrainingError
+from modelhub.training import checkpoints
+from modelhub.training.batches import Batch, BatchSource
+from modelhub.training.callbacks import Callback
+from modelhub.training.engine import Engine
+from modelhub.training.history import History
+
+log = logging.getLogger("modelhub")
+
+SAVE_SECONDS = 120.0  # between two checkpoints, where save_steps does not say otherwise
+MOST_SKIPPED = 20  # steps in a row without finite gradients before float16 training gives up
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to train, and where the run is kept; see CausalLM.fit."""
+
+    epochs: int = 1
+    steps: int | None = None
+    grad_accum: int = 1
+    learning_rate: float = 5e-5
+    schedule: Callable[[int, int | None], float] = lambda step, total: 1.0
+    checkpoint_dir: str | os.PathLike[str] | None = None
+    resume: str | bool = "auto"
+    save_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "grad_accum", "steps", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InputError(f"{name} must be a whole number, 1 or more, got {value!r}")
+        if self.resume not in ("auto", True, False):
+            raise InputError(f'resume must be "auto", True or False, got {self.resume!r}')
+
+    def total_steps(self, data: BatchSource) -> int | None:
+        """Optimizer steps of the whole run; None where the data cannot tell."""
+        if self.steps is not None:
+            return self.steps
+        batches = [data.steps(epoch) for epoch in range(self.epochs)]
+        return sum(math.ceil(n / self.grad_accum) for n in batches if n is not None) if None not in batches else None
+
+
+class Run:
+    """One training run. publish: called with the trainable parameters after each step, before callbacks see it.
+
+    settings: what a resumed run must have in common with the one that was broken off (JSON values).
+    """
+
+    def __init__(
+        self, engine: Engine, data: BatchSource, plan: Plan, *, model: Any, publish: Callable[[Params], None],
+        validation: BatchSource | None, callbacks: Sequence[Callback], settings: Mapping[str, Any],
+    ):  # fmt: skip
+        self.engine, self.data, self.plan = engine, data, plan
+        self.model, self.publish, self.validation, self.settings = model, publish, validation, dict(settings)
+        self.history = History()
+        self.callbacks = [self.history, *callbacks]
+        self.total = plan.total_steps(data)
+        self.step = self.epoch = self.batch = 0  # steps done; the epoch, and how many of its batches are done
+        self.skipped = 0  # steps in a row
+        self._saved = time.monotonic()
+
+    def fit(self) -> History:
+        for callback in self.callbacks:
+            callback.set_model(self.model)
+        self.model.stop_training = False
+        if self.plan.checkpoint_dir is None:
+            return self._fit()
+        with checkpoints.lock(self.plan.checkpoint_dir):
+            return self._fit()
+
+    def _fit(self) -> History:
+        self._tell("on_train_begin", {})
+        if self._resume():
+            return self.history
+        try:
+            with checkpoints.interruptible() as interruption:
+                self._loop(interruption)
+        finally:
+            self._tell("on_train_end", {})
+        return self.history
+
+    def _loop(self, interruption: checkpoints.Interruption) -> None:
+        while not self._over():
+            if self.batch == 0:
+                self._tell("on_epoch_begin", self.epoch, {})
+            for group in self._groups():
+                self._step(group)
+                self.batch += len(group)
+                if interruption.requested:
+                    self._stop_here()
+                if self.model.stop_training or self.step == self.plan.steps:
+                    break
+                self._save_if_due()
+            if not self.batch:
+                raise DataError("the data has no batches left; an iterator can only be gone through once")
+            logs = self.history.epoch_means()
+            if self.validation is not None:
+                self._tell("on_test_begin", {})
+                found = self.engine.evaluate(self.validation.epoch(0))
+                logs |= {"val_loss": found["loss"], "val_accuracy": found["accuracy"]}
+                self._tell("on_test_end", logs)
+            self._tell("on_epoch_end", self.epoch, logs)
+            self.epoch, self.batch = self.epoch + 1, 0
+            self._save()
+            if interruption.requested:
+                self._stop_here()
+        if self.plan.checkpoint_dir is not None:
+            checkpoints.mark_finished(self.plan.checkpoint_dir)
+
+    def _over(self) -> bool:
+        if self.model.stop_training:
+            return True
+        return self.step >= self.plan.steps if self.plan.steps is not None else self.epoch >= self.plan.epochs
+
+    def _groups(self) -> Iterator[list[Batch]]:
+        """The batches of one step after the other, to the end of the epoch."""
+        batches = self.data.epoch(self.epoch, self.batch)
+        while group := list(itertools.islice(batches, self.plan.grad_accum)):
+            yield group
+
+    def _step(self, group: list[Batch]) -> None:
+        number = self.step + 1
+        rate = self.plan.learning_rate * self.plan.schedule(self.step, self.total)
+        self._tell("on_train_batch_begin", number, {})
+        begun = time.perf_counter()
+        logs = self.engine.train(group, number, rate)
+        seconds = time.perf_counter() - begun
+        self.step = number
+        self.publish(self.engine.trainable)
+        self._check(logs)
+        tokens = sum(int((batch["segment_ids"] > 0).sum()) for batch in group)
+        logs |= {"learning_rate": rate, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        if (memory := self.engine.xp.peak_memory()) is not None:
+            logs["memory"] = float(memory)
+        self._tell("on_train_batch_end", number, logs)
+
+    def _check(self, logs: Mapping[str, float]) -> None:
+        finite = math.isfinite(logs["grad_norm"]) and math.isfinite(logs["loss"])
+        self.skipped = 0 if finite else self.skipped + 1
+        # With a loss scale gradients overflow now and then: the step is left out, and the scale falls.
+        if finite or (self.engine.scaling and math.isfinite(logs["loss"]) and self.skipped < MOST_SKIPPED):
+            return
+        kept = ""
+        if self.plan.checkpoint_dir is not None and (found := checkpoints.latest(self.plan.checkpoint_dir)):
+            kept = f" The checkpoint of step {found.step} in {self.plan.checkpoint_dir} is from before it."
+        raise TrainingError(
+            f"step {self.step}: the loss is {logs['loss']:g} and the norm of its gradients {logs['grad_norm']:g}. This "
+            f"step was not applied: the model has the weights of step {self.step - 1}.{kept} Try a lower "
+            f"learning_rate, warm-up steps or clip_norm=1.0; look at the rows of this step"
+        )
+
+    # --- checkpoints ------------------------------------------------------------------------------------------
+
+    def _resume(self) -> bool:
+        """Take up where the newest checkpoint is. True if there is nothing left to do."""
+        directory = self.plan.checkpoint_dir
+        found = checkpoints.latest(directory) if directory is not None and self.plan.resume else None
+        if found is None:
+            if directory is not None and self.plan.resume is True:
+                raise InputError(f'resume=True, but {directory} holds no checkpoint; resume="auto" starts anew then')
+            return False
+        checkpoints.check_same(found.meta["settings"], self.settings)
+        xp = self.engine.xp
+        tensors = {name: xp.array(array) for name, array in found.tensors().items()}
+        self.engine.trainable = {n.removeprefix("trainable/"): x for n, x in tensors.items() if n.startswith("train")}
+        self.engine.state = {n.removeprefix("state/"): x for n, x in tensors.items() if n.startswith("state/")}
+        self.publish(self.engine.trainable)
+        meta = found.meta
+        self.step, self.epoch, self.batch = meta["step"], meta["epoch"], meta["batch"]
+        self.data.load_state_dict(meta["data"])
+        for callback, state in zip(self.callbacks, meta["callbacks"], strict=False):
+            if state["class"] == type(callback).__name__:
+                callback.load_state_dict(state["state"])
+        assert directory is not None
+        if self._over() or (checkpoints.is_finished(directory) and meta["plan"] == self._length()):
+            log.warning("the run in %s is finished: %d steps, nothing left to do", directory, self.step)
+            self._tell("on_train_end", {})
+            return True
+        log.warning("going on in %s after step %d", directory, self.step)
+        return False
+
+    def _length(self) -> dict[str, Any]:
+        return {"epochs": self.plan.epochs, "steps": self.plan.steps}
+
+    def _save(self) -> None:
+        if self.plan.checkpoint_dir is None:
+            return
+        get = self.engine.xp.get
+        tensors = {f"trainable/{name}": get(x) for name, x in self.engine.trainable.items()}
+        tensors |= {f"state/{name}": get(x) for name, x in self.engine.state.items()}
+        callbacks = [{"class": type(c).__name__, "state": c.state_dict()} for c in self.callbacks]
+        meta = {
+            "settings": self.settings, "plan": self._length(), "step": self.step, "epoch": self.epoch,
+            "batch": self.batch, "data": self.data.state_dict(), "callbacks": callbacks,
+            "written_by": {"backend": self.engine.xp.name},
+        }  # fmt: skip
+        checkpoints.save(self.plan.checkpoint_dir, self.step, tensors, meta)
+        self._saved = time.monotonic()
+
+    def _save_if_due(self) -> None:
+        due = self.step % self.plan.save_steps == 0 if self.plan.save_steps else None
+        if due or (due is None and time.monotonic() - self._saved > SAVE_SECONDS):
+            self._save()
+
+    def _stop_here(self) -> None:
+        """After Ctrl-C: save, say how to go on, and stop the program that called."""
+        self._save()
+        if self.plan.checkpoint_dir is None:
+            how = "the model has the weights of this step; give a checkpoint_dir to be able to go on later"
+        else:
+            how = f"the same call, with checkpoint_dir={str(self.plan.checkpoint_dir)!r}, goes on from here"
+        raise KeyboardInterrupt(f"stopped after step {self.step}: {how}")
+
+    def _tell(self, event: str, *args: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(*args)
