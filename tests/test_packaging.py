@@ -40,7 +40,7 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(wheel):
     }
     cards = {name.rsplit("/", 1)[1] for name in names if name.startswith("modelhub/_resources/presets/")}
     assert cards == {path.name for path in (REPO / "presets").iterdir()}
-    modules = {name for name in names if name.endswith(".py")}
+    modules = {name for name in names if name.endswith(".py") and "/_resources/" not in name}
     assert modules == {path.relative_to(REPO).as_posix() for path in (REPO / "modelhub").rglob("*.py")}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -187,8 +187,8 @@ def finetune(
     targets: Annotated[
         list[str] | None, option("layers by name or pattern, or all-linear (default: q_proj, v_proj)", LORA)
     ] = None,
-    use_rslora: Annotated[bool | None, option("scale by alpha / sqrt(rank)", LORA, "--use-rslora")] = None,
-    use_dora: Annotated[bool | None, option("learn lengths and directions apart", LORA, "--use-dora")] = None,
+    use_rslora: Annotated[bool | None, option("scale by alpha / sqrt(rank)", LORA)] = None,
+    use_dora: Annotated[bool | None, option("learn lengths and directions apart", LORA)] = None,
     optimizer: Annotated[str | None, option("sgd, adam, adamw (default), adafactor, lion or muon", OPTIMIZER)] = None,
     learning_rate: Annotated[float | None, option("of the first step after warm-up (default: 5e-5)", OPTIMIZER)] = None,
     schedule: Annotated[str | None, option("constant (default), linear or cosine", OPTIMIZER)] = None,
@@ -310,8 +310,8 @@ def _load(
 
 def _given(context: typer.Context, *others: str) -> dict[str, Any]:
     """The options on the command line but for `others`: what is not there is for the recipe or the API to say."""
-    # An option that may be repeated is [] where it is not given.
-    return {k: v for k, v in context.params.items() if v is not None and v != [] and k not in others}
+    absent = (None, ())  # () is a list's
+    return {k: v for k, v in context.params.items() if v not in absent and k not in others}
 
 
 def _print_stream(pieces: Any) -> None:

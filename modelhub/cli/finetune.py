@@ -103,8 +103,8 @@ def _problem(table: str, key: str, value: Any) -> str | None:
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, dict.fromkeys(known), n=2)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    close = difflib.get_close_matches(name, dict.fromkeys(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -143,7 +143,7 @@ def _made(key: str, table: dict[str, Any], get: Callable[[str], Any], path: Path
 
 def _locate(settings: Settings, folder: Path) -> None:
     """Relative paths mean places beside the recipe; but a bundled recipe writes where the user is."""
-    writes = Path.cwd() if folder == resource("finetune").resolve() else folder
+    writes = Path() if folder == resource("finetune").resolve() else folder
     top, fit = settings[""], settings.get("fit", {})
     for table, key, base in ((top, "output", writes), (fit, "checkpoint_dir", writes)):
         if key in table:
@@ -189,8 +189,8 @@ def finetune(recipe: str | None, options: dict[str, Any], *, offline: bool, dry_
     needed = ("preset", "data") if dry_run else ("preset", "data", "output")
     if missing := [f"--{key}" for key in needed if not top.get(key)]:
         raise InputError(f"finetune needs {', '.join(missing)}, or a recipe that says it")
-    output = Path(top.get("output", "")).expanduser().absolute()
-    run = Path(fit.get("checkpoint_dir") or output.with_name(f"{output.name}_run")).expanduser()
+    output = Path(top.get("output", "")).expanduser()
+    run = Path(fit.get("checkpoint_dir") or output.parent / f"{output.name}_run").expanduser()
     # Mistakes in the data and in the output's place should not cost the time that loading a model takes.
     data, validation_data = (_checked_data(top.get(key), fit.get("kind")) for key in ("data", "validation_data"))
     if not dry_run:
@@ -215,7 +215,8 @@ def finetune(recipe: str | None, options: dict[str, Any], *, offline: bool, dry_
     (lm.save_adapter if lora is not None else lm.save_to_preset)(output)
     _write_history(history, run)
     what = output if lora is None else f"{top['preset']} --adapter {output}"
-    err.print(f'history and checkpoints: {run}\ntry it: modelhub generate {what} "..."')
+    command = f"chat {what}" if fit.get("template") == "chat" else f'generate {what} "..."'
+    err.print(f"history and checkpoints: {run}\ntry it: modelhub {command}")
     return output
 
 
@@ -253,8 +254,8 @@ def _check_output(output: Path, run: Path, lora: bool) -> None:
     if strangers:
         what = "an adapter" if lora else "a model"
         raise InputError(
-            f"the output {output} holds {', '.join(sorted(strangers)[:5])}, which saving {what} there would remove; give "
-            "a new or an empty folder"
+            f"the output {output} holds {', '.join(sorted(strangers)[:5])}, which saving {what} there would remove; "
+            "give a new or an empty folder"
         )
     if run.resolve().is_relative_to(output.resolve()):
         raise InputError(

@@ -30,7 +30,7 @@ DATA = "Data"
 Data = Annotated[str | None, option("a .jsonl, .json, .csv or .parquet file; dolly_style.jsonl is bundled", DATA)]
 SequenceLength = Annotated[int | None, option("tokens of a row; longer examples are cut (default: 1024)", DATA)]
 BatchSize = Annotated[int | None, option("rows of sequence_length in one step (default: 4)", DATA)]
-Packing = Annotated[bool | None, option("several examples in a row (default), or one", DATA, "--packing/--no-packing")]
+Packing = Annotated[bool | None, option("several examples in a row (default), or one", DATA)]
 LossOn = Annotated[str | None, option("response (default), or all: prompts are learnt too", DATA)]
 Template = Annotated[
     str | None, option("of instruction records: text with {instruction}, {context}, {response}; or chat", DATA)

@@ -99,31 +99,30 @@ def choose(skeleton: Module, targets: str | Sequence[str] | None) -> list[str]:
     return [name for name in everything if name in found]
 
 
-def attach(skeleton: ModuleT, config: LoRAConfig, modules: Iterable[str]) -> tuple[ModuleT, dict[str, Spec]]:
-    """The skeleton with an adapter in each of `modules`, and the adapter's {parameter name: Spec}.
-
-    Raises ConfigError if a rank is larger than a layer.
-    """
-    chosen = set(modules)
+def check_ranks(skeleton: Module, config: LoRAConfig, modules: Iterable[str]) -> None:
+    """Raise ConfigError if a new adapter would have a larger rank than one of its layers."""
     layers = linears(skeleton)
-    too_small = []
+    shapes = {name: layers[name].weight.shape for name in modules}
+    small = [f"{name} ({n} x {k})" for name, (n, k) in shapes.items() if config.rank_of(name) > min(n, k)]
+    if small:
+        raise ConfigError(
+            f"LoRA: rank {config.rank} is larger than {len(small)} of the targeted layers, the first {small[0]}: such "
+            f"an update would have more parameters than the layer. Take a smaller rank, or other targets"
+        )
+
+
+def attach(skeleton: ModuleT, config: LoRAConfig, modules: Iterable[str]) -> tuple[ModuleT, dict[str, Spec]]:
+    """The skeleton with an adapter in each of `modules`, and the adapter's {parameter name: Spec}."""
+    layers = linears(skeleton)
     replaced: dict[str, Linear] = {}
-    for name in chosen:
+    for name in modules:
         outputs, inputs = layers[name].weight.shape
         rank = config.rank_of(name)
-        if rank > min(outputs, inputs):
-            too_small.append(f"{name} ({outputs} x {inputs})")
         adapter = LoRA.abstract(
             inputs, outputs, rank, scale=config.scale_of(name), dropout=config.dropout, use_dora=config.use_dora,
             salt=zlib.crc32(name.encode()) >> 1,
         )  # fmt: skip
         replaced[name] = dataclasses.replace(layers[name], lora=adapter)
-    if too_small:
-        raise ConfigError(
-            f"LoRA: rank {config.rank} is larger than {len(too_small)} of the targeted layers, the first "
-            f"{sorted(too_small)[0]}: an update of that rank would have more parameters than the layer. Take a smaller "
-            f"rank, or other targets"
-        )
     changed = _replace(skeleton, replaced)
     return changed, {name: spec for name, spec in flatten(changed).items() if MARK in name}
 

@@ -15,11 +15,15 @@ from modelhub.hub.adapters import AdapterFiles, read_adapter, write_adapter
 
 @dataclass
 class Adapter:
-    """One adapter. params: its arrays, under our names; those of the active one are in the Backbone's params too."""
+    """One adapter. params: its arrays, under our names; those of the active one are in the Backbone's params too.
+
+    model: the skeleton with this adapter; the same one each time, so that nothing compiles again.
+    """
 
     config: lora.LoRAConfig
     modules: list[str]
     params: Params
+    model: Any
 
 
 class Adapters:
@@ -55,9 +59,11 @@ class Adapters:
             )
         config = lora.LoRAConfig(rank, alpha, dropout, use_rslora, use_dora)
         modules = lora.choose(self.base_model, targets)
+        lora.check_ranks(self.base_model, config, modules)
         skeleton, specs = lora.attach(self.base_model, config, modules)
         self.set_adapter(None)
-        self.adapters[name] = Adapter(config, modules, lora.initial(self.xp, skeleton, self.params, specs, seed))
+        params = lora.initial(self.xp, skeleton, self.params, specs, seed)
+        self.adapters[name] = Adapter(config, modules, params, skeleton)
         self.set_adapter(name)
 
     def set_adapter(self, name: str | None) -> None:
@@ -75,8 +81,7 @@ class Adapters:
             self._use(self.base_model, base)
         else:
             adapter = self.adapters[name]
-            skeleton, _ = lora.attach(self.base_model, adapter.config, adapter.modules)
-            self._use(skeleton, base | adapter.params)
+            self._use(adapter.model, base | adapter.params)
 
     def merge_lora(self) -> None:
         """Put the active adapter into the weights: the same outputs, at the base model's speed. See unmerge_lora."""
@@ -93,8 +98,7 @@ class Adapters:
             raise InputError("no adapter is merged; merge_lora() comes first")
         base, self._replaced = self.params | self._replaced, {}
         adapter = self.adapters[self.active_adapter or ""]
-        skeleton, _ = lora.attach(self.base_model, adapter.config, adapter.modules)
-        self._use(skeleton, base | adapter.params)
+        self._use(adapter.model, base | adapter.params)
 
     def save_adapter(self, folder: str | os.PathLike[str], base: str = "") -> None:
         """Write the active adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
@@ -134,11 +138,10 @@ class Adapters:
             files.alpha_pattern,
         )  # fmt: skip
         modules = _in_order(self.base_model, {key.partition(lora.MARK)[0] for key in files.tensors}, folder)
-        _, specs = lora.attach(self.base_model, config, modules)
+        skeleton, specs = lora.attach(self.base_model, config, modules)
         _check_shapes(specs, files, folder)
-        self.adapters[name] = Adapter(
-            config, modules, {key: self.xp.array(array, "float32") for key, array in files.tensors.items()}
-        )
+        params = {key: self.xp.array(files.tensors[key], "float32") for key in specs}
+        self.adapters[name] = Adapter(config, modules, params, skeleton)
         self.set_adapter(name)
         return name
 

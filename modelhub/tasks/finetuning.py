@@ -142,9 +142,9 @@ class FineTuning:
             raise ConfigError(f"clip_norm must be above 0, got {clip_norm!r}; None is for no clipping")
         rate = 5e-5 if learning_rate is None else learning_rate
         native = xp.native_optimizer(optimizer)
-        chosen = native or optim.get(optimizer, learning_rate=rate, weight_decay=weight_decay)
+        chosen: Any = native or optim.get(optimizer, learning_rate=rate, weight_decay=weight_decay)
         if native is None:
-            rate = float(chosen.learning_rate)
+            rate = chosen.learning_rate
         settings = Settings(chosen, clip_norm, loss, PRECISIONS[mixed_precision], matmul_precision, remat, jit=jit)
         described = {
             "optimizer": repr(chosen), "learning_rate": rate, "schedule": str(schedule), "clip_norm": clip_norm,
@@ -166,7 +166,7 @@ class FineTuning:
         batch_size: rows of sequence_length in one step, packed or not. grad_accum: batches in one optimizer step.
         steps: optimizer steps in all; None: as many as `epochs` have.
         validation_data: like data, or validation_split: a share of the records to hold out; measured after each epoch.
-        packing: several examples in one row, invisible to each other. False: one a row, rows of similar length together.
+        packing: several examples in one row, invisible to each other. False: one a row, similar lengths together.
         loss_on: "response" (instructions and chats; strings always count whole) or "all".
         template: for instruction records; a string with {instruction}, {context} and {response}, or "chat", the
             preset's own. kind: of the records, where the keys do not tell: "dolly", "alpaca", "prompt", "messages",

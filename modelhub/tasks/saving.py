@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from modelhub.errors import CheckpointError
@@ -23,10 +24,12 @@ def save_to_preset(
     backbone: Backbone,
     tokenizer: Tokenizer | None,
     generation_config: Mapping[str, Any],
+    dtype: str | None = None,
 ) -> None:
     """Write the folder beside its place and then swap: it is whole or as it was. Raises CheckpointError.
 
-    An active adapter is merged into the weights that are written, not into those of the model.
+    dtype: of the weights in the files; None: as they are. An active adapter is merged into the weights that are
+    written, not into those of the model.
     """
     target = Path(folder).resolve()
     _refuse_strangers(target)
@@ -43,7 +46,7 @@ def save_to_preset(
         xp, params = backbone.xp, backbone.plain_params()
         _write_weights(work, {name: xp.get(xp.cast(x, dtype or backbone.dtype)) for name, x in params.items()})
         replace_folder(work, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target} could not be written: {error}. What was there before is as it was") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -18,7 +18,9 @@ from modelhub.core.tree import Module, Params, bind
 
 Batch = Mapping[str, np.ndarray]
 
-_CPU_TOKENS = 512  # in one piece: more do not make a processor's products faster, only the memory larger
+# Tokens in one piece on a processor: more do not make its products faster, only the memory larger. Narrow models take
+# more of them: tokens times width.
+_CPU_TOKENS, _CPU_SIZE = 512, 2**19
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Engine:
     def __init__(self, xp: Backend, skeleton: Module, params: Params, trainable: Iterable[str], settings: Settings):
         self.xp, self.settings = xp, settings
         names = frozenset(trainable)
+        self._width = int(skeleton.model.config.hidden_size)  # type: ignore[attr-defined]
         dtype = settings.compute_dtype
         self.frozen = {name: _cast(xp, x, dtype) for name, x in params.items() if name not in names}
         self.trainable = {name: xp.copy(x) for name, x in params.items() if name in names}
@@ -112,7 +115,9 @@ class Engine:
 
     def _at_once(self, rows: int, time: int) -> int:
         """How many rows go through the model together."""
-        return min(rows, max(1, _CPU_TOKENS // time)) if self.xp.device == "cpu" else rows
+        if self.xp.device != "cpu":
+            return rows
+        return min(rows, max(1, max(_CPU_TOKENS, _CPU_SIZE // self._width) // time))
 
     def _pieces(self, batches: Iterable[Batch], step: int | None) -> Iterator[tuple[dict[str, Array], int]]:
         for number, batch in enumerate(batches):
