@@ -1,13 +1,14 @@
 """One measurement in one process: `python worker.py MEASUREMENT LIBRARY BACKEND MODEL`; the result is a line of JSON.
 
-benchmarks/generate.py starts it anew for each measurement, with the Python that the library is installed in. Clocks
-start when everything is imported that the library lets one import by a public name.
+bench.py starts it anew for each measurement, with the Python that the library is installed in. Clocks start when
+everything is imported that the library lets one import by a public name.
 """
 
 import importlib
 import json
 import mmap
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -32,6 +33,14 @@ EIGHT = (  # 4 to 60 of Gemma's tokens, the begin-of-sequence token counted
     "library, which has been leaking since the storm in March, and about the wages of the two gardeners, the chairman "
     "asked the members to vote. The result was",
 )
+TURN = 64  # tokens of an answer at most
+QUESTIONS = (  # two conversations
+    (EIGHT[7] + " not in the minutes. What do you think it was?", "And what would you have voted for, and why?"),
+    (
+        EIGHT[5] + " light is absorbed. What else does a plant need to grow?",
+        "Which of these can a desert plant do without?",
+    ),
+)
 
 
 class Modelhub:
@@ -44,6 +53,8 @@ class Modelhub:
     def load(self) -> None:
         self.lm = self.load_task(self.model, backend=self.backend, device="cpu", dtype="float32")
         self.lm.generation_config = {"eos_token_id": []}  # greedy, and never ends early
+        tokenizer = self.lm.tokenizer
+        self.template, tokenizer.chat_template = tokenizer.chat_template, None  # its end of a turn would end it too
 
     def generate(self, prompts: list[str], new_tokens: int) -> None:
         self.lm.generate(prompts, max_new_tokens=new_tokens)
@@ -51,6 +62,19 @@ class Modelhub:
 
     def decode_seconds(self) -> float:
         return decode_seconds(self.generate)
+
+    def chat(self, messages: list[dict[str, str]]) -> tuple[str, dict[str, Any]]:
+        self.lm.tokenizer.chat_template = self.template
+        answer = self.lm.chat(messages, max_new_tokens=TURN)
+        run = self.lm.last_run
+        computed = run.prompt_tokens - run.reused_tokens
+        left = run.prompt_tokens + run.new_tokens - 1  # the last token was not fed
+        return answer, {
+            "seconds": run.seconds_to_first_token,
+            "computed": computed,
+            "left": left,
+            "reused": run.reused_tokens,
+        }
 
 
 class Transformers:
@@ -79,6 +103,17 @@ class Transformers:
 
     def decode_seconds(self) -> float:
         return decode_seconds(self.generate)
+
+    def chat(self, messages: list[dict[str, str]]) -> tuple[str, dict[str, Any]]:
+        inputs = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        size = inputs["input_ids"].shape[1]
+        first = seconds(lambda: self.lm.generate(**inputs, max_new_tokens=1, do_sample=False))
+        end = self.tokenizer.eos_token_id
+        out = self.lm.generate(**inputs, max_new_tokens=TURN, do_sample=False, eos_token_id=end)[0, size:]
+        answer = self.tokenizer.decode(out, skip_special_tokens=True)
+        return answer, {"seconds": first, "computed": size, "left": size + len(out) - 1, "reused": 0}
 
 
 class KerasHub:
@@ -168,7 +203,7 @@ def touch(size: str) -> dict[str, Any]:
     return {}
 
 
-def measure_import() -> dict[str, Any]:
+def measure_import(*_: str) -> dict[str, Any]:
     """The package, which loads its names when they are first used, and then with the main one."""
     bare = seconds(lambda: importlib.import_module("modelhub"))
     frameworks = [name for name in ("jax", "torch", "tensorflow") if name in sys.modules]
@@ -179,11 +214,11 @@ def measure_import() -> dict[str, Any]:
     }
 
 
-def measure_versions() -> dict[str, Any]:
+def measure_versions(*_: str) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("numpy", "jax", "torch", "tensorflow", "transformers", "keras", "keras-hub"):
+    for name in ("numpy", "jax", "torch", "tensorflow", "transformers", "peft", "keras", "keras-hub"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -218,12 +253,72 @@ def measure_load(library: str, backend: str, model: str) -> dict[str, Any]:
 
 
 def measure_start(library: str, backend: str, model: str) -> dict[str, Any]:
-    """When the first piece of text was there; generate.py knows when the process was started."""
+    """From the start of a process to its first piece of text, with an empty and a warm compilation cache."""
+    found = {}
+    for state in ("empty", "warm"):
+        begun = time.time()
+        done = subprocess.run(
+            [sys.executable, __file__, "first", library, backend, model], check=True, stdout=subprocess.PIPE
+        )
+        found[state] = json.loads(done.stdout.splitlines()[-1])["time"] - begun
+    return found
+
+
+def measure_first(library: str, backend: str, model: str) -> dict[str, Any]:
+    """When the first piece of text was there."""
     import modelhub
 
     lm = modelhub.CausalLM.from_preset(model, backend=backend, device="cpu", dtype="float32")
     next(lm.generate(ONE, stream=True))
     return {"time": time.time()}
+
+
+def measure_stream(library: str, backend: str, model: str) -> dict[str, Any]:
+    """How much longer a call takes with stream=True; the two take turns."""
+    task = Modelhub(backend, model)
+    task.load()
+    calls: list[Callable[[], Any]] = [
+        lambda: task.generate([ONE], NEW),
+        lambda: sum(1 for _ in task.lm.generate(ONE, max_new_tokens=NEW, stream=True)),
+    ]
+    runs = [[seconds(call) for call in calls] for _ in range(6)][1:]
+    whole, streamed = (statistics.median(times) for times in zip(*runs, strict=True))
+    return {"cost": 100 * (streamed / whole - 1), "whole": whole, "streamed": streamed}
+
+
+def measure_chat(library: str, backend: str, model: str) -> dict[str, Any]:
+    """Two turns: seconds to the first token and tokens computed for it; again: those of them that turn 1 had left."""
+    task = LIBRARIES[library](backend, model)
+    task.load()
+    found: dict[str, Any] = {}
+    for questions in QUESTIONS * 2:  # the first round compiles, the last conversation counts
+        messages: list[dict[str, str]] = []
+        for turn, question in enumerate(questions, 1):
+            messages.append({"role": "user", "content": question})
+            answer, about = task.chat(messages)
+            messages.append({"role": "assistant", "content": answer})
+            found |= {f"{name}_{turn}": value for name, value in about.items()}
+        found["again"] = max(found["left_1"] - found["reused_2"], 0)
+    return found
+
+
+def measure_command(library: str, backend: str, preset: str) -> dict[str, Any]:
+    """From the start of `modelhub chat` to the first byte of its answer; the second time, so with warm caches."""
+    command = [str(Path(sys.executable).with_name("modelhub")), "chat", preset, "--backend", backend]
+    for _ in range(2):
+        begun = time.perf_counter()
+        with subprocess.Popen(
+            [*command, "--max-new-tokens", "16"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stdin and process.stdout and process.stderr
+            process.stdin.write(b"What is the capital of France?\n")
+            process.stdin.close()
+            first = process.stdout.read(1)
+            elapsed = time.perf_counter() - begun
+            process.stdout.read()
+            if not first.strip():
+                raise RuntimeError(f"{' '.join(command)}: {process.stderr.read().decode()}")
+    return {"seconds": elapsed}
 
 
 MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -234,6 +329,10 @@ MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
     "eight": measure_eight,
     "load": measure_load,
     "start": measure_start,
+    "first": measure_first,
+    "stream": measure_stream,
+    "chat": measure_chat,
+    "command": measure_command,
 }
 
 if __name__ == "__main__":

@@ -24,14 +24,14 @@ CATEGORIES = {
 }  # fmt: skip
 RECIPES = sorted(FINETUNE.glob("*.toml"))
 KEYS = {
-    "": {"preset", "backend", "data", "output"},
+    "": {"preset", "backend", "device", "dtype", "data", "validation_data", "output", "sequence_length"},
     "lora": {"rank", "alpha", "dropout", "targets", "use_rslora", "use_dora"},
     "compile": {
         "optimizer", "learning_rate", "schedule", "weight_decay", "clip_norm", "mixed_precision", "remat",
     },
     "fit": {
-        "epochs", "batch_size", "steps", "grad_accum", "packing", "loss_on", "sequence_length", "validation_split",
-        "seed", "checkpoint_dir",
+        "epochs", "batch_size", "steps", "grad_accum", "packing", "loss_on", "template", "validation_split", "seed",
+        "checkpoint_dir",
     },
 }  # fmt: skip
 
@@ -114,8 +114,7 @@ def test_recipe_keys_are_the_apis(table, method):
 
     if not hasattr(CausalLM, method):
         pytest.skip(f"CausalLM.{method} is not there yet")
-    wanted = KEYS[table] - {"sequence_length"}  # the preprocessor's
-    assert wanted <= set(inspect.signature(getattr(CausalLM, method)).parameters)
+    assert KEYS[table] <= set(inspect.signature(getattr(CausalLM, method)).parameters)
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,12 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_the_python_of_the_readme(gemma3_gguf, monkeypatch, capsys):
+def test_the_python_of_the_readme(gemma3_gguf, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 2
     names: dict = {}
+    (tmp_path / "finetune").symlink_to(Path(__file__).parents[1] / "finetune")
+    monkeypatch.chdir(tmp_path)  # the README saves an adapter
     for block in blocks:
         exec(block, names)
     shown = capsys.readouterr().out

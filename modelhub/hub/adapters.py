@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from modelhub.errors import CheckpointError, InputError
 from modelhub.hub.checkpoint import SafetensorsCheckpoint, WeightFile, shown
-from modelhub.hub.files import replace_folder
+from modelhub.hub.files import replace_folder, save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _README = "README.md"  # ours to keep, not ours to write
@@ -133,7 +132,7 @@ def write_adapter(folder: str | os.PathLike[str], files: AdapterFiles) -> None:
     try:
         work.mkdir(parents=True)
         (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file(tensors, work / WEIGHTS, {"format": "pt"})
+        save_tensors(tensors, work / WEIGHTS, {"format": "pt"})
         if (target / _README).is_file():
             shutil.copy2(target / _README, work)
         replace_folder(work, target)

@@ -4,7 +4,19 @@ import ctypes
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a .safetensors file. Raises OSError and SafetensorError."""
+    # safetensors writes memory as it lies: a transposed view would come back in another order.
+    arrays = {name: np.asarray(x, order="C") for name, x in tensors.items()}
+    save_file(arrays, path, None if metadata is None else dict(metadata))
+    path.chmod(0o644)  # safetensors makes it for the user alone, as if it were a secret
 
 
 def replace_folder(source: Path, target: Path) -> None:

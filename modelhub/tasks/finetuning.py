@@ -3,8 +3,9 @@
 import dataclasses
 import logging
 import math
+import numbers
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,14 +141,24 @@ class FineTuning:
             raise ConfigError(f'metrics can only be "accuracy", got {", ".join(map(repr, sorted(unknown)))}')
         if clip_norm is not None and not clip_norm > 0:
             raise ConfigError(f"clip_norm must be above 0, got {clip_norm!r}; None is for no clipping")
-        rate = 5e-5 if learning_rate is None else learning_rate
+        if loss is not None and not callable(loss):
+            raise ConfigError(f"loss must be a function (logits, labels) -> losses per position, got {loss!r}")
+        if not isinstance(learning_rate, numbers.Real | None):
+            raise ConfigError(f"learning_rate must be a number, got {learning_rate!r}")
+        rate = 5e-5 if learning_rate is None else float(learning_rate)
         native = xp.native_optimizer(optimizer)
+        if native is None and not isinstance(optimizer, str | optim.Optimizer):
+            raise ConfigError(
+                f"optimizer {optimizer!r} is neither a name, nor an object such as optim.AdamW(), nor an optimizer of "
+                f"{xp.name}, the model's backend"
+            )
         chosen: Any = native or optim.get(optimizer, learning_rate=rate, weight_decay=weight_decay)
         if native is None:
             rate = chosen.learning_rate
         settings = Settings(chosen, clip_norm, loss, PRECISIONS[mixed_precision], matmul_precision, remat, jit=jit)
         described = {
-            "optimizer": repr(chosen), "learning_rate": rate, "schedule": str(schedule), "clip_norm": clip_norm,
+            "optimizer": repr(chosen), "learning_rate": rate, "schedule": getattr(schedule, "__name__", str(schedule)),
+            "clip_norm": clip_norm,
             "loss": getattr(loss, "__name__", None), "mixed_precision": mixed_precision,
         }  # fmt: skip
         self._compiled = Compiled(settings, rate, optim.get_schedule(schedule), described)
@@ -186,6 +197,10 @@ class FineTuning:
         plan = Plan(
             epochs, steps, grad_accum, compiled.learning_rate, compiled.schedule, checkpoint_dir, resume, save_steps
         )
+        if not isinstance(seed, int) or seed < 0:
+            raise InputError(f"seed must be a whole number, 0 or more, got {seed!r}")
+        if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
+            raise InputError(f"callbacks must be a list, got {callbacks!r}")
         held_out = validation_data
         if validation_split:
             if validation_data is not None or not 0.0 < validation_split < 1.0:
@@ -240,8 +255,10 @@ class FineTuning:
 
     def _prepare(self, data: Any, batch_size: int, **options: Any) -> BatchSource:
         length, context = self.preprocessor.sequence_length, self.backbone.config.max_position_embeddings
-        if not 2 <= length <= context:
-            raise InputError(f"sequence_length must be 2 to {context}, the model's context; got {length}")
+        if not isinstance(length, int) or not 2 <= length <= context:
+            raise InputError(f"sequence_length must be 2 to {context}, the model's context; got {length!r}")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size must be a whole number, 1 or more, got {batch_size!r}")
         return prepare(data, self.tokenizer, self._render(), length, batch_size, **options)
 
     def _render(self) -> Callable[..., str] | None:
@@ -264,11 +281,12 @@ class FineTuning:
     def _describe(self, data: BatchSource, engine: Engine, batch_size: int, total: int | None) -> None:
         console = Console(stderr=True, highlight=False)
         counts = [int(np.prod(x.shape)) for x in engine.trainable.values()]
-        share = sum(counts) / self.backbone.num_parameters
-        what = "LoRA" if self.has_adapter else "all weights"
+        every = self.backbone.num_parameters
+        what = "of LoRA" if self.has_adapter else "all weights"
         console.print(
-            f"training {sum(counts):,} of {self.backbone.num_parameters:,} parameters ({share:.2%}, {what}) on "
-            f"{self.backbone.xp.name}, {self.backbone.xp.device}, for {total or 'an unknown number of'} steps"
+            f"training {sum(counts):,} parameters ({sum(counts) / every:.2%}, {what}) on "
+            f"{self.backbone.xp.name}, {self.backbone.xp.device}, for {total or 'an unknown number of'} steps",
+            soft_wrap=True,
         )
         console.print(data.report(), soft_wrap=True)
         needed = engine.memory(batch_size, self.preprocessor.sequence_length, self.backbone.config)

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from modelhub.errors import CheckpointError
-from modelhub.hub.files import replace_folder
+from modelhub.hub.files import replace_folder, save_tensors
 from modelhub.processing.tokenizer import Tokenizer
 from modelhub.tasks.backbone import Backbone
 
@@ -67,12 +66,12 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 def _write_weights(folder: Path, params: Mapping[str, np.ndarray]) -> None:
     shards = list(_shards(params))
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", {"format": "pt"})
+        save_tensors(shards[0], folder / "model.safetensors", {"format": "pt"})
         return
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, {"format": "pt"})
+        save_tensors(shard, folder / name, {"format": "pt"})
         index |= dict.fromkeys(shard, name)
     total = sum(array.nbytes for array in params.values())
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
@@ -85,6 +84,6 @@ def _shards(params: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]
         if shard and size + array.nbytes > SHARD_BYTES:
             yield shard
             shard, size = {}, 0
-        shard[name] = np.ascontiguousarray(array)  # safetensors writes memory as it lies
+        shard[name] = array
         size += array.nbytes
     yield shard

@@ -29,12 +29,11 @@ import ml_dtypes  # noqa: F401 (registers bfloat16 and the 8-bit floats with num
 import numpy as np
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from modelhub.errors import CheckpointError, InputError, ResumeError
 from modelhub.hub.checkpoint import SafetensorsCheckpoint
-from modelhub.hub.files import replace_folder
+from modelhub.hub.files import replace_folder, save_tensors
 
 _FORMAT = 1
 _STATE, _RUN, _FINISHED = "state.safetensors", "run.json", "finished"
@@ -74,8 +73,6 @@ def save(
         raise InputError(f"keep must be 1 or more checkpoints, got {keep}")
     directory = Path(directory)
     record = json.dumps({"format": _FORMAT, "step": step, "meta": meta})
-    # safetensors writes the memory as it lies: a transposed view would come back in another order.
-    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     target = directory / f"step-{step:08d}"
     work = directory / f"{target.name}.tmp-{os.getpid()}"
     try:
@@ -83,12 +80,12 @@ def save(
         for leftover in directory.glob(_LEFTOVERS):
             shutil.rmtree(leftover)
         work.mkdir()
-        save_file(arrays, work / _STATE)
+        save_tensors(tensors, work / _STATE)
         (work / _RUN).write_text(record, encoding="utf-8")
         replace_folder(work, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(work, ignore_errors=True)
-        needed = sum(array.nbytes for array in arrays.values()) + len(record)
+        needed = sum(array.nbytes for array in tensors.values()) + len(record)
         raise CheckpointError(_not_written(directory, step, needed, error)) from error
     (directory / _FINISHED).unlink(missing_ok=True)
     steps = _steps(directory)

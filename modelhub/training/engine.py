@@ -15,6 +15,7 @@ import numpy as np
 from modelhub.core import head, optim
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Module, Params, bind
+from modelhub.errors import DataError
 
 Batch = Mapping[str, np.ndarray]
 
@@ -47,7 +48,7 @@ class Engine:
     def __init__(self, xp: Backend, skeleton: Module, params: Params, trainable: Iterable[str], settings: Settings):
         self.xp, self.settings = xp, settings
         names = frozenset(trainable)
-        self._width = int(skeleton.model.config.hidden_size)  # type: ignore[attr-defined]
+        self._config: Any = skeleton.model.config  # type: ignore[attr-defined]
         dtype = settings.compute_dtype
         self.frozen = {name: _cast(xp, x, dtype) for name, x in params.items() if name not in names}
         self.trainable = {name: xp.copy(x) for name, x in params.items() if name in names}
@@ -117,11 +118,12 @@ class Engine:
         """How many rows go through the model together."""
         if self.xp.device != "cpu":
             return rows
-        return min(rows, max(1, max(_CPU_TOKENS, _CPU_SIZE // self._width) // time))
+        return min(rows, max(1, max(_CPU_TOKENS, _CPU_SIZE // self._config.hidden_size) // time))
 
     def _pieces(self, batches: Iterable[Batch], step: int | None) -> Iterator[tuple[dict[str, Array], int]]:
         for number, batch in enumerate(batches):
             rows, time = batch["input_ids"].shape
+            _check(batch, self._config)
             at_once = self._at_once(rows, time)
             for first in range(0, rows, at_once):
                 piece = {name: _part(batch[name], first, at_once, fill) for name, fill in _ARRAYS.items()}
@@ -134,6 +136,20 @@ class Engine:
 
 
 _ARRAYS = {"input_ids": 0, "labels": -100, "position_ids": 0, "segment_ids": 0}  # and what fills missing rows
+
+
+def _check(batch: Batch, config: Any) -> None:
+    """Raise DataError for what some backends would take for something else, without a word."""
+    largest = int(max(batch["input_ids"].max(), batch["labels"].max()))
+    if largest >= config.vocab_size:
+        raise DataError(
+            f"token id {largest} is outside the vocabulary: 0 to {config.vocab_size - 1}; were the batches made with "
+            f"another model's tokenizer?"
+        )
+    if (length := int(batch["position_ids"].max()) + 1) > config.max_position_embeddings:
+        raise DataError(
+            f"an example has {length} tokens and the model's context holds {config.max_position_embeddings}: cut it"
+        )
 
 
 def _part(array: np.ndarray, first: int, rows: int, fill: int) -> np.ndarray:

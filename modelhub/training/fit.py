@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelhub.core.tree import Params
-from modelhub.errors import DataError, InputError, TrainingError
+from modelhub.errors import CheckpointError, DataError, InputError, TrainingError
 from modelhub.training import checkpoints
 from modelhub.training.batches import Batch, BatchSource
 from modelhub.training.callbacks import Callback
@@ -66,6 +66,9 @@ class Run:
         self.model, self.publish, self.validation, self.settings = model, publish, validation, dict(settings)
         self.history = History()
         self.callbacks = [self.history, *callbacks]
+        for callback in self.callbacks:
+            if not isinstance(callback, Callback):
+                raise InputError(f"callbacks must be objects of modelhub.training.Callback, got {callback!r}")
         self.total = plan.total_steps(data)
         self.step = self.epoch = self.batch = 0  # steps done; the epoch, and how many of its batches are done
         self.skipped = 0  # steps in a row
@@ -77,6 +80,10 @@ class Run:
         self.model.stop_training = False
         if self.plan.checkpoint_dir is None:
             return self._fit()
+        try:
+            os.makedirs(self.plan.checkpoint_dir, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint_dir {self.plan.checkpoint_dir} cannot be a folder: {error}") from error
         with checkpoints.lock(self.plan.checkpoint_dir):
             return self._fit()
 
@@ -93,8 +100,8 @@ class Run:
 
     def _loop(self, interruption: checkpoints.Interruption) -> None:
         while not self._over():
-            if self.batch == 0:
-                self._tell("on_epoch_begin", self.epoch, {})
+            self._tell("on_epoch_begin", self.epoch, {})
+            whole = False
             for group in self._groups():
                 self._step(group)
                 self.batch += len(group)
@@ -103,6 +110,8 @@ class Run:
                 if self.model.stop_training or self.step == self.plan.steps:
                     break
                 self._save_if_due()
+            else:
+                whole = True
             if not self.batch:
                 raise DataError("the data has no batches left; an iterator can only be gone through once")
             logs = self.history.epoch_means()
@@ -112,7 +121,8 @@ class Run:
                 logs |= {"val_loss": found["loss"], "val_accuracy": found["accuracy"]}
                 self._tell("on_test_end", logs)
             self._tell("on_epoch_end", self.epoch, logs)
-            self.epoch, self.batch = self.epoch + 1, 0
+            if whole:  # else a run of more steps goes on in the middle of it
+                self.epoch, self.batch = self.epoch + 1, 0
             self._save()
             if interruption.requested:
                 self._stop_here()

@@ -52,6 +52,10 @@ class History(Callback):
         self.steps.append({"step": step, "epoch": self._now, **logs})
 
     def on_epoch_end(self, epoch: int, logs: Logs) -> None:
+        if self.epoch and self.epoch[-1] == epoch:  # a run that had stopped in the middle of it went on
+            self.epoch.pop()
+            for values in self.history.values():
+                values.pop()
         self.epoch.append(epoch)
         for name, value in (logs | self.epoch_means()).items():
             self.history.setdefault(name, []).append(value)

@@ -403,7 +403,7 @@ class TestWriting:
         assert (tmp_path / "link").is_symlink()
         assert read_adapter(tmp_path / "real").rank == 2
 
-    @pytest.mark.parametrize("at", ["save_file", "replace_folder"])
+    @pytest.mark.parametrize("at", ["save_tensors", "replace_folder"])
     def test_a_full_disk_leaves_the_old_one(self, tmp_path, monkeypatch, at):
         write_adapter(tmp_path / "new", adapter())
 

@@ -70,7 +70,7 @@ class TorchOptimizer:
         self._leaves: dict[str, Array] = {}
 
     def __repr__(self) -> str:
-        return f"torch optimizer {getattr(self.make, '__name__', 'function')}"
+        return f"torch optimizer {getattr(self.make, '__name__', self.make)}"  # a partial says what it was given
 
     def init(self, xp: Backend, params: Mapping[str, Array]) -> dict[str, Array]:
         self._optimizer = None
@@ -415,8 +415,9 @@ class TorchBackend(Backend):
     def attention(
         self, q: Array, k: Array, v: Array, mask: Array | None = None, scale: float = 1.0, softcap: float | None = None
     ) -> Array:
-        one_product = self._on_cpu and k.shape[0] * k.shape[1] == 1 and q.shape[2] > 4 and self._suits_onednn(q, k)
-        # No fused kernel caps the scores; for a single key head two plain products are faster (docs/decisions.md).
+        one_product = k.shape[0] * k.shape[1] == 1 and 4 < q.shape[2] <= 512 and self._suits_onednn(q, k)
+        # No fused kernel caps the scores; for a single key head two plain products are faster (docs/decisions.md), as
+        # long as the scores are no burden on memory.
         if softcap or one_product:
             return super().attention(q, k, v, mask, scale, softcap)
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
