@@ -108,7 +108,7 @@ class Engine:
         slots = sum(4 * int(np.prod(x.shape)) for x in self.state.values())
         positions = self._at_once(rows, time) * time
         width, heads = config.hidden_size, config.num_attention_heads
-        block = (8 * width + 4 * config.intermediate_size + 6 * heads * config.head_dim) * item + 2 * heads * time * 4
+        block = (12 * width + 6 * config.intermediate_size + 8 * heads * config.head_dim) * item + 3 * heads * time * 4
         layers = config.num_hidden_layers
         kept = block + layers * width * item if self.settings.remat else layers * block
         logits = min(head.ROWS, positions) * config.vocab_size * 4

@@ -101,7 +101,7 @@ class Run:
     def _loop(self, interruption: checkpoints.Interruption) -> None:
         while not self._over():
             self._tell("on_epoch_begin", self.epoch, {})
-            whole = False
+            begun, whole = self.step, False
             for group in self._groups():
                 self._step(group)
                 self.batch += len(group)
@@ -114,13 +114,8 @@ class Run:
                 whole = True
             if not self.batch:
                 raise DataError("the data has no batches left; an iterator can only be gone through once")
-            logs = self.history.epoch_means()
-            if self.validation is not None:
-                self._tell("on_test_begin", {})
-                found = self.engine.evaluate(self.validation.epoch(0))
-                logs |= {"val_loss": found["loss"], "val_accuracy": found["accuracy"]}
-                self._tell("on_test_end", logs)
-            self._tell("on_epoch_end", self.epoch, logs)
+            if self.step > begun or self.history.epoch[-1:] != [self.epoch]:
+                self._end_epoch()
             if whole:  # else a run of more steps goes on in the middle of it
                 self.epoch, self.batch = self.epoch + 1, 0
             self._save()
@@ -128,6 +123,15 @@ class Run:
                 self._stop_here()
         if self.plan.checkpoint_dir is not None:
             checkpoints.mark_finished(self.plan.checkpoint_dir)
+
+    def _end_epoch(self) -> None:
+        logs = self.history.epoch_means()
+        if self.validation is not None:
+            self._tell("on_test_begin", {})
+            found = self.engine.evaluate(self.validation.epoch(0))
+            logs |= {"val_loss": found["loss"], "val_accuracy": found["accuracy"]}
+            self._tell("on_test_end", logs)
+        self._tell("on_epoch_end", self.epoch, logs)
 
     def _over(self) -> bool:
         if self.model.stop_training:

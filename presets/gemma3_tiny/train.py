@@ -78,7 +78,8 @@ def main() -> None:
     lm.compile(optim.Muon(3e-3), schedule=schedule, clip_norm=1.0)
     lm.fit(
         Windows(ids[: -len(held)]), steps=args.epochs * steps, batch_size=BATCH,
-        validation_data=list(Windows(held)), checkpoint_dir=args.output.with_name(args.output.name + "-run"), resume=False,
+        validation_data=list(Windows(held)), resume=False,
+        checkpoint_dir=args.output.with_name(args.output.name + "-run"),
     )  # fmt: skip
     lm.generation_config = {"bos_token_id": 2, "eos_token_id": [1, 5], "pad_token_id": 0}
     lm.save_to_preset(args.output, dtype="bfloat16")

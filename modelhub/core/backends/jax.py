@@ -267,15 +267,6 @@ class JaxBackend(Backend):
     def matmul(self, x: Array, y: Array) -> Array:
         return jnp.matmul(x, y)
 
-    def attention(
-        self, q: Array, k: Array, v: Array, mask: Array | None = None, scale: float = 1.0, softcap: float | None = None
-    ) -> Array:
-        plain = super().attention
-        if not self.training:
-            return plain(q, k, v, mask, scale, softcap)
-        # Computing the scores again costs less than to keep several (B, H, T, S) arrays in memory.
-        return jax.checkpoint(lambda q, k, v: plain(q, k, v, mask, scale, softcap))(q, k, v)
-
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         outputs, width = weight.shape
         rows = x.size // width
