@@ -11,8 +11,15 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from modelhub.core.backends.base import Array, Backend, Shape, bound, host_copy
+
+
+_PRODUCT = "product"  # the name of what is kept for the backward pass
+_THIN = 64  # a product over no more than this many channels is cheap
+# XLA's CPU compiler takes the barriers out early and then merges what is to be computed again with what was computed.
+_KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 def _use_compilation_cache() -> None:
@@ -88,7 +95,10 @@ class JaxBackend(Backend):
         self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True,
         training: bool = False, jit: bool | None = None,
     ) -> Callable:  # fmt: skip
-        return bound(fn, skeleton) if jit is False else jax.jit(bound(fn, skeleton), donate_argnums=tuple(donate))
+        if jit is False:
+            return bound(fn, skeleton)
+        options = _KEEP_BARRIERS if training and self.device == "cpu" else None
+        return jax.jit(bound(fn, skeleton), donate_argnums=tuple(donate), compiler_options=options)
 
     def value_and_grad(self, fn: Callable[..., tuple[Array, Any]]) -> Callable:
         return jax.value_and_grad(fn, has_aux=True)
@@ -104,7 +114,7 @@ class JaxBackend(Backend):
         return Optax(optimizer) if is_one and type(optimizer).__module__.startswith("optax") else None
 
     def block(self, fn: Callable, *args: Any) -> Any:
-        if not self.remat:
+        if not self.training:
             return fn(*args)
         # Arrays may also be closed over: only what is given as an argument counts as the block's input.
         arrays = [arg for arg in args if self.owns(arg)]
@@ -113,7 +123,9 @@ class JaxBackend(Backend):
             given = iter(arrays)
             return fn(*(next(given) if self.owns(arg) else arg for arg in args))
 
-        return jax.checkpoint(run)(*arrays)
+        # What is between the products costs less to compute again than to keep.
+        policy = None if self.remat else jax.checkpoint_policies.save_only_these_names(_PRODUCT)
+        return jax.checkpoint(run, policy=policy)(*arrays)
 
     def loop(self, n: Array, body: Callable[[Array, Any], Any], state: Any) -> Any:
         return jax.lax.fori_loop(0, n, body, state)
@@ -271,7 +283,9 @@ class JaxBackend(Backend):
         outputs, width = weight.shape
         rows = x.size // width
         if self.device != "cpu" or not 1 < rows <= 16 or outputs % 2:
-            return super().linear(x, weight, bias)
+            y = super().linear(x, weight, bias)
+            # The second half of a LoRA is cheaper to compute again than to keep.
+            return checkpoint_name(y, _PRODUCT) if self.training and width > _THIN else y
         # Few rows on CPU: XLA is a quarter faster on two halves of the weights (docs/decisions.md has the figures).
         halves = jnp.reshape(weight, (2, outputs // 2, width))
         both = jnp.broadcast_to(jnp.reshape(x, (rows, width)), (2, rows, width))
