@@ -38,8 +38,10 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(wheel):
         "modelhub",
         wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info",
     }
-    cards = {name.rsplit("/", 1)[1] for name in names if name.startswith("modelhub/_resources/presets/")}
-    assert cards == {path.name for path in (REPO / "presets").iterdir()}
+    for folder in ("presets", "finetune"):
+        shipped = {name.split("_resources/")[1] for name in names if f"_resources/{folder}/" in name}
+        here = [path for path in (REPO / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        assert shipped == {path.relative_to(REPO).as_posix() for path in here}
     modules = {name for name in names if name.endswith(".py") and "/_resources/" not in name}
     assert modules == {path.relative_to(REPO).as_posix() for path in (REPO / "modelhub").rglob("*.py")}
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -1,5 +1,6 @@
 """`modelhub demo`: a real model answers, learns from a few of the bundled rows, and answers again."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -8,10 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from modelhub import CausalLM
-from modelhub.errors import BackendNotInstalled, DownloadError, InputError
+from modelhub.errors import BackendNotInstalled, DownloadError, InputError, PresetNotFound
 from modelhub.hub.registry import find_card
 from modelhub.hub.resources import resource
-from modelhub.training.examples import TEMPLATE
 
 PRESET, TINY = "smollm2_135m_instruct_q4", "gemma3_tiny"
 QUESTION = "Give three tips for a first camping trip."
@@ -25,31 +25,32 @@ def demo(preset: str, output: Path, backend: str | None, device: str | None, off
     """Print what happens; leave adapter, history.json and curve.png in `output`."""
     lm = _load(preset, backend, device, offline)
     tiny = lm.preset == TINY
-    card = find_card(lm.preset)
-    err.print(f"{card.name}: {card.description} Licence: {card.licence}. On {lm.backend}, {lm.device}.", soft_wrap=True)
-    prompt = TEMPLATE.format(instruction=QUESTION, response="")
-    before = _answer(lm, prompt, "before")
+    with contextlib.suppress(PresetNotFound):  # a folder or an address has no card
+        card = find_card(lm.preset)
+        err.print(f"{card.name}: {card.description} Licence: {card.licence}.", soft_wrap=True)
+    err.print(f"On {lm.backend}, {lm.device}.\n")
+    before = _answer(lm, "before")
     rows = [json.loads(line) for line in (resource("finetune") / "dolly_style.jsonl").read_text("utf-8").splitlines()]
     rows = [row for row in rows if not row["context"] and row["instruction"] != QUESTION][: ROWS + HELD_OUT]
     train, held = rows[:-HELD_OUT], rows[-HELD_OUT:]
     lm.preprocessor.sequence_length = 512
     lm.enable_lora(rank=8, targets="all-linear")
     lm.compile("adamw", learning_rate=5e-3 if tiny else 5e-4, schedule="cosine")
-    loss = lm.evaluate(held)["loss"]
+    loss = lm.evaluate(held, template="chat")["loss"]
     err.print(f"\nloss on {len(held)} rows that it will not see: {loss:.3f}. Now it learns from {len(train)} others.\n")
-    history = lm.fit(train, epochs=6 if tiny else 1, batch_size=1, validation_data=held)
+    history = lm.fit(train, epochs=6 if tiny else 1, batch_size=1, validation_data=held, template="chat")
     output.mkdir(parents=True, exist_ok=True)
     lm.save_adapter(output / "adapter")
     (output / "history.json").write_text(json.dumps(history.state_dict()) + "\n", encoding="utf-8")
     err.print(f"\nloss on the rows that it has not seen: {loss:.3f} before, {history.history['val_loss'][-1]:.3f} now")
-    after = _answer(lm, prompt, "after")
+    after = _answer(lm, "after")
     if after == before:
         err.print("(the answer is the same: try more rows, or a higher learning rate)")
     err.print(f"\nadapter: {output / 'adapter'} (PEFT loads it too)\ncurve: {_picture(history, output / 'curve.png')}")
     err.print("Next, your own words with the adapter, or your own data:")
     for command in (
-        f'generate {lm.preset} "{QUESTION}" --adapter {output / "adapter"}',
-        f"finetune --preset {lm.preset} --data your.jsonl --output your_adapter",
+        f"chat {lm.preset} --adapter {output / 'adapter'}",
+        f"finetune --preset {lm.preset} --data your.jsonl --template chat --rank 8 --output your_adapter",
     ):
         err.print(f"  {sys.argv[0]} {command}", style="bold", soft_wrap=True)
 
@@ -64,10 +65,10 @@ def _load(preset: str, backend: str | None, device: str | None, offline: bool) -
         return CausalLM.from_preset(TINY, backend=backend, device=device)
 
 
-def _answer(lm: CausalLM, prompt: str, when: str) -> str:
+def _answer(lm: CausalLM, when: str) -> str:
     out.print(f"[bold]{when}[/bold] [dim]{QUESTION}[/dim]", soft_wrap=True)
     pieces = []
-    for piece in lm.generate(prompt, 60, repetition_penalty=1.1, stream=True):
+    for piece in lm.chat([{"role": "user", "content": QUESTION}], 60, repetition_penalty=1.1, stream=True):
         pieces.append(piece)
         out.print(piece, end="", markup=False, soft_wrap=True)
     out.print()

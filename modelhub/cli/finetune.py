@@ -17,6 +17,7 @@ from modelhub import CausalLM, optim
 from modelhub.errors import BackendNotInstalled, InputError
 from modelhub.hub.adapters import CONFIG, WEIGHTS
 from modelhub.hub.resources import resource
+from modelhub.tasks.saving import strangers
 from modelhub.training import Callback, History, checkpoints
 from modelhub.training.records import read_records
 
@@ -189,6 +190,8 @@ def finetune(recipe: str | None, options: dict[str, Any], *, offline: bool, dry_
     needed = ("preset", "data") if dry_run else ("preset", "data", "output")
     if missing := [f"--{key}" for key in needed if not top.get(key)]:
         raise InputError(f"finetune needs {', '.join(missing)}, or a recipe that says it")
+    if options.get("validation_data"):  # goes before the recipe's split
+        fit.pop("validation_split", None)
     output = Path(top.get("output", "")).expanduser()
     run = Path(fit.get("checkpoint_dir") or output.parent / f"{output.name}_run").expanduser()
     # Mistakes in the data and in the output's place should not cost the time that loading a model takes.
@@ -250,11 +253,11 @@ def _checked_data(data: str | None, kind: str | None) -> Path | None:
 def _check_output(output: Path, run: Path, lora: bool) -> None:
     """Saving refuses these folders too, but only after the training."""
     found = set(os.listdir(output)) if output.is_dir() else {"a file"} if output.exists() else set()
-    strangers = found - {CONFIG, WEIGHTS, "README.md"} if lora else found if "config.json" not in found else set()
-    if strangers:
+    others = found - {CONFIG, WEIGHTS, "README.md"} if lora else strangers(output) if output.is_dir() else found
+    if others:
         what = "an adapter" if lora else "a model"
         raise InputError(
-            f"the output {output} holds {', '.join(sorted(strangers)[:5])}, which saving {what} there would remove; "
+            f"the output {output} holds {', '.join(sorted(others)[:5])}, which saving {what} there would remove; "
             "give a new or an empty folder"
         )
     if run.resolve().is_relative_to(output.resolve()):

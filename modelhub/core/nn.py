@@ -44,10 +44,11 @@ class LoRA(Module):
             return y + update
         # The length counts as a constant in the gradient (section 4.3 of the paper).
         length = xp.stop_gradient(_row_lengths(xp, self.merged(xp, weight)))
-        ratio = xp.cast(xp.cast(self.lora_magnitude_vector, "float32") / length, dtype)
-        if dropped is not x:
-            return y + (ratio - 1.0) * xp.linear(dropped, weight) + ratio * update
-        return (y if bias is None else y - bias) * ratio + ratio * update + (0.0 if bias is None else bias)
+        ratio = xp.cast(self.lora_magnitude_vector, "float32") / length  # near 1, where 16 bits are coarse
+        plain = y if bias is None else y - bias
+        base = xp.cast(xp.linear(dropped, weight) if dropped is not x else plain, "float32")
+        change = (ratio - 1.0) * base + ratio * xp.cast(update, "float32")
+        return xp.cast(xp.cast(y, "float32") + change, dtype)
 
     def merged(self, xp: Backend, weight: Array) -> Array:
         """weight + scale * B A, (out, in) float32, without the magnitude."""

@@ -34,7 +34,7 @@ class Engine:
         self._decode_step = xp.compile(step, skeleton, donate=(4,))
         self._logits = xp.compile(functools.partial(_all_logits, xp), skeleton, hot=False)
         self._token_logprobs = xp.compile(functools.partial(_token_logprobs, xp), skeleton, hot=False)
-        self._hidden = xp.compile(functools.partial(_hidden, xp), skeleton, hot=False)
+        self._hidden = xp.compile(functools.partial(hidden_states, xp), skeleton, hot=False)
         self._take_rows = xp.compile(functools.partial(_take_rows, xp), hot=False)
         self._programs: dict[Any, Any] = {}
         self._kept: tuple[Params, list[int], Params] | None = None  # params, tokens and cache of the last prompt
@@ -274,7 +274,7 @@ def _step(xp: Backend, model: Any, ids: Array, start: Array, last: Array, cache:
     return model.logits(xp, hidden[:, 0]), flatten(buffers)
 
 
-def _hidden(xp: Backend, model: Any, ids: Array) -> Array:
+def hidden_states(xp: Backend, model: Any, ids: Array) -> Array:
     return model.model(xp, ids)
 
 

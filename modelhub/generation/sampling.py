@@ -20,6 +20,9 @@ _RANGE, _HALVINGS = 60.0, 28
 TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(7)
 
 
+PENALTIES = {"repetition_penalty", "presence_penalty", "frequency_penalty"}
+
+
 @dataclass(frozen=True)
 class Sampler:
     """How the next token is chosen. Without temperature, top_k, top_p and min_p: the likeliest (greedy).
@@ -79,7 +82,7 @@ class Sampler:
 
     @property
     def counts_tokens(self) -> bool:
-        return bool(self.features & {"repetition_penalty", "presence_penalty", "frequency_penalty"})
+        return bool(self.features & PENALTIES)
 
     def values(self) -> np.ndarray:
         """(7,) float32, in the order of the constants above."""
@@ -120,7 +123,7 @@ def choose(
         x = x - values[FREQUENCY] * counts
     token = sample(xp, x, uniform, values, features) if "sample" in features else xp.argmax(x, axis=-1)
     chosen = xp.expand_dims(token, -1)
-    if features & {"repetition_penalty", "presence_penalty", "frequency_penalty"}:
+    if features & PENALTIES:
         ids = xp.expand_dims(xp.arange(logits.shape[-1]), 0)
         counts = counts + xp.cast(ids == chosen, "float32")
     if not logprobs:

@@ -19,7 +19,7 @@ from urllib.request import url2pathname
 
 from modelhub.errors import DownloadError, InputError, ModelhubError, PresetNotFound
 from modelhub.hub.registry import Card, Source, find_card, list_presets
-from modelhub.hub.sources import HubSource, Options, Unreachable, cache_root
+from modelhub.hub.sources import EmbeddedSource, HubSource, Options, Unreachable, cache_root
 
 _KINDS = "a name from `modelhub list`, a folder, a .gguf file, hf://owner/name[@revision] or file:///path"
 
@@ -116,7 +116,11 @@ def _find(sources: Sequence[Source], options: Options) -> tuple[Source, Path] | 
 
 
 def _cache_contents(options: Options) -> str:
-    names = [card.name for card in list_presets() if cached(card.name, cache_dir=options.cache_dir)]
+    names = [
+        card.name
+        for card in list_presets()
+        if any(not isinstance(source, EmbeddedSource) and source.find(options) for source in card.sources)
+    ]
     return f"Presets in the cache: {', '.join(names) or 'none'} ({cache_root(options.cache_dir)})."
 
 

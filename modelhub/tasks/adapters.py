@@ -41,7 +41,7 @@ class Adapters:
     _replaced: Params  # the base weights that merge_lora has put others in place of
 
     def enable_lora(
-        self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
+        self, rank: int = 4, alpha: float | None = None, dropout: float = 0.0,
         targets: str | Sequence[str] | None = None, use_rslora: bool = False, use_dora: bool = False,
         *, name: str = "default", seed: int = 0,
     ) -> None:  # fmt: skip
@@ -62,7 +62,7 @@ class Adapters:
         lora.check_ranks(self.base_model, config, modules)
         skeleton, specs = lora.attach(self.base_model, config, modules)
         self.set_adapter(None)
-        params = lora.initial(self.xp, skeleton, self.params, specs, seed)
+        params = lora.initial(self.xp, self.params, specs, seed)
         self.adapters[name] = Adapter(config, modules, params, skeleton)
         self.set_adapter(name)
 
@@ -84,7 +84,10 @@ class Adapters:
             self._use(adapter.model, base | adapter.params)
 
     def merge_lora(self) -> None:
-        """Put the active adapter into the weights: the same outputs, at the base model's speed. See unmerge_lora."""
+        """Put the active adapter into the weights: the same outputs, at the base model's speed. See unmerge_lora.
+
+        Another adapter, enabled or loaded after that, takes it out again; training all weights makes it final.
+        """
         self._require_adapter("merge")
         weights = lora.folded(self.xp, self.model, self.params)
         base = self._base_params()
@@ -99,6 +102,12 @@ class Adapters:
         base, self._replaced = self.params | self._replaced, {}
         adapter = self.adapters[self.active_adapter or ""]
         self._use(adapter.model, base | adapter.params)
+
+    def keep_merged(self) -> None:
+        """Make a merge final: the adapter is forgotten, its weights are the model's own. `fit` begins with it."""
+        if self._replaced:
+            del self.adapters[self.active_adapter or ""]
+            self.active_adapter, self._replaced = None, {}
 
     def save_adapter(self, folder: str | os.PathLike[str], base: str = "") -> None:
         """Write the active adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.

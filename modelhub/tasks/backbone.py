@@ -10,6 +10,7 @@ from modelhub.core.backends.base import Array, Backend
 from modelhub.core.lora import MARK
 from modelhub.core.tree import Params
 from modelhub.errors import InputError, MixedBackends
+from modelhub.generation.decode import hidden_states
 from modelhub.tasks.adapters import Adapters
 from modelhub.tasks.loading import choose_dtype, load_params, opened, random_params
 
@@ -28,7 +29,7 @@ class Backbone(Adapters):
     def _use(self, model: Any, params: Params) -> None:
         self.model = model
         self.params = params
-        self._hidden = self.xp.compile(functools.partial(_hidden, self.xp), model, hot=False)
+        self._hidden = self.xp.compile(functools.partial(hidden_states, self.xp), model, hot=False)
 
     @classmethod
     def from_preset(
@@ -135,7 +136,3 @@ def _part(name: str) -> str:
     pieces = ["*" if piece.isdigit() else piece for piece in name.split(".")]
     part = ".".join(pieces[:4] if "*" in pieces else pieces[:2])
     return f"{part} (LoRA)" if MARK in name else part
-
-
-def _hidden(xp: Backend, model: Any, ids: Array) -> Array:
-    return model.model(xp, ids)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -98,7 +99,7 @@ class CausalLM(FineTuning):
     @classmethod
     def from_preset(
         cls,
-        preset: str,
+        preset: str | os.PathLike[str],
         *,
         backend: str | None = None,
         device: str | None = None,
@@ -123,6 +124,7 @@ class CausalLM(FineTuning):
         DownloadError; whatever fails, nothing half-loaded is left.
         """
         xp = get_backend(backend, device)
+        preset = os.fspath(preset)
         with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
             tokenizer = source.tokenizer()
             backbone = Backbone.from_source(source, xp, dtype, load_weights, seed)

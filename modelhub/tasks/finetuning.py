@@ -5,7 +5,7 @@ import logging
 import math
 import numbers
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class Compiled:
     """What `compile` was told."""
 
     settings: Settings
-    learning_rate: float
+    learning_rate: float | None  # None: the native optimizer's own
     schedule: Callable[[int, int | None], float]
     described: dict[str, Any]  # for checkpoints: what a resumed run must have in common
 
@@ -65,7 +65,7 @@ class FineTuning:
     # --- adapters -----------------------------------------------------------------------------------------------
 
     def enable_lora(
-        self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0,
+        self, rank: int = 4, alpha: float | None = None, dropout: float = 0.0,
         targets: str | Sequence[str] | None = None, use_rslora: bool = False, use_dora: bool = False,
         *, name: str = "default", seed: int = 0,
     ) -> None:  # fmt: skip
@@ -86,7 +86,7 @@ class FineTuning:
 
     def save_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Write the active adapter as a folder that PEFT, transformers and vLLM load."""
-        self.backbone.save_adapter(folder, base=self.preset.removeprefix("hf://"))
+        self.backbone.save_adapter(folder, base=self.preset.removeprefix("hf://").partition("@")[0])
 
     def load_adapter(self, folder: str | os.PathLike[str], name: str | None = None) -> str:
         """Read a PEFT folder and make it the active adapter; returns its name, by default that of the folder."""
@@ -111,7 +111,7 @@ class FineTuning:
 
     def compile(
         self, optimizer: Any = "adamw", learning_rate: float | None = None, schedule: Any = None,
-        weight_decay: float | None = None, clip_norm: float | None = None, loss: head.Loss | None = None,
+        weight_decay: float = 0.0, clip_norm: float | None = None, loss: head.Loss | None = None,
         metrics: Sequence[str] = ("accuracy",), mixed_precision: str | None = None,
         matmul_precision: str | None = None, remat: bool = False, jit: bool | None = None,
     ) -> None:  # fmt: skip
@@ -145,23 +145,28 @@ class FineTuning:
             raise ConfigError(f"loss must be a function (logits, labels) -> losses per position, got {loss!r}")
         if not isinstance(learning_rate, numbers.Real | None):
             raise ConfigError(f"learning_rate must be a number, got {learning_rate!r}")
-        rate = 5e-5 if learning_rate is None else float(learning_rate)
         native = xp.native_optimizer(optimizer)
         if native is None and not isinstance(optimizer, str | optim.Optimizer):
             raise ConfigError(
                 f"optimizer {optimizer!r} is neither a name, nor an object such as optim.AdamW(), nor an optimizer of "
                 f"{xp.name}, the model's backend"
             )
-        chosen: Any = native or optim.get(optimizer, learning_rate=rate, weight_decay=weight_decay)
-        if native is None:
-            rate = chosen.learning_rate
+        if native is not None and (weight_decay or (not native.takes_rate and (learning_rate or schedule))):
+            raise ConfigError(
+                f"{native!r} brings its own weight decay"
+                + ("" if native.takes_rate else ", learning rate and schedule")
+                + ": say it there, not beside it"
+            )
+        rate = _rate(native or optimizer, learning_rate)
+        found_schedule = optim.get_schedule(schedule)
+        named = isinstance(optimizer, str)
+        chosen: Any = native or optim.get(optimizer, rate, weight_decay if named else weight_decay or None)
         settings = Settings(chosen, clip_norm, loss, PRECISIONS[mixed_precision], matmul_precision, remat, jit=jit)
         described = {
-            "optimizer": repr(chosen), "learning_rate": rate, "schedule": getattr(schedule, "__name__", str(schedule)),
-            "clip_norm": clip_norm,
-            "loss": getattr(loss, "__name__", None), "mixed_precision": mixed_precision,
+            "optimizer": repr(chosen), "learning_rate": rate, "schedule": _described(found_schedule),
+            "clip_norm": clip_norm, "loss": loss and _described(loss), "mixed_precision": mixed_precision,
         }  # fmt: skip
-        self._compiled = Compiled(settings, rate, optim.get_schedule(schedule), described)
+        self._compiled = Compiled(settings, rate, found_schedule, described)
 
     def fit(
         self, data: Any, epochs: int = 1, batch_size: int = 4, steps: int | None = None, validation_data: Any = None,
@@ -210,11 +215,13 @@ class FineTuning:
         train = self._prepare(data, batch_size, **options)
         validation = None if held_out is None else self._prepare(held_out, batch_size, shuffle=False, **options)
         settings = dataclasses.replace(compiled.settings, seed=seed, dropout=self._drops_out())
+        self.backbone.keep_merged()
+        free = xp.free_memory()
         names = self.backbone.trainable_names()
         engine = Engine(xp, self.backbone.model, self.params, names, settings)
         total = plan.total_steps(train)
         if verbose:
-            self._describe(train, engine, batch_size, total)
+            self._describe(train, engine, batch_size, total, free)
         frozen = {name: array for name, array in self.params.items() if name not in engine.trainable}
 
         def publish(trainable: Params) -> None:
@@ -224,7 +231,8 @@ class FineTuning:
             engine, train, plan, model=self, publish=publish, validation=validation,
             callbacks=[*callbacks, *([ProgressBar(total)] if verbose else [])],
             settings=compiled.described | options | {
-                "preset": self.preset, "adapter": self._adapter_described(), "data": train.fingerprint,
+                "preset": self.preset, "dtype": self.backbone.dtype, "data": train.fingerprint,
+                "adapter": self._adapter_described(),
                 "sequence_length": self.preprocessor.sequence_length, "batch_size": batch_size,
                 "grad_accum": grad_accum,
             },
@@ -278,7 +286,9 @@ class FineTuning:
         described = dataclasses.asdict(adapter.config)
         return described | {"modules": adapter.modules}
 
-    def _describe(self, data: BatchSource, engine: Engine, batch_size: int, total: int | None) -> None:
+    def _describe(
+        self, data: BatchSource, engine: Engine, batch_size: int, total: int | None, free: int | None
+    ) -> None:  # fmt: skip
         console = Console(stderr=True, highlight=False)
         counts = [int(np.prod(x.shape)) for x in engine.trainable.values()]
         every = self.backbone.num_parameters
@@ -290,7 +300,6 @@ class FineTuning:
         )
         console.print(data.report(), soft_wrap=True)
         needed = engine.memory(batch_size, self.preprocessor.sequence_length, self.backbone.config)
-        free = self.backbone.xp.free_memory()
         console.print(
             f"memory: about {needed / 1e9:.1f} GB beside the weights"
             + ("" if free is None else f", {free / 1e9:.1f} GB are free")
@@ -302,9 +311,31 @@ class FineTuning:
             )  # fmt: skip
 
 
+def _rate(optimizer: Any, learning_rate: float | None) -> float | None:
+    """The learning rate to train with; None: the optimizer's own, which is out of reach."""
+    if not getattr(optimizer, "takes_rate", True):
+        return None
+    own = getattr(optimizer, "learning_rate", None)
+    if own is not None and learning_rate is not None and own != learning_rate:
+        raise ConfigError(
+            f"learning_rate={learning_rate} was given beside an optimizer that has {own}: give one of them"
+        )
+    return float(learning_rate if learning_rate is not None else 5e-5 if own is None else own)
+
+
+def _described(function: Any) -> str:
+    """Equal in another process for the same function or object; without memory addresses."""
+    if dataclasses.is_dataclass(function):
+        return repr(function)
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
 def _split(data: Any, kind: str | None, share: float, seed: int) -> tuple[list[Any], list[Any]]:
-    read_records(data, kind)  # errors name the file's lines
     rows = [row for _, row in rows_of(data)]
+    if rows and isinstance(rows[0], Mapping) and "input_ids" in rows[0]:
+        raise InputError("validation_split takes records; of ready batches give some as validation_data")
+    # Errors name the file's lines; what can be gone through only once is read already.
+    read_records(data if isinstance(data, str | os.PathLike) else rows, kind)
     held = math.ceil(share * len(rows))
     if held >= len(rows):
         raise InputError(f"validation_split={share} leaves nothing of {len(rows)} records to train on")

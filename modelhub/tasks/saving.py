@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,12 @@ from modelhub.processing.tokenizer import Tokenizer
 from modelhub.tasks.backbone import Backbone
 
 SHARD_BYTES = 5_000_000_000
+_README = "README.md"  # kept
+_OURS = re.compile(
+    r"config\.json|generation_config\.json|model.*\.safetensors(\.index\.json)?|best\.json|README\.md|"
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template)\.json|tokenizer\.model|"
+    r"chat_template\.jinja"
+)
 
 
 def save_to_preset(
@@ -31,12 +38,16 @@ def save_to_preset(
     written, not into those of the model.
     """
     target = Path(folder).resolve()
-    _refuse_strangers(target)
+    if found := strangers(target):
+        raise CheckpointError(
+            f"{target} holds {', '.join(found[:5])}, which saving a model there would remove; give a new or empty "
+            f"folder"
+        )
     work = target.with_name(f".{target.name}.saving")
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)
-        config = backbone.config.to_hf() | {"dtype": dtype or backbone.dtype}
+        config = backbone.config.to_hf() | dict.fromkeys(("dtype", "torch_dtype"), dtype or backbone.dtype)
         _write_json(work / "config.json", config)
         if generation_config:
             _write_json(work / "generation_config.json", generation_config)
@@ -44,6 +55,8 @@ def save_to_preset(
             tokenizer.save(work)
         xp, params = backbone.xp, backbone.plain_params()
         _write_weights(work, {name: xp.get(xp.cast(x, dtype or backbone.dtype)) for name, x in params.items()})
+        if (target / _README).is_file():
+            shutil.copy2(target / _README, work)
         replace_folder(work, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target} could not be written: {error}. What was there before is as it was") from error
@@ -51,12 +64,11 @@ def save_to_preset(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _refuse_strangers(target: Path) -> None:
-    """The folder is replaced as a whole: it must be a model's, empty or new."""
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise CheckpointError(
-            f"{target} holds other files than a model's, which saving here would remove; give a new or empty folder"
-        )
+def strangers(target: Path) -> list[str]:
+    """What is in the folder that saving a model there would remove and does not write."""
+    if not target.is_dir():
+        return []
+    return sorted(path.name for path in target.iterdir() if not _OURS.fullmatch(path.name))
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -182,7 +182,6 @@ class Batches:
         if not any(example.loss[1:].any() for example in self.examples):
             raise DataError(f"none of the {len(self.examples)} examples has a token to learn (a label)")
         self._plan_of: tuple[int, list[_Plan]] | None = None
-        self._pad_id = (tokenizer.pad_token_id if tokenizer else None) or 0
 
     @cached_property
     def fingerprint(self) -> str:
@@ -258,7 +257,6 @@ class Batches:
     def _batch(self, width: int, rows: list[list[int]]) -> Batch:
         shape = (self.batch_size, width)
         batch = {name: np.zeros(shape, np.int32) for name in ("input_ids", "labels", "position_ids", "segment_ids")}
-        batch["input_ids"].fill(self._pad_id)
         batch["labels"].fill(NO_LABEL)
         for row, indices in enumerate(rows):
             begin = 0
@@ -364,6 +362,8 @@ class ReadyBatches:
             for _ in self._data:
                 pass
         self._passes = max(self._passes, epoch + 1)
+        if hasattr(self._source, "set_epoch"):  # a Hugging Face IterableDataset shuffles, and resumes, by it
+            self._source.set_epoch(epoch)
         skipped = 0 if restored else start
         number, labels = start, 0
         for number, batch in enumerate(itertools.islice(self._data, skipped, None), start + 1):

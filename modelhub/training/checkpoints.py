@@ -129,6 +129,14 @@ def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         )
 
 
+def clear(directory: str | os.PathLike[str]) -> None:
+    """Remove all checkpoints: a new run begins here."""
+    directory = Path(directory)
+    (directory / _FINISHED).unlink(missing_ok=True)
+    for step in _steps(directory):
+        _discard(directory / f"step-{step:08d}")
+
+
 def mark_finished(directory: str | os.PathLike[str]) -> None:
     """Note that the run is over: its newest checkpoint is its end."""
     directory = Path(directory)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from modelhub.core import head, optim
+from modelhub.core import head, lora, optim
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Module, Params, bind
 from modelhub.errors import DataError
@@ -50,14 +50,18 @@ class Engine:
         names = frozenset(trainable)
         self._config: Any = skeleton.model.config  # type: ignore[attr-defined]
         dtype = settings.compute_dtype
-        self.frozen = {name: _cast(xp, x, dtype) for name, x in params.items() if name not in names}
+        self._dtype = xp.dtype(params[head.head_names(skeleton)[0]])
+        self.frozen = {name: _compute(xp, name, x, dtype) for name, x in params.items() if name not in names}
         self.trainable = {name: xp.copy(x) for name, x in params.items() if name in names}
         self.state: Params = settings.optimizer.init(xp, self.trainable)
-        self.scaling = optim.LossScale() if dtype == "float16" else None
+        dtypes = {dtype or xp.dtype(x) for name, x in params.items() if lora.MARK not in name}
+        self.scaling = optim.LossScale() if "float16" in dtypes else None
         if self.scaling:
             self.state |= {f"loss_scale/{key}": x for key, x in self.scaling.init(xp).items()}
+            self.state["loss_scale/steps"] = xp.array(0)  # those that were not left out
         compiled = functools.partial(xp.compile, training=True, jit=settings.jit)
-        self._gradients = compiled(functools.partial(_add_gradients, xp, skeleton, settings), donate=(3,))
+        gradients = functools.partial(_add_gradients, xp, skeleton, settings, self.scaling is not None)
+        self._gradients = compiled(gradients, donate=(3,))
         self._update = compiled(functools.partial(_update, xp, settings, self.scaling), donate=(1, 2))
         self._losses = compiled(functools.partial(_add_losses, xp, skeleton, settings), donate=(2,))
 
@@ -103,7 +107,7 @@ class Engine:
 
     def memory(self, rows: int, time: int, config: Any) -> int:
         """Bytes that a step of that many rows needs beside the weights: a rough count for decoder blocks."""
-        item = 4 if (self.settings.compute_dtype or "float32") == "float32" else 2
+        item = 4 if (self.settings.compute_dtype or self._dtype) == "float32" else 2
         trained = sum(4 * int(np.prod(x.shape)) for x in self.trainable.values())
         slots = sum(4 * int(np.prod(x.shape)) for x in self.state.values())
         positions = self._at_once(rows, time) * time
@@ -187,6 +191,11 @@ def _cast(xp: Backend, x: Array, dtype: str | None) -> Array:
     return x if dtype is None else xp.cast(x, dtype)
 
 
+def _compute(xp: Backend, name: str, x: Array, dtype: str | None) -> Array:
+    """A parameter as the forward pass gets it; an adapter's stay in float32, its layers cast what they may."""
+    return x if lora.MARK in name else _cast(xp, x, dtype)
+
+
 def _hidden(xp: Backend, skeleton: Module, params: Params, batch: Mapping[str, Array]) -> Array:
     """(B * T, D)"""
     model: Any = bind(skeleton, params)
@@ -195,27 +204,30 @@ def _hidden(xp: Backend, skeleton: Module, params: Params, batch: Mapping[str, A
 
 
 def _add_gradients(
-    xp: Backend, skeleton: Module, settings: Settings, trainable: Params, frozen: Params, batch: Mapping[str, Array],
-    sums: Params, scale: Array,
+    xp: Backend, skeleton: Module, settings: Settings, scaled: bool, trainable: Params, frozen: Params,
+    batch: Mapping[str, Array], sums: Params, scale: Array,
 ) -> Params:  # fmt: skip
+    # A loss scale is meant for means: as sums, gradients of float16 overflow.
+    positions = float(batch["places"].shape[0]) if scaled else 1.0
+
     def summed(trainable: Params) -> tuple[Array, dict[str, Array]]:
-        params = frozen | {name: _cast(xp, x, settings.compute_dtype) for name, x in trainable.items()}
+        params = frozen | {name: _compute(xp, name, x, settings.compute_dtype) for name, x in trainable.items()}
         forward = xp.for_training(batch.get("dropout_keys"), settings.remat)
         hidden = _hidden(forward, skeleton, params, batch)
         found, gradients = head.loss_and_gradients(
             xp, skeleton, params, hidden, batch, frozenset(trainable), settings.loss
         )
-        return head.surrogate(xp, params | {"hidden": hidden}, gradients) * scale, found
+        return head.surrogate(xp, params | {"hidden": hidden}, gradients) * (scale / positions), found
 
     (_, found), gradients = xp.value_and_grad(summed)(trainable)
-    found |= {f"gradient/{name}": xp.cast(x, "float32") for name, x in gradients.items()}
+    found |= {f"gradient/{name}": xp.cast(x, "float32") * positions for name, x in gradients.items()}
     return {name: xp.add_into(total, found[name]) for name, total in sums.items()}
 
 
 def _add_losses(
     xp: Backend, skeleton: Module, settings: Settings, params: Params, batch: Mapping[str, Array], sums: Params
 ) -> Params:
-    params = {name: _cast(xp, x, settings.compute_dtype) for name, x in params.items()}
+    params = {name: _compute(xp, name, x, settings.compute_dtype) for name, x in params.items()}
     hidden = _hidden(xp, skeleton, params, batch)
     found, _ = head.loss_and_gradients(xp, skeleton, params, hidden, batch, frozenset(), settings.loss, gradients=False)
     return {name: sums[name] + x for name, x in found.items()}
@@ -232,9 +244,12 @@ def _update(
     if settings.clip_norm is not None:
         gradients = optim.clip(xp, gradients, norm, settings.clip_norm)
     ours = {name: x for name, x in state.items() if not name.startswith("loss_scale/")}
+    if scaling:
+        step = state["loss_scale/steps"] + 1
     trainable, ours = settings.optimizer.update(xp, gradients, ours, trainable, learning_rate, step, finite)
     if scaling:
         kept = {name: state[f"loss_scale/{name}"] for name in ("scale", "good_steps")}
         ours |= {f"loss_scale/{name}": x for name, x in scaling.update(xp, kept, finite).items()}
+        ours["loss_scale/steps"] = xp.where(finite, step, step - 1)
     found = {"loss": sums["loss"] / tokens, "accuracy": sums["correct"] / tokens, "grad_norm": norm}
     return trainable, ours, found

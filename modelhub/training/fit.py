@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelhub.core.tree import Params
-from modelhub.errors import CheckpointError, DataError, InputError, TrainingError
+from modelhub.errors import CheckpointError, DataError, InputError, ResumeError, TrainingError
 from modelhub.training import checkpoints
 from modelhub.training.batches import Batch, BatchSource
 from modelhub.training.callbacks import Callback
@@ -30,7 +30,7 @@ class Plan:
     epochs: int = 1
     steps: int | None = None
     grad_accum: int = 1
-    learning_rate: float = 5e-5
+    learning_rate: float | None = 5e-5  # None: the optimizer has its own
     schedule: Callable[[int, int | None], float] = lambda step, total: 1.0
     checkpoint_dir: str | os.PathLike[str] | None = None
     resume: str | bool = "auto"
@@ -146,16 +146,19 @@ class Run:
 
     def _step(self, group: list[Batch]) -> None:
         number = self.step + 1
-        rate = self.plan.learning_rate * self.plan.schedule(self.step, self.total)
+        rate = None
+        if self.plan.learning_rate is not None:
+            rate = self.plan.learning_rate * self.plan.schedule(self.step, self.total)
         self._tell("on_train_batch_begin", number, {})
         begun = time.perf_counter()
-        logs = self.engine.train(group, number, rate)
+        logs = self.engine.train(group, number, rate or 0.0)
         seconds = time.perf_counter() - begun
         self.step = number
         self.publish(self.engine.trainable)
         self._check(logs)
         tokens = sum(int((batch["segment_ids"] > 0).sum()) for batch in group)
-        logs |= {"learning_rate": rate, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        logs |= {} if rate is None else {"learning_rate": rate}
+        logs |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
         if (memory := self.engine.xp.peak_memory()) is not None:
             logs["memory"] = float(memory)
         self._tell("on_train_batch_end", number, logs)
@@ -180,7 +183,9 @@ class Run:
     def _resume(self) -> bool:
         """Take up where the newest checkpoint is. True if there is nothing left to do."""
         directory = self.plan.checkpoint_dir
-        found = checkpoints.latest(directory) if directory is not None and self.plan.resume else None
+        if directory is not None and self.plan.resume is False:
+            checkpoints.clear(directory)
+        found = checkpoints.latest(directory) if directory is not None else None
         if found is None:
             if directory is not None and self.plan.resume is True:
                 raise InputError(f'resume=True, but {directory} holds no checkpoint; resume="auto" starts anew then')
@@ -188,15 +193,24 @@ class Run:
         checkpoints.check_same(found.meta["settings"], self.settings)
         xp = self.engine.xp
         tensors = {name: xp.array(array) for name, array in found.tensors().items()}
-        self.engine.trainable = {n.removeprefix("trainable/"): x for n, x in tensors.items() if n.startswith("train")}
-        self.engine.state = {n.removeprefix("state/"): x for n, x in tensors.items() if n.startswith("state/")}
+        trainable = {n.removeprefix("trainable/"): x for n, x in tensors.items() if n.startswith("trainable/")}
+        state = {n.removeprefix("state/"): x for n, x in tensors.items() if n.startswith("state/")}
+        if self.engine.state and state.keys() != self.engine.state.keys():
+            raise ResumeError(
+                f"the checkpoint in {directory} holds the state of another optimizer; give another checkpoint_dir, or "
+                f"resume=False, which replaces it"
+            )
+        self.engine.trainable, self.engine.state = trainable, state
         self.publish(self.engine.trainable)
         meta = found.meta
         self.step, self.epoch, self.batch = meta["step"], meta["epoch"], meta["batch"]
         self.data.load_state_dict(meta["data"])
-        for callback, state in zip(self.callbacks, meta["callbacks"], strict=False):
-            if state["class"] == type(callback).__name__:
-                callback.load_state_dict(state["state"])
+        kept = list(meta["callbacks"])
+        for callback in self.callbacks:  # by class, in order: the list may have got longer or shorter
+            match = next((entry for entry in kept if entry["class"] == type(callback).__name__), None)
+            if match is not None:
+                kept.remove(match)
+                callback.load_state_dict(match["state"])
         assert directory is not None
         if self._over() or (checkpoints.is_finished(directory) and meta["plan"] == self._length()):
             log.warning("the run in %s is finished: %d steps, nothing left to do", directory, self.step)
@@ -217,7 +231,7 @@ class Run:
         callbacks = [{"class": type(c).__name__, "state": c.state_dict()} for c in self.callbacks]
         meta = {
             "settings": self.settings, "plan": self._length(), "step": self.step, "epoch": self.epoch,
-            "batch": self.batch, "data": self.data.state_dict(), "callbacks": callbacks,
+            "batch": self.batch, "data": self.data.state_dict() if self.batch else {}, "callbacks": callbacks,
             "written_by": {"backend": self.engine.xp.name},
         }  # fmt: skip
         checkpoints.save(self.plan.checkpoint_dir, self.step, tensors, meta)

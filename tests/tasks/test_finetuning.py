@@ -168,7 +168,7 @@ def test_transformers_loads_what_was_trained(tmp_path, kind, adapter):
 def test_saving_replaces_only_models(lm, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("dear diary")
-    with pytest.raises(CheckpointError, match="holds other files than a model's"):
+    with pytest.raises(CheckpointError, match="holds diary.txt, which saving a model there would remove"):
         lm.save_to_preset(tmp_path / "mine")
     assert (tmp_path / "mine" / "diary.txt").read_text() == "dear diary"
     lm.save_to_preset(tmp_path / "model")

@@ -13,7 +13,7 @@ PROMPT = "Once upon a time there was"
 
 
 def test_the_same_text_on_every_backend(backend):
-    lm = CausalLM.from_preset(PRESET, backend=backend, device="cpu", offline=True)
+    lm = CausalLM.from_preset(PRESET, backend=backend.name, device="cpu", offline=True)
     reference = CausalLM.from_preset(PRESET, backend="numpy", offline=True)
     text = lm.generate(PROMPT, max_new_tokens=40)
     assert text == reference.generate(PROMPT, max_new_tokens=40)

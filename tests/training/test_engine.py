@@ -245,7 +245,7 @@ def test_adapter_steps_equal_peft(xp):
     modules = lora.choose(skeleton, "all-linear")
     adapted, specs = lora.attach(skeleton, config, modules)
     arrays = {name: xp.array(x) for name, x in params.items()}
-    values = lora.initial(xp, adapted, arrays, specs, seed=1)
+    values = lora.initial(xp, arrays, specs, seed=1)
     engine = Engine(xp, adapted, arrays | values, list(values), Settings(optim.AdamW(weight_decay=0.1)))
 
     base = transformers.AutoModelForCausalLM.from_config(

@@ -129,7 +129,7 @@ def test_native_optimizers(preset):
     }
     for name in TRAINING[:2]:
         lm = make(preset, name, rank=2)
-        lm.compile("adamw", learning_rate=0.01)
+        lm.compile("adamw", learning_rate=0.01, weight_decay=0.01)
         wanted = lm.fit(DATA, steps=8, **QUIET)
         lm = make(preset, name, rank=2)
         lm.compile(**natives[name])

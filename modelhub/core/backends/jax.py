@@ -15,7 +15,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from modelhub.core.backends.base import Array, Backend, Shape, bound, host_copy
 
-
 _PRODUCT = "product"  # the name of what is kept for the backward pass
 _THIN = 64  # a product over no more than this many channels is cheap
 # XLA's CPU compiler takes the barriers out early and then merges what is to be computed again with what was computed.
@@ -36,6 +35,8 @@ class Optax:
 
     Its state is kept as {"optax/NUMBER": leaf}, so that it goes into checkpoints as any other.
     """
+
+    takes_rate = False
 
     def __init__(self, transformation: Any):
         self.transformation = transformation
