@@ -234,9 +234,8 @@ def products(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 def make(_: str, backend: str, folder: str) -> dict[str, Any]:
     """A model of Gemma 2B's shape with random weights, for a machine without its files."""
     import torch
-    from transformers import AutoModelForCausalLM, GemmaConfig
-
     from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, GemmaConfig
 
     config = GemmaConfig(
         vocab_size=256000, hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8,

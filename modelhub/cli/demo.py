@@ -15,7 +15,7 @@ from modelhub.hub.resources import resource
 
 PRESET, TINY = "smollm2_135m_instruct_q4", "gemma3_tiny"
 QUESTION = "Give three tips for a first camping trip."
-ROWS, HELD_OUT = 96, 24  # of the bundled ones
+ROWS, HELD_OUT = 72, 24  # of the bundled ones
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -38,7 +38,7 @@ def demo(preset: str, output: Path, backend: str | None, device: str | None, off
     lm.compile("adamw", learning_rate=5e-3 if tiny else 5e-4, schedule="cosine")
     loss = lm.evaluate(held, template="chat")["loss"]
     err.print(f"\nloss on {len(held)} rows that it will not see: {loss:.3f}. Now it learns from {len(train)} others.\n")
-    history = lm.fit(train, epochs=6 if tiny else 1, batch_size=1, validation_data=held, template="chat")
+    history = lm.fit(train, epochs=6 if tiny else 2, batch_size=1, validation_data=held, template="chat")
     output.mkdir(parents=True, exist_ok=True)
     lm.save_adapter(output / "adapter")
     (output / "history.json").write_text(json.dumps(history.state_dict()) + "\n", encoding="utf-8")

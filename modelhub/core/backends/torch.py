@@ -349,7 +349,14 @@ class TorchBackend(Backend):
     def _suits_onednn(self, x: Array, y: Array) -> bool:
         """Tiny matrices are not worth its setup."""
         same = x.dtype == y.dtype == torch.float32
-        return _ONEDNN is not None and self._on_cpu and same and min(*x.shape[-2:], *y.shape[-2:]) > 4
+        # torch.compile cannot lower the operation.
+        return (
+            _ONEDNN is not None
+            and self._on_cpu
+            and not torch.compiler.is_compiling()
+            and same
+            and min(*x.shape[-2:], *y.shape[-2:]) > 4
+        )
 
     def _onednn(self, x: Array, weight: Array) -> Array:
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -363,10 +370,10 @@ class TorchBackend(Backend):
         rows = x.numel() // x.shape[-1]
         if not self._on_cpu or weight.dtype != torch.float32 or x.dtype != torch.float32:
             return F.linear(x, weight, bias)
-        if _ONEDNN is not None and rows > 4 and min(weight.shape) > 4:
+        if rows > 4 and self._suits_onednn(weight, weight):
             y = self._onednn(x.reshape(rows, -1), weight).reshape(*x.shape[:-1], -1)
             return y if bias is None else y + bias
-        if rows > 16 or torch.is_grad_enabled() and x.requires_grad:
+        if rows > 16 or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return F.linear(x, weight, bias)
         # Few rows on CPU: F.linear reads the weights on one thread, at a quarter of the memory's speed
         # (docs/decisions.md has the figures).
