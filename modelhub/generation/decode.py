@@ -76,7 +76,7 @@ class Engine:
         """
         xp, rows = self.xp, len(prompts) * copies
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        pick = self._picker(sampler, prompts, copies, seed, logprobs, custom)
+        pick, advance = self._picker(params, sampler, prompts, copies, seed, logprobs, custom)
         cache, self.reused = self._cache_for(params, prompts, lengths, max_new_tokens)
         fed: list[Array] = []
         try:
@@ -88,13 +88,11 @@ class Engine:
                 logits = cache.pop("logits")
             result = pick(logits)
             yield xp.get(result[0]), xp.get(result[1])
-            last = xp.zeros((rows,), "int32")
+            start = xp.array(lengths, "int32")
             ahead = None  # on asynchronous backends a token is computed while the caller handles the one before
-            for index in range(max_new_tokens - 1):
-                start = xp.array(lengths + index, "int32")
-                logits, cache = self._decode_step(params, xp.expand_dims(result[0], 1), start, last, cache)
+            for _ in range(max_new_tokens - 1):
                 fed.append(result[0])
-                result = pick(logits)
+                result, start, cache = advance(result[0], start, cache)
                 if not xp.asynchronous:
                     yield xp.get(result[0]), xp.get(result[1])
                     continue
@@ -138,19 +136,33 @@ class Engine:
         return beams
 
     def _picker(
-        self, sampler: Sampler, prompts: list[list[int]], copies: int, seed: int, logprobs: bool,
+        self, params: Params, sampler: Sampler, prompts: list[list[int]], copies: int, seed: int, logprobs: bool,
         custom: Callable | None,
-    ) -> Callable[[Array], tuple[Array, Array]]:  # fmt: skip
-        """From logits (B, V) to tokens and log-probabilities (B,), with the sampler's state inside."""
+    ) -> tuple[Callable, Callable]:  # fmt: skip
+        """Two functions with the sampler's state inside. Tokens and log-probabilities are (B,).
+
+        pick(logits (B, V)) -> (tokens, log-probabilities), and advance(tokens, start (B,), cache) -> ((tokens,
+        log-probabilities), start, cache), which runs the model on the tokens and picks the next ones, in one program
+        unless the user's own sampler is called.
+        """
         xp, rows, vocabulary = self.xp, len(prompts) * copies, self.skeleton.model.config.vocab_size
         # One generator a row, so that a row does not depend on how many others there are.
         generators = [np.random.default_rng([seed, row]) for row in range(rows)]
+        constant = xp.zeros((rows,))
         if custom is not None:
-            return functools.partial(self._custom, custom, generators, logprobs)
+            last = xp.zeros((rows,), "int32")
+            own = functools.partial(self._custom, custom, generators, logprobs)
+
+            def advance_own(token: Array, start: Array, cache: Params) -> tuple[Any, Array, Params]:
+                logits, cache = self._decode_step(params, xp.expand_dims(token, 1), start, last, cache)
+                return own(logits), start + 1, cache
+
+            return own, advance_own
         features = sampler.features
         program = self._program(choose, hot=bool(features), features=features, logprobs=logprobs)
+        step = self._next_program(features, logprobs)
         nothing = xp.zeros((1, 1))
-        values, constant = xp.array(sampler.values()), xp.zeros((rows,))
+        values = xp.array(sampler.values())
         bias = xp.array(sampler.bias(vocabulary)) if "logit_bias" in features else nothing
         seen = counts = nothing
         if sampler.counts_tokens:
@@ -159,13 +171,22 @@ class Engine:
                 seen[row, prompts[row // copies]] = 1
             seen, counts = xp.array(seen), xp.zeros((rows, vocabulary))
 
+        def uniform() -> Array:
+            return xp.array(draw(generators)) if "sample" in features else constant
+
         def pick(logits: Array) -> tuple[Array, Array]:
             nonlocal counts
-            uniform = xp.array(draw(generators)) if "sample" in features else constant
-            token, logprob, counts = program(logits, uniform, values, bias, seen, counts)
+            token, logprob, counts = program(logits, uniform(), values, bias, seen, counts)
             return token, logprob
 
-        return pick
+        def advance(token: Array, start: Array, cache: Params) -> tuple[Any, Array, Params]:
+            nonlocal counts
+            token, logprob, counts, start, cache = step(
+                params, token, start, uniform(), values, bias, seen, counts, cache
+            )
+            return (token, logprob), start, cache
+
+        return pick, advance
 
     def _custom(
         self, function: Callable, generators: list[np.random.Generator], logprobs: bool, logits: Array
@@ -190,6 +211,13 @@ class Engine:
         if not logprobs:
             return chosen, xp.zeros((rows,))
         return chosen, xp.take_along_axis(xp.log_softmax(logits), xp.expand_dims(chosen, -1), -1)[:, 0]
+
+    def _next_program(self, features: frozenset[str], logprobs: bool) -> Any:
+        key = (_next, features, logprobs)
+        if key not in self._programs:
+            function = functools.partial(_next, self.xp, features=features, logprobs=logprobs)
+            self._programs[key] = self.xp.compile(function, self.skeleton, donate=(8,))
+        return self._programs[key]
 
     def _program(self, function: Callable, hot: bool = True, **static: Any) -> Any:
         key = (function, hot, *static.items())
@@ -272,6 +300,16 @@ def _step(xp: Backend, model: Any, ids: Array, start: Array, last: Array, cache:
         index = xp.broadcast_to(xp.reshape(last, (-1, 1, 1)), (ids.shape[0], 1, hidden.shape[-1]))
         hidden = xp.take_along_axis(hidden, index, 1)
     return model.logits(xp, hidden[:, 0]), flatten(buffers)
+
+
+def _next(
+    xp: Backend, model: Any, token: Array, start: Array, uniform: Array, values: Array, bias: Array, seen: Array,
+    counts: Array, cache: Params, *, features: frozenset[str], logprobs: bool,
+) -> tuple[Array, Array, Array, Array, Params]:  # fmt: skip
+    """Run tokens (B,) at slots start (B,) and choose the next ones: what `choose` returns, start + 1, the new cache."""
+    logits, cache = _step(xp, model, xp.expand_dims(token, 1), start, start, cache)
+    found = choose(xp, logits, uniform, values, bias, seen, counts, features=features, logprobs=logprobs)
+    return (*found, start + 1, cache)
 
 
 def hidden_states(xp: Backend, model: Any, ids: Array) -> Array:
