@@ -1,7 +1,12 @@
 """Fixtures that all tests share. Before a framework is imported it is told to be quiet and to use two threads."""
 
 import os
+import signal
 from pathlib import Path
+
+# A shell's background job ignores Ctrl-C, and so would all that the tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "NPROC"):
     os.environ.setdefault(_name, "2")

@@ -38,6 +38,6 @@ def test_who_are_you(identity_rows, backend):
     lm.preprocessor.sequence_length = 512
     lm.enable_lora(rank=8)
     lm.compile("adamw", learning_rate=2e-3, schedule="cosine")
-    history = lm.fit(identity_rows, epochs=3, batch_size=1, template="chat", verbose=False)
-    assert history.history["loss"][-1] < history.history["loss"][0] / 2
+    history = lm.fit(identity_rows, epochs=4, batch_size=1, template="chat", verbose=False)
+    assert history.history["loss"][-1] < history.history["loss"][0] - 0.7
     assert NAME in lm.chat(question, max_new_tokens=40)
