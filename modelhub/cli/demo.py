@@ -38,7 +38,7 @@ def demo(preset: str, output: Path, backend: str | None, device: str | None, off
     lm.compile("adamw", learning_rate=5e-3 if tiny else 5e-4, schedule="cosine")
     loss = lm.evaluate(held, template="chat")["loss"]
     err.print(f"\nloss on {len(held)} rows that it will not see: {loss:.3f}. Now it learns from {len(train)} others.\n")
-    history = lm.fit(train, epochs=6 if tiny else 2, batch_size=1, validation_data=held, template="chat")
+    history = lm.fit(train, epochs=2, batch_size=1, validation_data=held, template="chat")
     output.mkdir(parents=True, exist_ok=True)
     lm.save_adapter(output / "adapter")
     (output / "history.json").write_text(json.dumps(history.state_dict()) + "\n", encoding="utf-8")
