@@ -281,12 +281,9 @@ def demo(
 def _load(
     preset: str, backend: str | None, device: str | None, dtype: str | None, offline: bool, adapter: str | None = None
 ) -> Any:
-    from modelhub import CausalLM
+    from modelhub.cli.finetune import load
 
-    lm = CausalLM.from_preset(preset, backend=backend, device=device, dtype=dtype, offline=offline)
-    if adapter is not None:
-        lm.load_adapter(adapter)
-    return lm
+    return load(preset, {"backend": backend, "device": device, "dtype": dtype}, offline=offline, adapter=adapter)
 
 
 def _given(context: typer.Context, *others: str) -> dict[str, Any]:

@@ -1,19 +1,19 @@
 """`modelhub demo`: a real model answers, learns from a few of the bundled rows, and answers again."""
 
 import contextlib
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from modelhub import CausalLM
-from modelhub.errors import BackendNotInstalled, DownloadError, InputError, PresetNotFound
+from modelhub.cli.finetune import write_history
+from modelhub.errors import DownloadError, PresetNotFound
 from modelhub.hub.registry import find_card
 from modelhub.hub.resources import resource
+from modelhub.training.records import rows_of
 
-PRESET, TINY = "smollm2_135m_instruct_q4", "gemma3_tiny"
+TINY = "gemma3_tiny"
 QUESTION = "Give three tips for a first camping trip."
 ROWS, HELD_OUT = 72, 24  # of the bundled ones
 
@@ -30,7 +30,7 @@ def demo(preset: str, output: Path, backend: str | None, device: str | None, off
         err.print(f"{card.name}: {card.description} Licence: {card.licence}.", soft_wrap=True)
     err.print(f"On {lm.backend}, {lm.device}.\n")
     before = _answer(lm, "before")
-    rows = [json.loads(line) for line in (resource("finetune") / "dolly_style.jsonl").read_text("utf-8").splitlines()]
+    rows = [row for _, row in rows_of(resource("finetune") / "dolly_style.jsonl")]
     rows = [row for row in rows if not row["context"] and row["instruction"] != QUESTION][: ROWS + HELD_OUT]
     train, held = rows[:-HELD_OUT], rows[-HELD_OUT:]
     lm.preprocessor.sequence_length = 512
@@ -41,12 +41,12 @@ def demo(preset: str, output: Path, backend: str | None, device: str | None, off
     history = lm.fit(train, epochs=2, batch_size=1, validation_data=held, template="chat")
     output.mkdir(parents=True, exist_ok=True)
     lm.save_adapter(output / "adapter")
-    (output / "history.json").write_text(json.dumps(history.state_dict()) + "\n", encoding="utf-8")
+    write_history(history, output)
     err.print(f"\nloss on the rows that it has not seen: {loss:.3f} before, {history.history['val_loss'][-1]:.3f} now")
     after = _answer(lm, "after")
     if after == before:
         err.print("(the answer is the same: try more rows, or a higher learning rate)")
-    err.print(f"\nadapter: {output / 'adapter'} (PEFT loads it too)\ncurve: {_picture(history, output / 'curve.png')}")
+    err.print(f"\nadapter: {output / 'adapter'} (PEFT loads it too)\ncurve: {output / 'curve.png'}")
     err.print("Next, your own words with the adapter, or your own data:")
     for command in (
         f"chat {lm.preset} --adapter {output / 'adapter'}",
@@ -75,10 +75,3 @@ def _answer(lm: CausalLM, when: str) -> str:
     assert lm.last_run is not None
     err.print(f"[dim]{lm.last_run.tokens_per_second:.1f} tokens/s[/dim]")
     return "".join(pieces)
-
-
-def _picture(history: Any, path: Path) -> str:
-    try:
-        return str(history.plot(path))
-    except (BackendNotInstalled, InputError) as error:
-        return str(error)

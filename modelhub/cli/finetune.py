@@ -15,9 +15,9 @@ from rich.console import Console
 
 from modelhub import CausalLM, optim
 from modelhub.errors import BackendNotInstalled, InputError
-from modelhub.hub.adapters import CONFIG, WEIGHTS
+from modelhub.hub import adapters
 from modelhub.hub.resources import resource
-from modelhub.tasks.saving import strangers
+from modelhub.tasks import saving
 from modelhub.training import Callback, History, checkpoints
 from modelhub.training.records import read_records
 
@@ -216,7 +216,7 @@ def finetune(recipe: str | None, options: dict[str, Any], *, offline: bool, dry_
         err.print(f"stopped: {again} goes on after step {found.step}" if found else "stopped before the first step")
         raise
     (lm.save_adapter if lora is not None else lm.save_to_preset)(output)
-    _write_history(history, run)
+    write_history(history, run)
     what = output if lora is None else f"{top['preset']} --adapter {output}"
     command = f"chat {what}" if fit.get("template") == "chat" else f'generate {what} "..."'
     err.print(f"history and checkpoints: {run}\ntry it: modelhub {command}")
@@ -252,12 +252,11 @@ def _checked_data(data: str | None, kind: str | None) -> Path | None:
 
 def _check_output(output: Path, run: Path, lora: bool) -> None:
     """Saving refuses these folders too, but only after the training."""
-    found = set(os.listdir(output)) if output.is_dir() else {"a file"} if output.exists() else set()
-    others = found - {CONFIG, WEIGHTS, "README.md"} if lora else strangers(output) if output.is_dir() else found
+    others = ["a file"] if output.is_file() else adapters.strangers(output) if lora else saving.strangers(output)
     if others:
         what = "an adapter" if lora else "a model"
         raise InputError(
-            f"the output {output} holds {', '.join(sorted(others)[:5])}, which saving {what} there would remove; "
+            f"the output {output} holds {', '.join(others[:5])}, which saving {what} there would remove; "
             "give a new or an empty folder"
         )
     if run.resolve().is_relative_to(output.resolve()):
@@ -275,7 +274,8 @@ def _make_folders(*folders: Path) -> None:
             raise InputError(f"{folder} cannot be made: {error.strerror}; give another place") from None
 
 
-def _write_history(history: History, folder: Path) -> None:
+def write_history(history: History, folder: Path) -> None:
+    """history.json and, with matplotlib, curve.png."""
     # JSON has no NaN and no infinity: null.
     numbers = json.loads(json.dumps(history.state_dict()), parse_constant=lambda _: None)
     (folder / "history.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from modelhub.core.backends.base import Backend
-from modelhub.core.nn import Linear, LoRA
-from modelhub.core.tree import Module, Params, Spec, flatten, initial_value
+from modelhub.core.nn import Linear, LoRA, row_lengths
+from modelhub.core.tree import Module, Params, Spec, children, flatten, initial_value
 from modelhub.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -61,11 +61,7 @@ def linears(node: Any, prefix: str = "") -> dict[str, Linear]:
     if isinstance(node, Linear):
         return {prefix: node}
     found: dict[str, Linear] = {}
-    if isinstance(node, Module):
-        children = [(f.name, getattr(node, f.name)) for f in dataclasses.fields(node)]  # type: ignore[arg-type]
-    else:
-        children = [(str(i), item) for i, item in enumerate(node)] if isinstance(node, list) else []
-    for name, child in children:
+    for name, child in children(node):
         found |= linears(child, f"{prefix}.{name}" if prefix else name)
     return found
 
@@ -147,8 +143,7 @@ def initial(xp: Backend, params: Params, specs: Mapping[str, Spec], seed: int) -
     for name, spec in specs.items():
         module, _, kind = name.partition(MARK)
         if kind == "lora_magnitude_vector":
-            weight = xp.cast(params[f"{module}.weight"], "float32")
-            values[name] = xp.sqrt(xp.sum(weight * weight, axis=1))
+            values[name] = row_lengths(xp, xp.cast(params[f"{module}.weight"], "float32"))
         else:
             values[name] = xp.put(initial_value(name, spec, seed))
     return values

@@ -43,7 +43,7 @@ class LoRA(Module):
         if self.lora_magnitude_vector is None:
             return y + update
         # The length counts as a constant in the gradient (section 4.3 of the paper).
-        length = xp.stop_gradient(_row_lengths(xp, self.merged(xp, weight)))
+        length = xp.stop_gradient(row_lengths(xp, self.merged(xp, weight)))
         ratio = xp.cast(self.lora_magnitude_vector, "float32") / length  # near 1, where 16 bits are coarse
         plain = y if bias is None else y - bias
         base = xp.cast(xp.linear(dropped, weight) if dropped is not x else plain, "float32")
@@ -59,12 +59,13 @@ class LoRA(Module):
         """The one weight (out, in), in the dtype of `weight`, that does what both do."""
         merged = self.merged(xp, weight)
         if self.lora_magnitude_vector is not None:
-            ratio = xp.cast(self.lora_magnitude_vector, "float32") / _row_lengths(xp, merged)
+            ratio = xp.cast(self.lora_magnitude_vector, "float32") / row_lengths(xp, merged)
             merged = merged * xp.expand_dims(ratio, 1)
         return xp.cast(merged, xp.dtype(weight))
 
 
-def _row_lengths(xp: Backend, weight: Array) -> Array:
+def row_lengths(xp: Backend, weight: Array) -> Array:
+    """(N,) lengths of the rows of weight (N, D)."""
     return xp.sqrt(xp.sum(weight * weight, axis=1))
 
 

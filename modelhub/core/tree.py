@@ -48,7 +48,8 @@ def is_leaf(value: object) -> bool:
     return hasattr(value, "shape")
 
 
-def _children(value: Any) -> Iterator[tuple[str, Any]]:
+def children(value: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values of a Module's fields, or of a list's items; nothing for anything else."""
     if isinstance(value, Module):
         for field in dataclasses.fields(value):  # type: ignore[arg-type]
             yield field.name, getattr(value, field.name)
@@ -62,7 +63,7 @@ def flatten(module: Any, prefix: str = "") -> Params:
     if is_leaf(module):
         return {prefix: module}
     leaves: Params = {}
-    for name, child in _children(module):
+    for name, child in children(module):
         if is_leaf(child) or isinstance(child, (Module, list)):
             leaves |= flatten(child, f"{prefix}.{name}" if prefix else name)
     return leaves

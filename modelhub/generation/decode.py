@@ -160,7 +160,7 @@ class Engine:
             return own, advance_own
         features = sampler.features
         program = self._program(choose, hot=bool(features), features=features, logprobs=logprobs)
-        step = self._next_program(features, logprobs)
+        step = self._program(_next, self.skeleton, donate=(8,), features=features, logprobs=logprobs)
         nothing = xp.zeros((1, 1))
         values = xp.array(sampler.values())
         bias = xp.array(sampler.bias(vocabulary)) if "logit_bias" in features else nothing
@@ -212,17 +212,14 @@ class Engine:
             return chosen, xp.zeros((rows,))
         return chosen, xp.take_along_axis(xp.log_softmax(logits), xp.expand_dims(chosen, -1), -1)[:, 0]
 
-    def _next_program(self, features: frozenset[str], logprobs: bool) -> Any:
-        key = (_next, features, logprobs)
-        if key not in self._programs:
-            function = functools.partial(_next, self.xp, features=features, logprobs=logprobs)
-            self._programs[key] = self.xp.compile(function, self.skeleton, donate=(8,))
-        return self._programs[key]
-
-    def _program(self, function: Callable, hot: bool = True, **static: Any) -> Any:
+    def _program(
+        self, function: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True, **static: Any
+    ) -> Any:
+        """`function` compiled with its static arguments, once; the others are those of Backend.compile."""
         key = (function, hot, *static.items())
         if key not in self._programs:
-            self._programs[key] = self.xp.compile(functools.partial(function, self.xp, **static), hot=hot)
+            bound = functools.partial(function, self.xp, **static)
+            self._programs[key] = self.xp.compile(bound, skeleton, donate, hot)
         return self._programs[key]
 
     def _padded(self, ids: np.ndarray) -> Array:

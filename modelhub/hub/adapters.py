@@ -6,7 +6,6 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 
 from modelhub.errors import CheckpointError, InputError
 from modelhub.hub.checkpoint import SafetensorsCheckpoint, WeightFile, shown
-from modelhub.hub.files import replace_folder, save_tensors
+from modelhub.hub.files import replacing, save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _README = "README.md"  # ours to keep, not ours to write
@@ -103,8 +102,7 @@ def write_adapter(folder: str | os.PathLike[str], files: AdapterFiles) -> None:
     the tensors do not fit together; what was there before is then as it was.
     """
     target = Path(folder).resolve()
-    others = sorted(set(os.listdir(target)) - {CONFIG, WEIGHTS, _README}) if target.is_dir() else []
-    if others or target.is_file():
+    if (others := strangers(target)) or target.is_file():
         found = ", ".join(others[:_LISTED]) or "a file"
         raise InputError(f"{target} is not an adapter's folder: it holds {found}. Give a new or an empty folder.")
     _complain(target, _misfits(files))
@@ -127,19 +125,17 @@ def write_adapter(folder: str | os.PathLike[str], files: AdapterFiles) -> None:
         "use_rslora": files.use_rslora,
     }
     tensors = {_peft_name(name): np.asarray(array, np.float32, order="C") for name, array in files.tensors.items()}
-    work = target.with_name(f".{target.name}.saving")
-    shutil.rmtree(work, ignore_errors=True)
     try:
-        work.mkdir(parents=True)
-        (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_tensors(tensors, work / WEIGHTS, {"format": "pt"})
-        if (target / _README).is_file():
-            shutil.copy2(target / _README, work)
-        replace_folder(work, target)
+        with replacing(target, keep=_README) as work:
+            (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            save_tensors(tensors, work / WEIGHTS, {"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target} could not be written: {error}. What was there before is as it was.") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+
+
+def strangers(folder: Path) -> list[str]:
+    """What is in the folder that writing an adapter there would remove and does not write."""
+    return sorted(set(os.listdir(folder)) - {CONFIG, WEIGHTS, _README}) if folder.is_dir() else []
 
 
 def _peft_name(name: str) -> str:

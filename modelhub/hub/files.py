@@ -4,7 +4,8 @@ import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,24 @@ def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: Mappin
     arrays = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     save_file(arrays, path, None if metadata is None else dict(metadata))
     path.chmod(0o644)  # safetensors makes it for the user alone, as if it were a secret
+
+
+@contextmanager
+def replacing(target: Path, keep: str | None = None) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `target` at the end of the block.
+
+    After an exception `target` is what it was. keep: the name of a file that goes over from the old folder.
+    """
+    work = target.with_name(f".{target.name}.saving")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+        yield work
+        if keep is not None and (target / keep).is_file():
+            shutil.copy2(target / keep, work)
+        replace_folder(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -73,25 +73,20 @@ class Adapters:
         if self._replaced:
             self.unmerge_lora()
         base = self._base_params()
-        if self.active_adapter is not None:  # keep what training made of it
-            kept = self.adapters[self.active_adapter]
+        if (kept := self.adapter) is not None:  # keep what training made of it
             kept.params = {key: self.params[key] for key in kept.params}
         self.active_adapter = name
-        if name is None:
-            self._use(self.base_model, base)
-        else:
-            adapter = self.adapters[name]
-            self._use(adapter.model, base | adapter.params)
+        self._use_adapter(base)
 
     def merge_lora(self) -> None:
         """Put the active adapter into the weights: the same outputs, at the base model's speed. See unmerge_lora.
 
         Another adapter, enabled or loaded after that, takes it out again; training all weights makes it final.
         """
-        self._require_adapter("merge")
+        adapter = self._require_adapter("merge")
         weights = lora.folded(self.xp, self.model, self.params)
         base = self._base_params()
-        self.adapters[self.active_adapter or ""].params = {k: x for k, x in self.params.items() if lora.MARK in k}
+        adapter.params = {k: x for k, x in self.params.items() if lora.MARK in k}
         self._use(self.base_model, base | weights)
         self._replaced = {key: base[key] for key in weights}
 
@@ -100,8 +95,7 @@ class Adapters:
         if not self._replaced:
             raise InputError("no adapter is merged; merge_lora() comes first")
         base, self._replaced = self.params | self._replaced, {}
-        adapter = self.adapters[self.active_adapter or ""]
-        self._use(adapter.model, base | adapter.params)
+        self._use_adapter(base)
 
     def keep_merged(self) -> None:
         """Make a merge final: the adapter is forgotten, its weights are the model's own. `fit` begins with it."""
@@ -114,8 +108,7 @@ class Adapters:
 
         base: the name of the base model that the folder is to state.
         """
-        self._require_adapter("save", merged=True)
-        adapter = self.adapters[self.active_adapter or ""]
+        adapter = self._require_adapter("save", merged=True)
         config, arrays = adapter.config, adapter.params if self._replaced else self.params
         endings = sorted({module.rpartition(".")[2] for module in adapter.modules})
         named = lora.choose(self.base_model, endings) == adapter.modules
@@ -155,6 +148,11 @@ class Adapters:
         return name
 
     @property
+    def adapter(self) -> Adapter | None:
+        """The active one, merged or not."""
+        return None if self.active_adapter is None else self.adapters[self.active_adapter]
+
+    @property
     def has_adapter(self) -> bool:
         """Whether an adapter is active, and not merged."""
         return self.active_adapter is not None and not self._replaced
@@ -171,11 +169,19 @@ class Adapters:
     def _base_params(self) -> Params:
         return {name: self.params[name] for name in flatten(self.base_model)}
 
-    def _require_adapter(self, what: str, merged: bool = False) -> None:
-        if self.active_adapter is None:
+    def _require_adapter(self, what: str, merged: bool = False) -> Adapter:
+        if (adapter := self.adapter) is None:
             raise InputError(f"there is no active adapter to {what}; enable_lora() or load_adapter() makes one")
         if self._replaced and not merged:
             raise InputError(f"the adapter {self.active_adapter!r} is merged already")
+        return adapter
+
+    def _use_adapter(self, base: Params) -> None:
+        """Put the active adapter, if there is one, beside the base model's parameters."""
+        if (adapter := self.adapter) is None:
+            self._use(self.base_model, base)
+        else:
+            self._use(adapter.model, base | adapter.params)
 
     def _use(self, model: Any, params: Params) -> None:
         raise NotImplementedError

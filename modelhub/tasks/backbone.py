@@ -114,8 +114,7 @@ class Backbone(Adapters):
             row(part, tensors, count, size)
         table.add_section()
         row("total", *map(sum, zip(*parts.values(), strict=True)))
-        if self.active_adapter is not None:
-            adapter = self.adapters[self.active_adapter]
+        if (adapter := self.adapter) is not None:
             names = adapter.params
             count, size = sum(map(self._count, names.values())), 4 * sum(map(self._count, names.values()))
             state = "merged" if self._replaced else "trainable"

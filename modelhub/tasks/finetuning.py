@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from modelhub.core import head, optim
 from modelhub.core.tree import Params
@@ -59,6 +58,7 @@ class FineTuning:
     preprocessor: Preprocessor
     preset: str
     generation_config: dict[str, Any]
+    params: Params
     stop_training = False  # set by callbacks, as in Keras
     _compiled: Compiled | None = None
 
@@ -214,8 +214,10 @@ class FineTuning:
         options = {"packing": packing, "loss_on": loss_on, "template": template, "kind": kind, "seed": seed}
         train = self._prepare(data, batch_size, **options)
         validation = None if held_out is None else self._prepare(held_out, batch_size, shuffle=False, **options)
-        settings = dataclasses.replace(compiled.settings, seed=seed, dropout=self._drops_out())
         self.backbone.keep_merged()
+        adapter = self.backbone.adapter
+        dropout = adapter is not None and adapter.config.dropout > 0
+        settings = dataclasses.replace(compiled.settings, seed=seed, dropout=dropout)
         free = xp.free_memory()
         names = self.backbone.trainable_names()
         engine = Engine(xp, self.backbone.model, self.params, names, settings)
@@ -232,7 +234,7 @@ class FineTuning:
             callbacks=[*callbacks, *([ProgressBar(total)] if verbose else [])],
             settings=compiled.described | options | {
                 "preset": self.preset, "dtype": self.backbone.dtype, "data": train.fingerprint,
-                "adapter": self._adapter_described(),
+                "adapter": adapter and dataclasses.asdict(adapter.config) | {"modules": adapter.modules},
                 "sequence_length": self.preprocessor.sequence_length, "batch_size": batch_size,
                 "grad_accum": grad_accum,
             },
@@ -253,14 +255,6 @@ class FineTuning:
         perplexity = math.exp(found["loss"]) if found["loss"] < 700 else math.inf
         return {"loss": found["loss"], "perplexity": perplexity} | found
 
-    @property
-    def params(self) -> Params:
-        raise NotImplementedError
-
-    @params.setter
-    def params(self, params: Params) -> None:
-        raise NotImplementedError
-
     def _prepare(self, data: Any, batch_size: int, **options: Any) -> BatchSource:
         length, context = self.preprocessor.sequence_length, self.backbone.config.max_position_embeddings
         if not isinstance(length, int) or not 2 <= length <= context:
@@ -275,20 +269,11 @@ class FineTuning:
         except ModelhubError:  # the preset has none; an error only for data that needs one
             return None
 
-    def _drops_out(self) -> bool:
-        active = self.backbone.active_adapter
-        return active is not None and self.backbone.adapters[active].config.dropout > 0
-
-    def _adapter_described(self) -> dict[str, Any] | None:
-        if not self.has_adapter:
-            return None
-        adapter = self.backbone.adapters[self.backbone.active_adapter or ""]
-        described = dataclasses.asdict(adapter.config)
-        return described | {"modules": adapter.modules}
-
     def _describe(
         self, data: BatchSource, engine: Engine, batch_size: int, total: int | None, free: int | None
     ) -> None:  # fmt: skip
+        from rich.console import Console
+
         console = Console(stderr=True, highlight=False)
         counts = [int(np.prod(x.shape)) for x in engine.trainable.values()]
         every = self.backbone.num_parameters
@@ -299,7 +284,7 @@ class FineTuning:
             soft_wrap=True,
         )
         console.print(data.report(), soft_wrap=True)
-        needed = engine.memory(batch_size, self.preprocessor.sequence_length, self.backbone.config)
+        needed = engine.memory(batch_size, self.preprocessor.sequence_length)
         console.print(
             f"memory: about {needed / 1e9:.1f} GB beside the weights"
             + ("" if free is None else f", {free / 1e9:.1f} GB are free")

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ import numpy as np
 from safetensors import SafetensorError
 
 from modelhub.errors import CheckpointError
-from modelhub.hub.files import replace_folder, save_tensors
+from modelhub.hub.files import replacing, save_tensors
 from modelhub.processing.tokenizer import Tokenizer
 from modelhub.tasks.backbone import Backbone
 
 SHARD_BYTES = 5_000_000_000
-_README = "README.md"  # kept
 _OURS = re.compile(
     r"config\.json|generation_config\.json|model.*\.safetensors(\.index\.json)?|best\.json|README\.md|"
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template)\.json|tokenizer\.model|"
@@ -43,25 +41,18 @@ def save_to_preset(
             f"{target} holds {', '.join(found[:5])}, which saving a model there would remove; give a new or empty "
             f"folder"
         )
-    work = target.with_name(f".{target.name}.saving")
-    shutil.rmtree(work, ignore_errors=True)
+    dtype = dtype or backbone.dtype
     try:
-        work.mkdir(parents=True)
-        config = backbone.config.to_hf() | dict.fromkeys(("dtype", "torch_dtype"), dtype or backbone.dtype)
-        _write_json(work / "config.json", config)
-        if generation_config:
-            _write_json(work / "generation_config.json", generation_config)
-        if tokenizer is not None:
-            tokenizer.save(work)
-        xp, params = backbone.xp, backbone.plain_params()
-        _write_weights(work, {name: xp.get(xp.cast(x, dtype or backbone.dtype)) for name, x in params.items()})
-        if (target / _README).is_file():
-            shutil.copy2(target / _README, work)
-        replace_folder(work, target)
+        with replacing(target, keep="README.md") as work:
+            _write_json(work / "config.json", backbone.config.to_hf() | {"dtype": dtype, "torch_dtype": dtype})
+            if generation_config:
+                _write_json(work / "generation_config.json", generation_config)
+            if tokenizer is not None:
+                tokenizer.save(work)
+            xp, params = backbone.xp, backbone.plain_params()
+            _write_weights(work, {name: xp.get(xp.cast(x, dtype)) for name, x in params.items()})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target} could not be written: {error}. What was there before is as it was") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def strangers(target: Path) -> list[str]:

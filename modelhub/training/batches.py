@@ -16,16 +16,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from rich.console import Console
-from rich.text import Text
 
 from modelhub.errors import DataError
 from modelhub.processing.tokenizer import Tokenizer
 from modelhub.training.examples import Example, Examples, Render, make_examples
 from modelhub.training.records import read_records
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 Batch = dict[str, np.ndarray]
 NO_LABEL = -100
@@ -129,12 +130,16 @@ class Report:
     sample: list[tuple[str, bool]]  # text of the first example, and whether it is learnt
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(highlight=False)  # colours on a terminal, none in a file
         with console.capture() as capture:
             console.print(self.__rich__(), soft_wrap=True, end="")
         return capture.get()
 
-    def __rich__(self) -> Text:
+    def __rich__(self) -> "Text":
+        from rich.text import Text
+
         text = Text(
             f"{self.examples:,} examples, {self.tokens:,} tokens, of which {self.learnt / self.tokens:.1%} are learnt\n"
             f"{self.steps:,} steps an epoch, each {self.rows_per_step} rows or {self.examples / self.steps:.1f} "

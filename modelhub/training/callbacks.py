@@ -7,7 +7,6 @@ import importlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import IO, Any, TextIO
 from tqdm import tqdm
 
 from modelhub.errors import BackendNotInstalled, InputError
-from modelhub.hub.files import replace_folder
+from modelhub.hub.files import replacing
 
 Logs = dict[str, float]
 
@@ -154,17 +153,10 @@ class BestCheckpoint(_Best):
     def on_epoch_end(self, epoch: int, logs: Logs) -> None:
         if not self.improves(logs):
             return
-        work = self.folder.with_name(f".{self.folder.name}.saving")
-        shutil.rmtree(work, ignore_errors=True)
-        work.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(self.folder) as work:
             save = self.model.save_adapter if self.model.has_adapter else self.model.save_to_preset
             save(str(work))
             (work / "best.json").write_text(json.dumps({"epoch": epoch, self.monitor: self.best}) + "\n")
-            replace_folder(work, self.folder)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
 
 
 class JSONLogger(Callback):

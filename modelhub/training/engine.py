@@ -16,6 +16,7 @@ from modelhub.core import head, lora, optim
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Module, Params, bind
 from modelhub.errors import DataError
+from modelhub.training.batches import NO_LABEL
 
 Batch = Mapping[str, np.ndarray]
 
@@ -49,13 +50,11 @@ class Engine:
         self.xp, self.settings = xp, settings
         names = frozenset(trainable)
         self._config: Any = skeleton.model.config  # type: ignore[attr-defined]
-        dtype = settings.compute_dtype
-        self._dtype = xp.dtype(params[head.head_names(skeleton)[0]])
-        self.frozen = {name: _compute(xp, name, x, dtype) for name, x in params.items() if name not in names}
+        self._dtype = settings.compute_dtype or xp.dtype(params[head.head_names(skeleton)[0]])
+        self.frozen = {name: _compute(xp, settings, name, x) for name, x in params.items() if name not in names}
         self.trainable = {name: xp.copy(x) for name, x in params.items() if name in names}
         self.state: Params = settings.optimizer.init(xp, self.trainable)
-        dtypes = {dtype or xp.dtype(x) for name, x in params.items() if lora.MARK not in name}
-        self.scaling = optim.LossScale() if "float16" in dtypes else None
+        self.scaling = optim.LossScale() if self._dtype == "float16" else None
         if self.scaling:
             self.state |= {f"loss_scale/{key}": x for key, x in self.scaling.init(xp).items()}
             self.state["loss_scale/steps"] = xp.array(0)  # those that were not left out
@@ -105,9 +104,10 @@ class Engine:
             "tokens": float(tokens),
         }
 
-    def memory(self, rows: int, time: int, config: Any) -> int:
+    def memory(self, rows: int, time: int) -> int:
         """Bytes that a step of that many rows needs beside the weights: a rough count for decoder blocks."""
-        item = 4 if (self.settings.compute_dtype or self._dtype) == "float32" else 2
+        config = self._config
+        item = 4 if self._dtype == "float32" else 2
         trained = sum(4 * int(np.prod(x.shape)) for x in self.trainable.values())
         slots = sum(4 * int(np.prod(x.shape)) for x in self.state.values())
         positions = self._at_once(rows, time) * time
@@ -139,7 +139,7 @@ class Engine:
                 yield {name: self.xp.array(x, "int32") for name, x in arrays.items()}, count
 
 
-_ARRAYS = {"input_ids": 0, "labels": -100, "position_ids": 0, "segment_ids": 0}  # and what fills missing rows
+_ARRAYS = {"input_ids": 0, "labels": NO_LABEL, "position_ids": 0, "segment_ids": 0}  # and what fills missing rows
 
 
 def _check(batch: Batch, config: Any) -> None:
@@ -168,10 +168,10 @@ def _with_places(batch: Batch) -> dict[str, np.ndarray]:
     A position predicts the label of the next one, if that belongs to the same example.
     """
     labels, segments = batch["labels"], batch["segment_ids"]
-    targets = np.full_like(labels, -100)
-    targets[:, :-1] = np.where(segments[:, 1:] == segments[:, :-1], labels[:, 1:], -100)
+    targets = np.full_like(labels, NO_LABEL)
+    targets[:, :-1] = np.where(segments[:, 1:] == segments[:, :-1], labels[:, 1:], NO_LABEL)
     targets = targets.reshape(-1)
-    places = np.flatnonzero(targets != -100)
+    places = np.flatnonzero(targets != NO_LABEL)
     room = -(-len(targets) // head.ROWS) * head.ROWS if len(targets) > head.ROWS else len(targets)
     padded = np.zeros((2, room), np.int32)
     padded[0, : len(places)], padded[1, : len(places)] = places, targets[places]
@@ -187,13 +187,10 @@ def _keys(seed: int, step: int, number: int, first: int, rows: int) -> np.ndarra
     return np.array(found, np.uint32).view(np.int32)
 
 
-def _cast(xp: Backend, x: Array, dtype: str | None) -> Array:
-    return x if dtype is None else xp.cast(x, dtype)
-
-
-def _compute(xp: Backend, name: str, x: Array, dtype: str | None) -> Array:
+def _compute(xp: Backend, settings: Settings, name: str, x: Array) -> Array:
     """A parameter as the forward pass gets it; an adapter's stay in float32, its layers cast what they may."""
-    return x if lora.MARK in name else _cast(xp, x, dtype)
+    dtype = settings.compute_dtype
+    return x if dtype is None or lora.MARK in name else xp.cast(x, dtype)
 
 
 def _hidden(xp: Backend, skeleton: Module, params: Params, batch: Mapping[str, Array]) -> Array:
@@ -211,7 +208,7 @@ def _add_gradients(
     positions = float(batch["places"].shape[0]) if scaled else 1.0
 
     def summed(trainable: Params) -> tuple[Array, dict[str, Array]]:
-        params = frozen | {name: _compute(xp, name, x, settings.compute_dtype) for name, x in trainable.items()}
+        params = frozen | {name: _compute(xp, settings, name, x) for name, x in trainable.items()}
         forward = xp.for_training(batch.get("dropout_keys"), settings.remat)
         hidden = _hidden(forward, skeleton, params, batch)
         found, gradients = head.loss_and_gradients(
@@ -227,7 +224,7 @@ def _add_gradients(
 def _add_losses(
     xp: Backend, skeleton: Module, settings: Settings, params: Params, batch: Mapping[str, Array], sums: Params
 ) -> Params:
-    params = {name: _compute(xp, name, x, settings.compute_dtype) for name, x in params.items()}
+    params = {name: _compute(xp, settings, name, x) for name, x in params.items()}
     hidden = _hidden(xp, skeleton, params, batch)
     found, _ = head.loss_and_gradients(xp, skeleton, params, hidden, batch, frozenset(), settings.loss, gradients=False)
     return {name: sums[name] + x for name, x in found.items()}
@@ -237,18 +234,18 @@ def _update(
     xp: Backend, settings: Settings, scaling: optim.LossScale | None, trainable: Params, state: Params, sums: Params,
     tokens: Array, learning_rate: Array, step: Array,
 ) -> tuple[Params, Params, dict[str, Array]]:  # fmt: skip
-    scale = state["loss_scale/scale"] if scaling else 1.0
-    gradients = {name: sums[f"gradient/{name}"] / (tokens * scale) for name in trainable}
+    gradients = {name: sums[f"gradient/{name}"] / tokens for name in trainable}
+    if scaling:
+        kept = {name: state[f"loss_scale/{name}"] for name in ("scale", "good_steps")}
+        gradients = scaling.unscale(xp, gradients, kept)
+        step = state["loss_scale/steps"] + 1
     norm = optim.global_norm(xp, gradients)
     finite = norm < float("inf")
     if settings.clip_norm is not None:
         gradients = optim.clip(xp, gradients, norm, settings.clip_norm)
     ours = {name: x for name, x in state.items() if not name.startswith("loss_scale/")}
-    if scaling:
-        step = state["loss_scale/steps"] + 1
     trainable, ours = settings.optimizer.update(xp, gradients, ours, trainable, learning_rate, step, finite)
     if scaling:
-        kept = {name: state[f"loss_scale/{name}"] for name in ("scale", "good_steps")}
         ours |= {f"loss_scale/{name}": x for name, x in scaling.update(xp, kept, finite).items()}
         ours["loss_scale/steps"] = xp.where(finite, step, step - 1)
     found = {"loss": sums["loss"] / tokens, "accuracy": sums["correct"] / tokens, "grad_norm": norm}

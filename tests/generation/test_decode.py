@@ -335,18 +335,18 @@ def test_choosing_is_compiled_once_for_all_values(backend, params, monkeypatch):
 def steps(engine, monkeypatch):
     """Counts the decode steps of `engine`."""
     seen = []
-    original = engine._next_program
+    original = engine._program
 
-    def counted(*key):
-        program = original(*key)
+    def counted(function, *args, **kwargs):
+        program = original(function, *args, **kwargs)
 
         def call(*args):
             seen.append(args[1].shape)
             return program(*args)
 
-        return call
+        return call if function is decode._next else program
 
-    monkeypatch.setattr(engine, "_next_program", counted)
+    monkeypatch.setattr(engine, "_program", counted)
     return seen
 
 

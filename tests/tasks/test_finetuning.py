@@ -174,7 +174,7 @@ def test_saving_replaces_only_models(lm, tmp_path, monkeypatch):
     lm.save_to_preset(tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("modelhub.tasks.saving.replace_folder", lambda *args: (_ for _ in ()).throw(OSError(28, "full")))
+        patch.setattr("modelhub.hub.files.replace_folder", lambda *args: (_ for _ in ()).throw(OSError(28, "full")))
         with pytest.raises(CheckpointError, match="could not be written.*as it was"):
             trained(lm).save_to_preset(tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before

@@ -32,11 +32,11 @@ class Model:
         self.version = 0
 
     def save_adapter(self, folder):
-        Path(folder).mkdir()
+        Path(folder).mkdir(exist_ok=True)
         (Path(folder) / "adapter_model.safetensors").write_text(str(self.version))
 
     def save_to_preset(self, folder):
-        Path(folder).mkdir()
+        Path(folder).mkdir(exist_ok=True)
         (Path(folder) / "model.safetensors").write_text(str(self.version))
 
 
@@ -155,7 +155,7 @@ class TestBestCheckpoint:
         callback.on_epoch_end(0, {"val_loss": 2.0})
 
         def full(folder):
-            Path(folder).mkdir()
+            Path(folder).mkdir(exist_ok=True)
             (Path(folder) / "adapter_config.json").write_text("{")
             raise OSError(28, "No space left on device")
 

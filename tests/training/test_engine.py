@@ -346,9 +346,8 @@ def test_a_step_without_labels_changes_nothing(xp):
 
 
 def test_memory_is_counted(xp):
-    config = family_of("llama").Config.from_hf(CONFIGS["llama"])
     engine = start(xp, "llama", optimizer=optim.AdamW())
-    few, many = engine.memory(1, 512, config), engine.memory(1, 2048, config)
+    few, many = engine.memory(1, 512), engine.memory(1, 2048)
     weights = sum(x.size for x in model("llama")[1].values()) * 4
     assert 5 * weights < few < many
-    assert start(xp, "llama", optimizer=optim.SGD()).memory(1, 512, config) < few
+    assert start(xp, "llama", optimizer=optim.SGD()).memory(1, 512) < few

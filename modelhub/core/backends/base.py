@@ -469,6 +469,16 @@ def host_peak() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def of_arrays(xp: Backend, args: Sequence[Any]) -> tuple[list[Array], Callable[..., list[Any]]]:
+    """The arrays among args, and how others in their place make args again."""
+
+    def args_with(*arrays: Array) -> list[Any]:
+        given = iter(arrays)
+        return [next(given) if xp.owns(arg) else arg for arg in args]
+
+    return [arg for arg in args if xp.owns(arg)], args_with
+
+
 def host_copy(values: Any, dtype: np.dtype | None) -> np.ndarray:
     """A new numpy array; without a dtype 64-bit numbers become 32-bit, the widest that all frameworks agree on."""
     array = np.array(values, dtype=dtype)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from modelhub.core.backends.base import Array, Backend, Shape, bound, host_copy
+from modelhub.core.backends.base import Array, Backend, Shape, bound, host_copy, of_arrays
 
 _PRODUCT = "product"  # the name of what is kept for the backward pass
 _THIN = 64  # a product over no more than this many channels is cheap
@@ -118,15 +118,10 @@ class JaxBackend(Backend):
         if not self.training:
             return fn(*args)
         # Arrays may also be closed over: only what is given as an argument counts as the block's input.
-        arrays = [arg for arg in args if self.owns(arg)]
-
-        def run(*arrays: Array) -> Any:
-            given = iter(arrays)
-            return fn(*(next(given) if self.owns(arg) else arg for arg in args))
-
+        arrays, args_with = of_arrays(self, args)
         # What is between the products costs less to compute again than to keep.
         policy = None if self.remat else jax.checkpoint_policies.save_only_these_names(_PRODUCT)
-        return jax.checkpoint(run, policy=policy)(*arrays)
+        return jax.checkpoint(lambda *arrays: fn(*args_with(*arrays)), policy=policy)(*arrays)
 
     def loop(self, n: Array, body: Callable[[Array, Any], Any], state: Any) -> Any:
         return jax.lax.fori_loop(0, n, body, state)

@@ -12,7 +12,7 @@ os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 import numpy as np
 
-from modelhub.core.backends.base import Array, Backend, Shape, bound, bound_once, host_copy
+from modelhub.core.backends.base import Array, Backend, Shape, bound, bound_once, host_copy, of_arrays
 from modelhub.core.tree import bind, flatten
 
 
@@ -165,12 +165,11 @@ class TensorflowBackend(Backend):
             return fn(*args)
         # recompute_grad has no gradients for what a function closes over: the block's own arrays are arguments too.
         weights = flatten(fn)
-        arrays = [arg for arg in args if self.owns(arg)]
+        arrays, args_with = of_arrays(self, args)
 
-        def run(*arrays: Array) -> Any:
-            given = iter(arrays)
-            block: Any = bind(fn, {name: next(given) for name in weights})
-            return block(*(next(given) if self.owns(arg) else arg for arg in args))
+        def run(*given: Array) -> Any:
+            block: Any = bind(fn, dict(zip(weights, given, strict=False)))
+            return block(*args_with(*given[len(weights) :]))
 
         return tf.recompute_grad(run)(*weights.values(), *arrays)
 
