@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from modelhub.errors import DownloadError, InputError, ModelhubError, PresetNotFound
-from modelhub.hub.registry import Card, Source, find_card, list_presets
-from modelhub.hub.sources import EmbeddedSource, HubSource, Options, Unreachable, cache_root
+from modelhub.hub.registry import Card, find_card, list_presets
+from modelhub.hub.sources import EmbeddedSource, HubSource, Options, Source, Unreachable, cache_root
 
 _KINDS = "a name from `modelhub list`, a folder, a .gguf file, hf://owner/name[@revision] or file:///path"
 

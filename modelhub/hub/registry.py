@@ -37,9 +37,7 @@ from typing import Any
 
 from modelhub.errors import ConfigError, PresetNotFound
 from modelhub.hub.resources import resource
-from modelhub.hub.sources import EmbeddedSource, HubSource, PackageSource, Part
-
-Source = HubSource | PackageSource | EmbeddedSource
+from modelhub.hub.sources import EmbeddedSource, PackageSource, Part, Source, source_of
 
 
 @dataclass(frozen=True)
@@ -125,10 +123,10 @@ def _source(reader: "_Reader", table: dict[str, Any], where: str) -> Source:
     if "uri" in table:
         uri = reader.take(table, "uri", str, where)
         try:
-            source = HubSource.parse(uri, verified)
+            source = source_of(uri, verified)
         except PresetNotFound as error:
             reader.problems.append(f"{where}uri: {error}")
-            source = HubSource("", None, verified)
+            source = EmbeddedSource("", verified)
     elif table.get("type") == "embedded":
         del table["type"]
         source = EmbeddedSource(reader.matching(table, "folder", r"\w+", where), verified)

