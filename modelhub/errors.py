@@ -3,9 +3,21 @@
 All inherit from ModelhubError and from the builtin that fits, so `except ValueError` works as people expect.
 """
 
+import re
+
+_LONGEST = 8_000  # characters of a message
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
 
 class ModelhubError(Exception):
     """Base of all errors that modelhub raises on purpose; the command line prints these without a traceback."""
+
+    def __str__(self) -> str:
+        # What a message quotes may come out of a stranger's file: megabytes of it, or codes that terminals obey.
+        text = super().__str__()
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 2 :]}"
+        return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 class PresetNotFound(ModelhubError, LookupError):

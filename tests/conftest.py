@@ -21,6 +21,15 @@ from modelhub.core.backends import get_backend, installed
 from modelhub.errors import DownloadError
 
 
+@pytest.fixture(autouse=True)
+def nothing_of_the_users(request, tmp_path_factory, monkeypatch):
+    """Caches and cards of the user's own are neither seen nor changed; real weights are worth keeping, though."""
+    if request.node.get_closest_marker("real") is None:
+        home = tmp_path_factory.getbasetemp()
+        monkeypatch.setenv("MODELHUB_CACHE", str(home / "cache"))
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+
+
 @pytest.fixture(params=installed(), scope="session")
 def backend(request):
     """Every installed backend, on the CPU."""

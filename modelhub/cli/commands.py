@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import modelhub
-from modelhub.cli import options
+from modelhub.cli import cache, convert, options, presets, publish
 from modelhub.cli.options import DATA, option
 
 app = typer.Typer(
@@ -43,54 +43,13 @@ def _root(
     pass
 
 
-@app.command("list")
-def list_(
-    family: Annotated[str | None, typer.Option(help="only this family")] = None,
-    task: Annotated[str | None, typer.Option(help="only this task")] = None,
-    max_params: Annotated[float | None, typer.Option(help="at most this many parameters, e.g. 3e9")] = None,
-    as_json: options.Json = False,
-) -> None:
-    """List the presets that can be loaded by name."""
-    from modelhub.hub.preset import cached
-    from modelhub.hub.registry import list_presets
-
-    cards = list_presets(family=family, task=task, max_params=int(max_params) if max_params else None)
-    if as_json:
-        print(json.dumps([_card(card) for card in cards], indent=2))
-        return
-    table = Table("preset", "family", "parameters", "licence", "here", "description")
-    table.columns[0].no_wrap = True
-    for card in cards:
-        here = "yes" if cached(card.name) else ""
-        table.add_row(card.name, card.family, _count(card.parameters), card.licence, here, card.description)
-    out.print(table)
-
-
-@app.command()
-def info(preset: str, as_json: options.Json = False) -> None:
-    """Show what is known of a preset: licence, size, memory needed, where it comes from."""
-    from modelhub.hub.registry import find_card
-
-    card = _card(find_card(preset))
-    if as_json:
-        print(json.dumps(card, indent=2))
-        return
-    table = Table(show_header=False, box=None)
-    for key, value in card.items():
-        text = "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-        table.add_row(f"[bold]{key}[/bold]", escape(text))
-    out.print(table)
-
-
-@app.command()
-def pull(
-    preset: str,
-    revision: Annotated[str | None, typer.Option(help="branch, tag or commit on the hub")] = None,
-) -> None:
-    """Fetch a preset into the cache, so that it loads without a network ever after."""
-    from modelhub.hub.preset import resolve
-
-    print(resolve(preset, revision=revision).path)
+app.command("list")(presets.list_)
+app.command()(presets.info)
+app.command()(presets.pull)
+app.command()(presets.register)
+app.command()(convert.convert)
+app.command()(publish.publish)
+app.add_typer(cache.app, name="cache")
 
 
 @app.command()
@@ -306,20 +265,3 @@ def _speed(lm: Any) -> str:
         f"{lm.backend} on {lm.device}: {run.new_tokens} tokens at {run.tokens_per_second:.1f} tokens/s, "
         f"first after {run.seconds_to_first_token:.2f} s"
     )
-
-
-def _count(parameters: int) -> str:
-    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.0f} M"
-
-
-def _card(card: Any) -> dict[str, Any]:
-    from modelhub.hub.preset import cached, size_on_disk
-
-    path = cached(card.name)
-    return asdict(card) | {
-        "cached": str(path) if path else None,
-        "bytes_on_disk": size_on_disk(card.name) if path else None,
-        # Weights only; generating adds the cache of keys and values, some tens of MB for short texts.
-        "memory_float32": f"{card.parameters * 4 / 1e9:.2f} GB",
-        "memory_bfloat16": f"{card.parameters * 2 / 1e9:.2f} GB",
-    }

@@ -56,7 +56,7 @@ def read_recipe(name: str) -> Settings:
     path = _find_recipe(name)
     try:
         written = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # TOML and Unicode errors are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # TOML and Unicode errors are ValueErrors
         raise InputError(f"the recipe {path} cannot be read: {error}") from None
     settings: Settings = {"": {}}
     problems = []
@@ -148,20 +148,20 @@ def _locate(settings: Settings, folder: Path) -> None:
     top, fit = settings[""], settings.get("fit", {})
     for table, key, base in ((top, "output", writes), (fit, "checkpoint_dir", writes)):
         if key in table:
-            table[key] = str(base / Path(table[key]).expanduser())
+            table[key] = str(base / os.path.expanduser(table[key]))
     for key in {"data", "validation_data"} & top.keys():
         top[key] = str(_data_path(top[key], folder))
     preset = top.get("preset", "")
     beside = folder / preset
     is_path = "/" in preset or os.sep in preset or preset.endswith(".gguf")  # as modelhub.hub.preset reads names
-    if "://" not in preset and not preset.startswith("~") and (is_path or (beside / "config.json").is_file()):
+    if "://" not in preset and not preset.startswith("~") and (is_path or os.path.isfile(beside / "config.json")):
         top["preset"] = str(beside)
 
 
 def _data_path(name: str, folder: Path) -> Path:
     """Below the folder, else, for a bare name, among the bundled files."""
-    path, bundled = folder / Path(name).expanduser(), resource("finetune") / name
-    return bundled if not path.exists() and Path(name).name == name and bundled.is_file() else path
+    path, bundled = folder / os.path.expanduser(name), resource("finetune") / name
+    return bundled if not os.path.exists(path) and Path(name).name == name and os.path.isfile(bundled) else path
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ arXiv:2402.09353. Names are PEFT's. The layer itself is modelhub.core.nn.LoRA.
 import copy
 import dataclasses
 import fnmatch
+import functools
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from modelhub.core.backends.base import Backend
+from modelhub.core.backends.base import Array, Backend
 from modelhub.core.nn import Linear, LoRA, row_lengths
 from modelhub.core.tree import Module, Params, Spec, children, flatten, initial_value
 from modelhub.errors import ConfigError
@@ -149,14 +150,15 @@ def initial(xp: Backend, params: Params, specs: Mapping[str, Spec], seed: int) -
     return values
 
 
-def folded(xp: Backend, skeleton: Module, params: Params) -> Params:
-    """{name: weight} of the layers that have an adapter: the weights that do alone what both do together."""
-    weights: Params = {}
+def folding(xp: Backend, skeleton: Module, params: Params) -> dict[str, Callable[[], Array]]:
+    """{name of a weight: what computes it} of the layers that have an adapter: the weights that do alone what both do
+    together."""
+    found: dict[str, Callable[[], Array]] = {}
     for module, layer in linears(skeleton).items():
         if layer.lora is not None:
             prefix = module + MARK
             bound = dataclasses.replace(
                 layer.lora, **{n[len(prefix) :]: x for n, x in params.items() if n.startswith(prefix)}
             )
-            weights[f"{module}.weight"] = bound.folded(xp, params[f"{module}.weight"])
-    return weights
+            found[f"{module}.weight"] = functools.partial(bound.folded, xp, params[f"{module}.weight"])
+    return found

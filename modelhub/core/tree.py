@@ -35,7 +35,8 @@ ModuleT = TypeVar("ModuleT", bound=Module)
 class Spec:
     """Stands where an array will be: its shape and how it starts when no weights are loaded.
 
-    init: "normal" (mean 0, standard deviation `scale`), "uniform" (from -scale to scale), "zeros" or "ones".
+    init: "normal" (mean 0, standard deviation `scale`), "uniform" (from -scale to scale), "constant" (scale),
+    "zeros" or "ones".
     """
 
     shape: tuple[int, ...]
@@ -123,6 +124,8 @@ def initial_value(name: str, spec: Spec, seed: int) -> np.ndarray:
         return np.zeros(spec.shape, np.float32)
     if spec.init == "ones":
         return np.ones(spec.shape, np.float32)
+    if spec.init == "constant":
+        return np.full(spec.shape, spec.scale, np.float32)
     generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
     if spec.init == "uniform":
         values = generator.random(spec.shape, dtype=np.float32) * 2 - 1

@@ -1,7 +1,7 @@
 """What the configs of all families share: strict reading of config.json, rope in both spellings, GGUF metadata."""
 
-from collections.abc import Iterable, Mapping
-from numbers import Integral
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,12 +26,83 @@ COSMETIC = {
 }  # fmt: skip
 
 
+_LARGEST_SIZE = (1 << 31) - 1
+_MOST_LAYERS = 10_000  # each is a handful of objects, made before the weights can disagree
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -1e30 < value < 1e30
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 1e-30
+
+
+def _is_size(value: Any) -> bool:
+    # GGUF metadata holds numpy's integers
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and 1 <= int(value) <= _LARGEST_SIZE
+
+
+def _is_ids(value: Any) -> bool:
+    # -1: "none" in old Llama configs
+    return all(type(x) is int and -1 <= x <= _LARGEST_SIZE for x in (value if isinstance(value, list) else [value]))
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(x, str) for x in value)
+
+
+# What a value must be, in words and as a test, if it is there and not null; config.json and generation_config.json.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    key: kind
+    for keys, kind in (
+        (
+            "rms_norm_eps query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping rope_theta "
+            "rope_local_base_freq factor low_freq_factor high_freq_factor original_max_position_embeddings",
+            ("a number above 0", _is_positive),
+        ),
+        (
+            "temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty",
+            ("a number", _is_number),
+        ),
+        # Scores are divided by length ** length_penalty.
+        ("length_penalty", ("a number from -50 to 50", lambda x: _is_number(x) and -50 <= x <= 50)),
+        ("early_stopping", ('true, false or "never"', lambda x: isinstance(x, bool) or x == "never")),
+        (
+            "attention_bias mlp_bias tie_word_embeddings do_sample",
+            ("true or false", lambda x: isinstance(x, bool)),
+        ),
+        (
+            "model_type hidden_act hidden_activation dtype torch_dtype rope_type type",
+            ("text", lambda x: isinstance(x, str)),
+        ),
+        ("rope_scaling rope_parameters text_config", ("an object", lambda x: isinstance(x, Mapping))),
+        ("sliding_window sliding_window_size sliding_window_pattern", ("a whole number above 0", _is_size)),
+        ("layer_types", ("a list of texts", _is_texts)),
+        ("bos_token_id eos_token_id pad_token_id", ("a token id, or a list of them", _is_ids)),
+    )
+    for key in keys.split()
+}
+
+
+def check_kinds(data: Mapping[str, Any], where: str) -> None:
+    """Raise one ConfigError for all values of `data` that are of another kind than their keys say."""
+    bad = [
+        f"{key} must be {words}, found {reprlib.repr(data[key])}"
+        for key, (words, test) in _KINDS.items()
+        if data.get(key) is not None and not test(data[key])
+    ]
+    if bad:
+        raise ConfigError(f"{where}: {'; '.join(bad)}. Correct it, or download it again")
+
+
 def check_keys(data: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
     """Return the cosmetic keys of `data`; raise ConfigError for keys that are neither known nor cosmetic.
 
     Unknown keys that switch nothing on (null, false, empty) count as cosmetic. What `write_common` writes anyway is
-    left out: architectures, and the older spelling of dtype.
+    left out: architectures, and the older spelling of dtype. The kinds of all values are checked too.
     """
+    check_kinds(data, where)
     known = {*known, "architectures", "torch_dtype"}
     extra = {key: value for key, value in data.items() if key not in known}
     if dtype := data.get("dtype") or data.get("torch_dtype"):
@@ -51,10 +122,12 @@ def check_keys(data: Mapping[str, Any], known: Iterable[str], where: str) -> dic
 
 
 def check_sizes(sizes: Mapping[str, Any], where: str) -> None:
-    """Raise one ConfigError for all sizes that are no whole numbers above 0, and for a head_dim that is odd."""
-    bad = [f"{k}={v!r}" for k, v in sizes.items() if not isinstance(v, Integral) or isinstance(v, bool) or v < 1]
-    if bad:
-        raise ConfigError(f"{where}: these must be whole numbers, 1 or more: {', '.join(bad)}")
+    """Raise one ConfigError for all sizes that no model can have, and for a head_dim that is odd."""
+    if bad := [f"{key}={reprlib.repr(value)}" for key, value in sizes.items() if not _is_size(value)]:
+        raise ConfigError(f"{where}: these must be whole numbers, 1 or more and below 2**31: {', '.join(bad)}")
+    for key in ("num_hidden_layers", "num_layers"):
+        if sizes.get(key, 0) > _MOST_LAYERS:
+            raise ConfigError(f"{where}: {key}={sizes[key]}; modelhub builds models of up to {_MOST_LAYERS} layers")
     if sizes.get("head_dim", 2) % 2:
         raise ConfigError(f"{where}: head_dim={sizes['head_dim']} is odd; rotary embedding turns pairs of channels")
 
@@ -75,7 +148,10 @@ def read_rope(where: str, theta: Any, *entries: Mapping[str, Any] | None) -> Rop
     """A Rope from rope_theta and from rope_scaling or rope_parameters entries, of which later ones win."""
     entry: dict[str, Any] = {"rope_theta": theta}
     for given in entries:
+        if not isinstance(given or {}, Mapping):
+            raise ConfigError(f"{where}: a rope's parameters must be an object, found {reprlib.repr(given)}")
         entry |= {key: value for key, value in (given or {}).items() if value is not None}
+    check_kinds(entry, f"{where}, rope")
     kind = entry.pop("rope_type", entry.pop("type", "default"))
     entry.pop("type", None)  # the older name of rope_type; some files have both
     fields = {"default": (), "linear": ("factor",), "llama3": Rope.LLAMA3}.get(kind)
@@ -124,8 +200,19 @@ def read_gguf(file: GGUFLike) -> dict[str, Any]:
     if missing := [f"{arch}.{key}" for key in needed if get(key) is None]:
         raise ConfigError(f"GGUF metadata lacks {', '.join(missing)}; the file is incomplete")
     check_sizes({f"{arch}.{key}": get(key) for key in needed}, "GGUF metadata")
+    same = {
+        "rope_theta": "rope.freq_base", "rope_local_base_freq": "rope.freq_base_swa",
+        "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_type": "rope.scaling.type",
+        "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
+        "sliding_window": "attention.sliding_window",
+    }  # fmt: skip
+    check_kinds({ours: get(theirs) for ours, theirs in same.items()}, f"GGUF metadata of {arch}")
+    ids = {f"{name}_token_id": metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    check_kinds(ids, "GGUF metadata of the tokenizer")
     heads = get("attention.head_count")
     tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list | None):
+        raise ConfigError(f"GGUF metadata: tokenizer.ggml.tokens must be a list of texts, found {reprlib.repr(tokens)}")
     scaling = get("rope.scaling.type", "none")
     rope = read_rope(
         "GGUF metadata",
@@ -147,18 +234,53 @@ def read_gguf(file: GGUFLike) -> dict[str, Any]:
         "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon', 1e-6):.6g}"),
         "rope": rope,
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "extra": {
-            f"{name}_token_id": metadata[f"tokenizer.ggml.{name}_token_id"]
-            for name in ("bos", "eos")
-            if f"tokenizer.ggml.{name}_token_id" in metadata
-        },
+        "extra": {key: value for key, value in ids.items() if value is not None},
     }
     check_sizes({key: values[key] for key in SIZES}, "GGUF metadata")
     return values
 
 
+def write_gguf(config: Any, arch: str, problems: Iterable[str]) -> dict[str, Any]:
+    """The keys that `read_gguf` reads, but for the tokenizer's.
+
+    problems: what llama.cpp's code for `arch` cannot do of this config; one ConfigError is raised for all of them.
+    """
+    if problems := list(problems):
+        raise ConfigError(
+            f"this model cannot be a GGUF file, since llama.cpp's {arch} has {'; '.join(problems)}. Save it as a "
+            "Hugging Face folder instead"
+        )
+    values: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "block_count": config.num_hidden_layers,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(config.rope.theta),
+    }
+    if config.rope.rope_type == "linear":
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(config.rope.factor)}
+    return {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in values.items()}
+
+
+def gguf_rope_freqs(config: Any) -> dict[str, np.ndarray]:
+    """Llama 3's rope as GGUF keeps it: what each frequency (h / 2,) is divided by."""
+    if config.rope.rope_type != "llama3":
+        return {}
+    plain, scaled = (rope.frequencies(config.head_dim) for rope in (Rope(config.rope.theta), config.rope))
+    return {"rope_freqs.weight": plain / scaled}
+
+
 def _llama3_rope(rope: Rope, divisors: np.ndarray) -> Rope:
     """GGUF keeps what each frequency (h / 2,) is divided by; the config has the formula."""
+    if divisors.ndim != 1 or not ((divisors >= 1) & (divisors < 1e6)).all():
+        raise ConfigError(f"GGUF: rope_freqs.weight {divisors.shape} must be a vector of divisors, 1 or more")
     plain = rope.frequencies(2 * len(divisors))
     found = Rope(rope.theta, "llama3", factor=round(float(divisors.max()), 4))
     if not np.allclose(plain / found.frequencies(2 * len(divisors)), divisors, rtol=1e-3):

@@ -3,7 +3,7 @@
 Gemma: arXiv:2403.08295. Gemma 2: arXiv:2408.00118. Gemma 3: arXiv:2503.19786.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,17 +15,20 @@ from modelhub.core.backends.base import Array, Backend
 from modelhub.core.decoder import GLOBAL, LOCAL
 from modelhub.core.tree import Module
 from modelhub.errors import ConfigError
+from modelhub.families import kerashub
 from modelhub.families.config import (
     ROPE_KEYS,
     SIZES,
     GGUFLike,
     check_activation,
     check_keys,
+    check_kinds,
     check_sizes,
     read_gguf,
     read_rope,
     require,
     write_common,
+    write_gguf,
     write_rope,
 )
 from modelhub.families.naming import KEEP, MINUS_ONE, NameMap, Rule
@@ -84,6 +87,7 @@ class Config:
     def from_hf(cls, data: Mapping[str, Any]) -> "Config":
         """From config.json, in the spelling of transformers 4 or 5. Raises ConfigError."""
         data = dict(data)
+        check_kinds(data, "config.json")
         if data.get("model_type") == "gemma3":  # multimodal: the text tower is a config of its own
             shared = {key: data[key] for key in _SHARED_WITH_TEXT if key in data}
             data = shared | {"model_type": "gemma3_text"} | dict(data.get("text_config") or {})
@@ -117,9 +121,9 @@ class Config:
         values = read_gguf(file)
         layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
         if kind != "gemma":
-            # The 27B models scale queries by the mean head width, not the real one; the format has no key for it.
-            is_27b = (arch, layers) in (("gemma2", 46), ("gemma3", 62))
-            values["query_pre_attn_scalar"] = values["hidden_size"] // heads if is_27b else values["head_dim"]
+            values["query_pre_attn_scalar"] = _gguf_query_scalar(
+                arch, layers, values["hidden_size"], heads, values["head_dim"]
+            )
             default = _DEFAULTS[kind]
             values["sliding_window"] = metadata.get(f"{arch}.attention.sliding_window", default["sliding_window"])
             for key in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -128,7 +132,48 @@ class Config:
             values["local_rope"] = nn.Rope(metadata.get(f"{arch}.rope.freq_base_swa", 10_000.0))
         else:
             values["local_rope"] = values["rope"]
-        return cls(model_type=kind, layer_types=_layer_types(kind, layers, None), **values)._checked("GGUF metadata")
+        pattern = metadata.get(f"{arch}.attention.sliding_window_pattern")
+        types = _layer_types(kind, layers, pattern if isinstance(pattern, int) else None)
+        if isinstance(pattern, np.ndarray):
+            types = [LOCAL if is_local else GLOBAL for is_local in pattern]
+        return cls(model_type=kind, layer_types=types, **values)._checked("GGUF metadata")
+
+    def to_gguf(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """GGUF metadata, and tensors that are no parameters (none). ConfigError for what llama.cpp cannot do."""
+        kind, arch = self.model_type, self.model_type.removesuffix("_text")
+        scalar = _gguf_query_scalar(
+            arch, self.num_hidden_layers, self.hidden_size, self.num_attention_heads, self.head_dim
+        )
+        capped = self.attn_logit_softcapping is not None, self.final_logit_softcapping is not None
+        act, default = self.hidden_activation, _layer_types(kind, self.num_hidden_layers, None)
+        problems = {
+            f"the activation gelu_pytorch_tanh, not {act}": act not in ("gelu_pytorch_tanh", "gelu_new"),
+            f"queries scaled by 1 / sqrt({scalar}), not {self.query_scale:.6g}": self.query_scale != scalar**-0.5,
+            "no biases": self.attention_bias,
+            "the embedding as its head": kind != "gemma3_text" and not self.tie_word_embeddings,
+            "both soft caps": kind == "gemma2" and not all(capped),
+            "no soft cap of attention": kind != "gemma2" and capped[0],
+            "no soft cap of logits": kind == "gemma" and capped[1],
+            "only global layers": kind == "gemma" and LOCAL in self.layer_types,
+            "no Llama 3 rope": "llama3" in (self.rope.rope_type, self.local_rope.rope_type),
+            "no rope scaling in local layers": kind == "gemma3_text" and self.local_rope.rope_type != "default",
+        }
+        data = write_gguf(self, arch, [text for text, found in problems.items() if found])
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if (cap := getattr(self, key)) is not None:
+                data[f"{arch}.{key}"] = float(cap)
+        if LOCAL in self.layer_types:
+            data[f"{arch}.attention.sliding_window"] = self.sliding_window
+        if self.layer_types != default:
+            data[f"{arch}.attention.sliding_window_pattern"] = [kind == LOCAL for kind in self.layer_types]
+        if kind == "gemma3_text":
+            data[f"{arch}.rope.freq_base_swa"] = float(self.local_rope.theta)
+        return data, {}
+
+    @classmethod
+    def from_keras(cls, data: Mapping[str, Any], tensors: Container[str] | None = None) -> "Config":
+        """From the config.json of a KerasHub preset; tensors as for Llama, and not needed here. Raises ConfigError."""
+        return cls(**kerashub.read_gemma(data))._checked("KerasHub config")
 
     def to_hf(self) -> dict[str, Any]:
         """config.json with the keys of transformers 4 and of transformers 5 side by side: either reads its own."""
@@ -165,7 +210,7 @@ class Config:
         if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - {LOCAL, GLOBAL}:
             raise ConfigError(
                 f"{where}: layer_types must hold {self.num_hidden_layers} (num_hidden_layers) entries of {LOCAL!r} or "
-                f"{GLOBAL!r}, got {self.layer_types}"
+                f"{GLOBAL!r}, got {self.layer_types!r:.200}"
             )
         if LOCAL in self.layer_types and not self.sliding_window:
             raise ConfigError(f"{where}: layers of type {LOCAL!r} need a sliding_window, got {self.sliding_window!r}")
@@ -178,6 +223,11 @@ class Config:
 
 
 _ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
+
+
+def _gguf_query_scalar(arch: str, layers: int, width: int, heads: int, head_dim: int) -> int:
+    """The 27B models scale queries by the mean head width, not the real one; GGUF has no key for it."""
+    return width // heads if (arch, layers) in (("gemma2", 46), ("gemma3", 62)) else head_dim
 
 
 def _layer_types(kind: str, layers: int, pattern: Any) -> list[str]:
@@ -218,7 +268,9 @@ _IGNORED = (
 
 
 def names(source: str, config: Config) -> NameMap:
-    """How the tensors of a "hf" folder or a "gguf" file are called here."""
+    """How the tensors of a "hf" folder, a "gguf" file or a "keras" preset are called here."""
+    if source == "keras":
+        return kerashub.gemma_names(config)
     if source == "hf":
         return NameMap(
             aliases=(

@@ -3,7 +3,7 @@
 Llama 2: arXiv:2307.09288. Llama 3: arXiv:2407.21783. Mistral: arXiv:2310.06825.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from modelhub.core.backends.base import Array, Backend
 from modelhub.core.decoder import GLOBAL, LOCAL
 from modelhub.core.tree import Module
 from modelhub.errors import ConfigError
+from modelhub.families import kerashub
 from modelhub.families.config import (
     ROPE_KEYS,
     SIZES,
@@ -21,10 +22,12 @@ from modelhub.families.config import (
     check_activation,
     check_keys,
     check_sizes,
+    gguf_rope_freqs,
     read_gguf,
     read_rope,
     require,
     write_common,
+    write_gguf,
     write_rope,
 )
 from modelhub.families.naming import NameMap, Rule, Via
@@ -93,7 +96,29 @@ class Config:
         """From a GGUF file's metadata, where Mistral is a Llama too."""
         window = file.metadata.get("llama.attention.sliding_window")
         values = read_gguf(file)
+        values |= {
+            "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        }
         return cls(model_type="mistral" if window else "llama", sliding_window=window, **values)._checked("GGUF")
+
+    def to_gguf(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """GGUF metadata, and tensors that are no parameters. ConfigError for what llama.cpp cannot do.
+
+        llama.cpp knows Mistral's sliding window by no other name than context_length: longer texts would be computed
+        without it.
+        """
+        silu = self.hidden_act in ("silu", "swish")
+        data = write_gguf(self, "llama", [] if silu else [f"the activation silu, not {self.hidden_act}"])
+        if self.sliding_window:
+            data["llama.attention.sliding_window"] = self.sliding_window
+            data["llama.context_length"] = min(self.sliding_window, self.max_position_embeddings)
+        return data, gguf_rope_freqs(self)
+
+    @classmethod
+    def from_keras(cls, data: Mapping[str, Any], tensors: Container[str] | None = None) -> "Config":
+        """From the config.json of a KerasHub preset and the names in its weights, where known. Raises ConfigError."""
+        return cls(**kerashub.read_llama(data, tensors))._checked("KerasHub config")
 
     def to_hf(self) -> dict[str, Any]:
         """config.json with the keys of transformers 4 and of transformers 5 side by side: either reads its own."""
@@ -129,7 +154,9 @@ _GGUF_BLOCK = {
 
 
 def names(source: str, config: Config) -> NameMap:
-    """How the tensors of a "hf" folder or a "gguf" file are called here."""
+    """How the tensors of a "hf" folder, a "gguf" file or a "keras" preset are called here."""
+    if source == "keras":
+        return kerashub.llama_names(config)
     if source == "hf":
         return NameMap(
             aliases=(  # the backbone saved without its head

@@ -10,10 +10,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Via:
-    """A change of values that goes with a change of name, and its inverse. Both may write to their argument."""
+    """A change of values that goes with a change of name, and its inverse. Both may write to their argument.
+
+    our_shape: what to_ours makes of a shape, so that shapes are checked before anything is read.
+    """
 
     to_ours: Callable[[np.ndarray], np.ndarray]
     to_theirs: Callable[[np.ndarray], np.ndarray]
+    our_shape: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda shape: shape
 
 
 KEEP = Via(lambda x: x, lambda x: x)

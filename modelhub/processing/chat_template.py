@@ -10,6 +10,7 @@ from typing import Any
 
 from modelhub.errors import ChatTemplateError
 
+LONGEST = 1_000_000  # characters of a template; known ones have 20,000
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -36,6 +37,10 @@ class ChatTemplate:
         Raises ChatTemplateError for messages of another form, and for what the template refuses or does wrong.
         """
         _check(messages)
+        if len(self.source) > LONGEST:
+            raise ChatTemplateError(
+                f"the preset's chat template has {len(self.source):,} characters, above {LONGEST:,}"
+            )
         given = self.special_tokens | {"tools": None, "documents": None} | variables
         given |= {
             "messages": [_with_reasoning(message) for message in messages],

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from modelhub.errors import TokenizerError
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # piece types; GGUF's token types are the same numbers
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # piece types, and GGUF's token types
 UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
 
 # A protobuf field that comes again overrides the first one: appended to a model, this turns its dummy prefix off.

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from modelhub.errors import TokenizerError
 from modelhub.processing import spm
+from modelhub.processing.guards import guarded
 from modelhub.processing.tokenizer_files import (
     TokenizerParts,
     TokenizersEngine,
@@ -19,7 +20,8 @@ from modelhub.processing.tokenizer_files import (
     sentencepiece_decoder,
     write_folder,
 )
-from modelhub.processing.tokenizer_gguf import read_gguf
+from modelhub.processing.tokenizer_gguf import read_gguf, write_gguf
+from modelhub.processing.tokenizer_keras import is_kerashub, read_kerashub
 
 
 class Tokenizer:
@@ -48,8 +50,13 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
-        """Loads a Hugging Face folder: tokenizer.json and/or tokenizer.model, and the config files beside them."""
-        return cls(read_folder(Path(folder)))
+        """Loads a Hugging Face folder: tokenizer.json and/or tokenizer.model, and the config files beside them.
+
+        Or a KerasHub preset's: tokenizer.json and assets/tokenizer.
+        """
+        folder = Path(folder)
+        with guarded(f"The tokenizer files in {folder} hold something unexpected"):
+            return cls(read_kerashub(folder) if is_kerashub(folder) else read_folder(folder))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Self:
@@ -58,7 +65,8 @@ class Tokenizer:
         metadata: the keys as GGUF names them, `tokenizer.ggml.tokens` a list of str, `tokenizer.ggml.scores` a float32
         and `tokenizer.ggml.token_type` an int32 array.
         """
-        return cls(read_gguf(metadata))
+        with guarded("The tokenizer in this GGUF file holds something unexpected"):
+            return cls(read_gguf(metadata))
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, for `from_folder` and for transformers' AutoTokenizer.
@@ -73,6 +81,15 @@ class Tokenizer:
         """
         named = {name: getattr(self, f"{name}_token") for name in self._parts.named}
         write_folder(Path(folder), replace(self._parts, named=named, chat_template=self.chat_template))
+
+    def to_gguf(self, vocab_size: int) -> dict[str, Any]:
+        """The metadata of a GGUF file from which `from_gguf` and llama.cpp build this tokenizer.
+
+        vocab_size: rows of the model's embedding, which become the number of tokens. Raises TokenizerError for a
+        tokenizer that llama.cpp cannot follow.
+        """
+        named = {name: getattr(self, f"{name}_token") for name in self._parts.named}
+        return write_gguf(replace(self._parts, named=named, chat_template=self.chat_template), vocab_size)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of one text. Special tokens spelled inside the text become their ids, as in transformers."""
@@ -109,7 +126,9 @@ class Tokenizer:
         """The text of token ids. Bytes that are not UTF-8 become U+FFFD; their valid neighbours stay."""
         if self._to_bytes is None:
             assert isinstance(self._engine, TokenizersEngine)
-            return self._engine.decode([i for i in map(int, ids) if self.id_to_token(i)], skip_special_tokens)
+            known = [i for i in map(int, ids) if self.id_to_token(i)]
+            with guarded("This tokenizer cannot decode these ids"):
+                return self._engine.decode(known, skip_special_tokens)
         text = b"".join([self._token_bytes(i, skip_special_tokens) for i in ids]).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._strips_space else text
 
@@ -192,8 +211,9 @@ class DecodeStream:
 def _checked(encode: Callable[[Any], Any], texts: Any) -> Any:
     """Runs an encoder; says what was wrong with the text where the library only says "must be str"."""
     try:
-        return encode(texts)
-    except TypeError:
+        with guarded("This tokenizer cannot encode the text"):
+            return encode(texts)
+    except TokenizerError:
         for text in texts if isinstance(texts, list) else [texts]:
             if not isinstance(text, str):
                 raise TokenizerError(

@@ -31,6 +31,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from modelhub.errors import TokenizerError
 from modelhub.processing import spm
+from modelhub.processing.guards import LARGEST_CONFIG, LARGEST_ID, LARGEST_TOKENIZER, check_growth, check_size
 
 KEPT_KEYS = ("model_max_length", "padding_side", "truncation_side")
 # read beside tokenizer.json: those of an older tokenizer would change the new one
@@ -81,6 +82,8 @@ class TokenizersEngine:
         backend.post_processor = None
         self.backend = backend
         self.size = max([backend.get_vocab_size(), *(i + 1 for i in backend.get_added_tokens_decoder())])
+        if self.size > LARGEST_ID:
+            raise TokenizerError(f"The tokenizer has the token id {self.size - 1}; expected at most {LARGEST_ID}.")
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -113,12 +116,7 @@ def read_folder(folder: Path) -> TokenizerParts:
     if "added_tokens_decoder" not in config:  # else it is complete, and transformers reads neither of these
         config = {**config, **_read_json(folder / "special_tokens_map.json")}
         config["added_tokens_legacy"] = _read_json(folder / "added_tokens.json")
-    try:
-        parts = _read_tokenizer(folder, config)
-    except (AttributeError, LookupError, TypeError, OverflowError) as error:
-        raise TokenizerError(
-            f"The tokenizer files in {folder} hold something unexpected: {error!r}. Download them again."
-        ) from error
+    parts = _read_tokenizer(folder, config)
     if not (folder / "tokenizer_config.json").is_file() and not any(parts.named.values()):
         ids = {**_read_json(folder / "config.json"), **_read_json(folder / "generation_config.json")}
         for name in ("bos", "eos", "pad"):
@@ -183,10 +181,12 @@ def write_folder(folder: Path, parts: TokenizerParts) -> None:
 
 def _read_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerParts:
     json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
+    for file in (json_file, model_file):
+        check_size(file, LARGEST_TOKENIZER)
     if json_file.is_file():
         return _read_json_through_model(json_file, model_file, config) or _read_tokenizer_json(json_file, config)
     if model_file.is_file():
-        return _read_tokenizer_model(model_file, config)
+        return read_tokenizer_model(model_file, config)
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
     raise TokenizerError(
         f"No tokenizer in {folder}: looked for tokenizer.json and tokenizer.model, found {found}. Copy one of them "
@@ -204,9 +204,10 @@ def _read_tokenizer_json(path: Path, config: Mapping[str, Any]) -> TokenizerPart
         ) from error
     backend.add_tokens(tokens_to_add(config, backend.get_added_tokens_decoder()))
     added = backend.get_added_tokens_decoder()
-    post_processor, decoder = (
-        part and json.loads(part.__getstate__()) for part in (backend.post_processor, backend.decoder)
-    )
+    parts = (backend.post_processor, backend.decoder, backend.normalizer, backend.pre_tokenizer)
+    post_processor, decoder, normalizer, pre_tokenizer = (part and json.loads(part.__getstate__()) for part in parts)
+    check_growth(normalizer, pre_tokenizer)
+    check_growth(decoder)
     return make_parts(TokenizersEngine(backend), added, config, decoder, _template_ids(post_processor))
 
 
@@ -232,14 +233,17 @@ def _read_json_through_model(json_file: Path, model_file: Path, config: Mapping[
     return make_parts(engine, added, config, head["decoder"], _template_ids(head["post_processor"]))
 
 
-def _read_tokenizer_model(path: Path, config: Mapping[str, Any]) -> TokenizerParts:
-    """tokenizer.model alone: BPE that keeps the text as transformers converts it, other kinds as SentencePiece does."""
+def read_tokenizer_model(path: Path, config: Mapping[str, Any], own_prefix: bool = False) -> TokenizerParts:
+    """tokenizer.model alone: BPE that keeps the text as transformers converts it, other kinds as SentencePiece does.
+
+    own_prefix: a model that puts a space before the text does it itself, before a text that starts with one too.
+    """
     model = path.read_bytes()
     sp = spm.load_model(model)
     spec = spm.read_spec(model)
     prefix_space = config.get("add_prefix_space")
     prefix_space = spec.add_dummy_prefix if prefix_space is None else bool(prefix_space)
-    as_transformers = spec.model_type == spm.BPE and spec.keeps_text
+    as_transformers = spec.model_type == spm.BPE and spec.keeps_text and not (own_prefix and spec.add_dummy_prefix)
     if as_transformers:
         sp = spm.load_model(spm.merge_space_runs(model) + spm.NO_DUMMY_PREFIX)
     own = {"unk": sp.unk_id(), "bos": sp.bos_id(), "eos": sp.eos_id(), "pad": sp.pad_id()}
@@ -400,17 +404,22 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, else the config's; of several named templates the one called default."""
     file = folder / "chat_template.jinja"
     if file.is_file():
+        check_size(file, LARGEST_CONFIG)
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
-    return template.get("default") if isinstance(template, dict) else template
+    template = template.get("default") if isinstance(template, dict) else template
+    if not isinstance(template, str | None):
+        raise TokenizerError(f"The chat template in {folder} must be text, found {template!r:.80}. Download it again.")
+    return template
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, without its nulls; empty where there is no such file."""
     if not path.is_file():
         return {}
+    check_size(path, LARGEST_CONFIG)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {key: value for key, value in content.items() if value is not None}

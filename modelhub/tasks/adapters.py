@@ -1,16 +1,19 @@
 """LoRA on a Backbone: enabling, switching, merging, and PEFT's folders."""
 
+import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modelhub.core import lora
-from modelhub.core.backends.base import Backend
+from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Params, flatten
 from modelhub.errors import CheckpointError, InputError
 from modelhub.hub.adapters import AdapterFiles, read_adapter, write_adapter
+from modelhub.hub.preset import resolve_adapter
+from modelhub.hub.provenance import Provenance, TrainingRun, read_provenance
 
 
 @dataclass
@@ -24,6 +27,13 @@ class Adapter:
     modules: list[str]
     params: Params
     model: Any
+    runs: tuple[TrainingRun, ...] = ()  # what trained it
+
+    def described(self) -> dict[str, Any]:
+        """For a model card: JSON values."""
+        kinds = sorted({module.rpartition(".")[2] for module in self.modules})
+        plain = {key: value for key, value in dataclasses.asdict(self.config).items() if not key.endswith("_pattern")}
+        return plain | {"alpha": self.config.alpha or self.config.rank, "targets": kinds}
 
 
 class Adapters:
@@ -38,6 +48,7 @@ class Adapters:
     params: Params
     adapters: dict[str, Adapter]
     active_adapter: str | None
+    provenance: Provenance  # of the weights without any adapter
     _replaced: Params  # the base weights that merge_lora has put others in place of
 
     def enable_lora(
@@ -84,7 +95,7 @@ class Adapters:
         Another adapter, enabled or loaded after that, takes it out again; training all weights makes it final.
         """
         adapter = self._require_adapter("merge")
-        weights = lora.folded(self.xp, self.model, self.params)
+        weights = {name: fold() for name, fold in lora.folding(self.xp, self.model, self.params).items()}
         base = self._base_params()
         adapter.params = {k: x for k, x in self.params.items() if lora.MARK in k}
         self._use(self.base_model, base | weights)
@@ -100,13 +111,16 @@ class Adapters:
     def keep_merged(self) -> None:
         """Make a merge final: the adapter is forgotten, its weights are the model's own. `fit` begins with it."""
         if self._replaced:
-            del self.adapters[self.active_adapter or ""]
+            for run in self.adapters.pop(self.active_adapter or "").runs:
+                self.provenance = self.provenance.with_run(run)
             self.active_adapter, self._replaced = None, {}
 
-    def save_adapter(self, folder: str | os.PathLike[str], base: str = "") -> None:
+    def save_adapter(
+        self, folder: str | os.PathLike[str], base: str = "", beside: Callable[[Path], None] | None = None
+    ) -> None:
         """Write the active adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
 
-        base: the name of the base model that the folder is to state.
+        base: the name of the base model that the folder is to state. beside: writes more files into the folder.
         """
         adapter = self._require_adapter("save", merged=True)
         config, arrays = adapter.config, adapter.params if self._replaced else self.params
@@ -124,14 +138,23 @@ class Adapters:
             base=base,
             tensors={key: self.xp.get(arrays[key]) for key in adapter.params},
         )
-        write_adapter(Path(folder), files)
+        write_adapter(Path(folder), files, beside)
 
-    def load_adapter(self, folder: str | os.PathLike[str], name: str | None = None) -> str:
-        """Read a PEFT folder and make it the active adapter; returns its name, by default that of the folder.
+    def load_adapter(
+        self, folder: str | os.PathLike[str], name: str | None = None, *, revision: str | None = None,
+        offline: bool = False, token: str | None = None,
+    ) -> str:  # fmt: skip
+        """Read a PEFT folder, or one at an address (hf://, kaggle://, file://), and make it the active adapter.
 
-        Raises CheckpointError for files that are damaged, of an unknown kind, or made for another base model.
+        Returns its name, by default that of the folder or repository. revision, offline, token: as in from_preset.
+        Raises CheckpointError for files that are damaged, of an unknown kind, or made for another base model;
+        PresetNotFound and DownloadError for addresses.
         """
-        name = name or Path(folder).resolve().name
+        called = (
+            os.fspath(folder).rstrip("/").rpartition("/")[2].partition("@")[0] if "://" in os.fspath(folder) else ""
+        )
+        folder = resolve_adapter(folder, revision=revision, offline=offline, token=token)
+        name = name or called or folder.resolve().name
         if name in self.adapters:
             raise InputError(f"there is an adapter {name!r} already; give this one another name=")
         files = read_adapter(Path(folder))
@@ -143,7 +166,8 @@ class Adapters:
         skeleton, specs = lora.attach(self.base_model, config, modules)
         _check_shapes(specs, files, folder)
         params = {key: self.xp.array(files.tensors[key], "float32") for key in specs}
-        self.adapters[name] = Adapter(config, modules, params, skeleton)
+        made = read_provenance(Path(folder))
+        self.adapters[name] = Adapter(config, modules, params, skeleton, made.runs if made else ())
         self.set_adapter(name)
         return name
 
@@ -161,13 +185,17 @@ class Adapters:
         """What `fit` trains: the active adapter, else everything."""
         return [name for name in self.params if lora.MARK in name] if self.has_adapter else list(self.params)
 
-    def plain_params(self) -> Params:
-        """The parameters of a model without adapters that does the same."""
-        base = self._base_params()
-        return base | lora.folded(self.xp, self.model, self.params) if self.has_adapter else base
+    def plain_param(self) -> Callable[[str], Array]:
+        """Gives, one by one, the parameters of a model without adapters that does the same."""
+        folding = lora.folding(self.xp, self.model, self.params)
+        return lambda name: folding[name]() if name in folding else self.params[name]
+
+    def plain_names(self) -> list[str]:
+        """The parameters of the model without adapters, in its own order."""
+        return list(flatten(self.base_model))
 
     def _base_params(self) -> Params:
-        return {name: self.params[name] for name in flatten(self.base_model)}
+        return {name: self.params[name] for name in self.plain_names()}
 
     def _require_adapter(self, what: str, merged: bool = False) -> Adapter:
         if (adapter := self.adapter) is None:

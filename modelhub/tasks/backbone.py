@@ -1,6 +1,8 @@
 """Backbone: a model's weights on a backend, without tokenizer and text."""
 
 import functools
+import logging
+import re
 from typing import Any, Self
 
 import numpy as np
@@ -9,20 +11,34 @@ from modelhub.core.backends import get_backend, of
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.lora import MARK
 from modelhub.core.tree import Params
-from modelhub.errors import InputError, MixedBackends
+from modelhub.errors import CheckpointError, InputError, MixedBackends
 from modelhub.generation.decode import hidden_states
+from modelhub.hub.preset import Preset
+from modelhub.hub.provenance import PRESET, Provenance, read_provenance
+from modelhub.hub.sources import HubSource
 from modelhub.tasks.adapters import Adapters
 from modelhub.tasks.loading import choose_dtype, load_params, opened, random_params
 
+log = logging.getLogger("modelhub")
+
+RANDOM = Provenance(from_scratch=True)  # weights that nothing was loaded into
+
 
 class Backbone(Adapters):
-    """model: the abstract skeleton; params: {Hugging Face name: array}; xp: the backend they are on."""
+    """model: the abstract skeleton; params: {Hugging Face name: array}; xp: the backend they are on.
 
-    def __init__(self, model: Any, params: Params, xp: Backend, config: Any, dtype: str):
+    provenance: where the weights come from, and what they were trained on.
+    """
+
+    def __init__(
+        self, model: Any, params: Params, xp: Backend, config: Any, dtype: str,
+        provenance: Provenance = RANDOM,
+    ):  # fmt: skip
         self.xp = xp
         self.config = config
         self.dtype = dtype
         self.base_model = model
+        self.provenance = provenance
         self.adapters, self.active_adapter, self._replaced = {}, None, {}
         self._use(model, params)
 
@@ -55,7 +71,8 @@ class Backbone(Adapters):
     def from_source(cls, source: Any, xp: Backend, dtype: str | None, load_weights: bool, seed: int) -> Self:
         dtype = choose_dtype(dtype, xp, source)
         params = load_params(source, xp, dtype) if load_weights else random_params(source.model, xp, dtype, seed)
-        return cls(source.model, params, xp, source.config, dtype)
+        provenance = provenance_of(source.preset) if load_weights else RANDOM
+        return cls(source.model, params, xp, source.config, dtype, provenance)
 
     @property
     def params(self) -> Params:
@@ -128,6 +145,22 @@ class Backbone(Adapters):
     @staticmethod
     def _count(array: Array) -> int:
         return int(np.prod(array.shape))
+
+
+def provenance_of(preset: Preset) -> Provenance:
+    """Of a folder or file, what it says itself; else the registry's card, or the address."""
+    try:
+        told = read_provenance(preset.path) if preset.path.is_dir() else None
+    except CheckpointError as error:  # the model may be sound all the same
+        log.warning("%s", error)
+        told = None
+    if (card := preset.card) is not None:
+        base = preset.source if re.match("(hf|kaggle|https)://", preset.source) else PRESET + card.name
+        return Provenance(base, card.base_model, card.licence)
+    if preset.source.startswith("file://"):
+        return told or Provenance()
+    base_model = HubSource.parse(preset.source).repo if preset.source.startswith("hf://") else None
+    return Provenance(preset.source, base_model, told.licence if told else None)
 
 
 def _part(name: str) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -23,6 +24,7 @@ from modelhub.processing.tokenizer import Tokenizer
 from modelhub.tasks.backbone import Backbone
 from modelhub.tasks.finetuning import FineTuning, Preprocessor
 from modelhub.tasks.loading import opened
+from modelhub.tasks.saving import write_json
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class CausalLM(FineTuning):
     Made by `from_preset`. Attributes: config (the family's), tokenizer, backbone, backend and device and dtype (names),
     preset (where it came from), last_run (RunStats of the last `generate`).
     """
+
+    task = "causal-lm"
 
     def __init__(
         self, backbone: Backbone, tokenizer: Tokenizer | None, generation_config: dict[str, Any], preset: str = ""
@@ -328,6 +332,19 @@ class CausalLM(FineTuning):
                 answers.append(Generation(self._tokenizer.decode(kept), kept, None, float(score)))
         return answers
 
+    def _write_processors(self, folder: Path) -> None:
+        if self.generation_config:
+            write_json(folder / "generation_config.json", self.generation_config)
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+
+    def _probe(self) -> np.ndarray:
+        size = self.config.vocab_size
+        return self.logits([[(7919 * i + 1) % size for i in range(min(16, self.config.max_position_embeddings))]])
+
+    def _chats(self) -> bool:
+        return self.tokenizer is not None and self.tokenizer.chat_template is not None
+
     @property
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -393,6 +410,7 @@ class CausalLM(FineTuning):
                     f"prompt {index} has {len(prompt)} tokens and the model's context holds {context}: "
                     f"shorten it so that room is left for an answer"
                 )
+            self.backbone.check_ids([prompt])  # a tokenizer may have more ids than the embedding has rows
         return min(max_new_tokens, context - max(map(len, ids)))
 
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +16,99 @@ from modelhub.core.backends.base import Backend
 from modelhub.core.tree import Module, Params, check, flatten, initial_value
 from modelhub.errors import CheckpointError, ConfigError, InputError
 from modelhub.families import family_of
+from modelhub.families.config import check_kinds
+from modelhub.families.kerashub import BACKBONES, backbone_of
 from modelhub.families.naming import KEEP, NameMap
 from modelhub.hub.checkpoint import Checkpoint, open_folder
 from modelhub.hub.gguf import GGUFFile, open_gguf
+from modelhub.hub.kerashub import has_weights, is_kerashub, open_kerashub
 from modelhub.hub.preset import Preset, resolve
 from modelhub.processing.tokenizer import Tokenizer
 
+LARGEST_JSON = 10_000_000  # bytes of a config
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
-class Source:
+class Source(ABC):
     """An opened preset: everything that can be known of it without reading weights. Close it after loading."""
 
     preset: Preset
     config: Any  # the family's Config
     model: Any  # the abstract skeleton of the family's Model
-    generation_config: dict[str, Any]
     names: NameMap
-    gguf: GGUFFile | None
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return {}
+
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer: ...
+
+    @abstractmethod
+    def checkpoint(self) -> Checkpoint: ...
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to close)
+        pass
+
+
+class HuggingFaceSource(Source):
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        generation = _read_json(self.preset.path / "generation_config.json") or {}
+        check_kinds(generation, "generation_config.json")
+        return generation
 
     def tokenizer(self) -> Tokenizer:
-        if self.gguf is not None:
-            return Tokenizer.from_gguf(self.gguf.metadata)
         return Tokenizer.from_folder(self.preset.path)
 
     def checkpoint(self) -> Checkpoint:
-        return self.gguf if self.gguf is not None else open_folder(self.preset.path)
+        return open_folder(self.preset.path)
+
+
+@dataclass
+class GGUFSource(Source):
+    gguf: GGUFFile
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_gguf(self.gguf.metadata)
+
+    def checkpoint(self) -> Checkpoint:
+        return self.gguf
 
     def close(self) -> None:
-        if self.gguf is not None:
-            self.gguf.close()
+        self.gguf.close()
+
+
+@dataclass
+class KerasHubSource(Source):
+    weights: Checkpoint | None
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """What ends a text: KerasHub has it in the code of its tasks. Chat models end their turns otherwise."""
+        tokenizer = self._tokenizer
+        ends = [tokenizer.token_to_id(token) for token in ("<end_of_turn>", "<|eot_id|>")]
+        found = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": [index for index in (tokenizer.eos_token_id, *ends) if index is not None],
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_folder(self.preset.path)
+
+    def checkpoint(self) -> Checkpoint:
+        return self.weights or open_kerashub(self.preset.path)
+
+    def close(self) -> None:
+        if self.weights is not None:
+            self.weights.close()
 
 
 @contextlib.contextmanager
@@ -64,28 +128,55 @@ def opened(
 def open_preset(preset: Preset) -> Source:
     """Read config and metadata; build the skeleton. Raises ConfigError and CheckpointError."""
     if preset.path.is_file():
-        gguf = open_gguf(preset.path)
-        family = family_of(gguf.metadata.get("general.architecture"))
-        config = family.Config.from_gguf(gguf)
-        return Source(preset, config, family.Model.abstract(config), {}, family.names("gguf", config), gguf)
+        return _open_gguf(preset)
     data = _read_json(preset.path / "config.json")
     if data is None:
         found = ", ".join(sorted(p.name for p in preset.path.iterdir())[:10]) or "nothing"
         raise ConfigError(
-            f"{preset.path} holds no config.json (found: {found}); a preset is a Hugging Face model folder"
+            f"{preset.path} holds no config.json (found: {found}); a preset is a Hugging Face model folder, a .gguf "
+            "file or a KerasHub preset's folder"
         )
+    return _open_kerashub(preset, data) if is_kerashub(data) else _open_hf(preset, data)
+
+
+def _open_hf(preset: Preset, data: dict[str, Any]) -> Source:
     family = family_of(data.get("model_type"))
     config = family.Config.from_hf(data)
-    generation = _read_json(preset.path / "generation_config.json") or {}
-    return Source(preset, config, family.Model.abstract(config), generation, family.names("hf", config), None)
+    return HuggingFaceSource(preset, config, family.Model.abstract(config), family.names("hf", config))
+
+
+def _open_gguf(preset: Preset) -> Source:
+    gguf = open_gguf(preset.path)
+    try:
+        family = family_of(gguf.metadata.get("general.architecture"))
+        config = family.Config.from_gguf(gguf)
+        return GGUFSource(preset, config, family.Model.abstract(config), family.names("gguf", config), gguf)
+    except BaseException:
+        gguf.close()
+        raise
+
+
+def _open_kerashub(preset: Preset, data: dict[str, Any]) -> Source:
+    family = family_of(BACKBONES[backbone_of(data)])
+    family.Config.from_keras(data)  # what it has to say is clearer than what the weights do
+    weights = open_kerashub(preset.path) if has_weights(preset.path) else None
+    try:
+        config = family.Config.from_keras(data, weights and weights.tensors)
+        return KerasHubSource(preset, config, family.Model.abstract(config), family.names("keras", config), weights)
+    except BaseException:
+        if weights is not None:
+            weights.close()
+        raise
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ConfigError(f"{path} has {size} bytes; expected at most {LARGEST_JSON}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON ({error}); download it again") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a JSON object, found {type(data).__name__}")
@@ -115,7 +206,8 @@ def load_params(source: Source, xp: Backend, dtype: str) -> Params:
             if ours in plan:
                 raise CheckpointError(f"{where}: tensors {plan[ours][0]!r} and {theirs!r} are both {ours!r}")
             plan[ours] = (theirs, via)
-        check(source.model, {ours: checkpoint.tensors[theirs].shape for ours, (theirs, _) in plan.items()}, where)
+        shapes = {ours: via.our_shape(checkpoint.tensors[theirs].shape) for ours, (theirs, via) in plan.items()}
+        check(source.model, shapes, where)
 
         def read(theirs: str, via: Any) -> np.ndarray:
             if via is KEEP:

@@ -1,92 +1,103 @@
 """A model as a Hugging Face folder, for transformers, vLLM and `from_preset`."""
 
+import hashlib
 import json
-import os
-import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
+from tqdm import tqdm
 
 from modelhub.errors import CheckpointError
-from modelhub.hub.files import replacing, save_tensors
-from modelhub.processing.tokenizer import Tokenizer
+from modelhub.hub.files import MODEL_FILES, replacing, save_tensors
 from modelhub.tasks.backbone import Backbone
 
-SHARD_BYTES = 5_000_000_000
-_OURS = re.compile(
-    r"config\.json|generation_config\.json|model.*\.safetensors(\.index\.json)?|best\.json|README\.md|"
-    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template)\.json|tokenizer\.model|"
-    r"chat_template\.jinja"
-)
-
-
-def save_to_preset(
-    folder: str | os.PathLike[str],
-    backbone: Backbone,
-    tokenizer: Tokenizer | None,
-    generation_config: Mapping[str, Any],
-    dtype: str | None = None,
-) -> None:
-    """Write the folder beside its place and then swap: it is whole or as it was. Raises CheckpointError.
-
-    dtype: of the weights in the files; None: as they are. An active adapter is merged into the weights that are
-    written, not into those of the model.
-    """
-    target = Path(folder).resolve()
-    if found := strangers(target):
-        raise CheckpointError(
-            f"{target} holds {', '.join(found[:5])}, which saving a model there would remove; give a new or empty "
-            f"folder"
-        )
-    dtype = dtype or backbone.dtype
-    try:
-        with replacing(target, keep="README.md") as work:
-            _write_json(work / "config.json", backbone.config.to_hf() | {"dtype": dtype, "torch_dtype": dtype})
-            if generation_config:
-                _write_json(work / "generation_config.json", generation_config)
-            if tokenizer is not None:
-                tokenizer.save(work)
-            xp, params = backbone.xp, backbone.plain_params()
-            _write_weights(work, {name: xp.get(xp.cast(x, dtype)) for name, x in params.items()})
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target} could not be written: {error}. What was there before is as it was") from error
+MAX_SHARD_SIZE = 5_000_000_000
+_CARD = "README.md"
+_GENERATED = "<!-- Written by modelhub when the model was saved; without this line, saving again keeps your text. -->"
 
 
 def strangers(target: Path) -> list[str]:
     """What is in the folder that saving a model there would remove and does not write."""
     if not target.is_dir():
         return []
-    return sorted(path.name for path in target.iterdir() if not _OURS.fullmatch(path.name))
+    return sorted(path.name for path in target.iterdir() if not MODEL_FILES.fullmatch(path.name))
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+@contextmanager
+def model_folder(target: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `target` at the end of the block; `target` is whole or as it was.
+
+    Raises CheckpointError for a folder with other things in it, and when writing fails.
+    """
+    if found := strangers(target):
+        raise CheckpointError(
+            f"{target} holds {', '.join(found[:5])}, which saving a model there would remove; give a new or empty "
+            f"folder"
+        )
+    try:
+        with replacing(target) as work:
+            yield work
+    except OSError as error:
+        raise CheckpointError(f"{target} could not be written: {error}. What was there before is as it was") from error
+
+
+def write_backbone(
+    folder: Path, backbone: Backbone, dtype: str | None, max_shard_size: int, digests: dict[str, str] | None = None
+) -> None:
+    """config.json and the weights, tensor by tensor, in shards of at most max_shard_size bytes.
+
+    dtype: of the weights in the files; None: as they are. An active adapter is merged into the weights that are
+    written, not into those of the model. digests: gets the sha256 of each file of weights.
+    """
+    xp, dtype, get = backbone.xp, dtype or backbone.dtype, backbone.plain_param()
+    write_json(folder / "config.json", backbone.config.to_hf() | {"dtype": dtype, "torch_dtype": dtype})
+    shapes = {name: (tuple(backbone.params[name].shape), dtype) for name in backbone.plain_names()}
+    sizes = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (shape, _) in shapes.items()}
+    with tqdm(total=sum(sizes.values()), desc=f"writing {folder.name}", unit="B", unit_scale=True, delay=2,
+              leave=False, disable=None) as bar:  # fmt: skip
+
+        def read(name: str) -> np.ndarray:
+            bar.update(sizes[name])
+            return xp.get(xp.cast(get(name), dtype))
+
+        shards = list(_shards(sizes, max_shard_size))
+        files = ["model.safetensors"]
+        if len(shards) > 1:
+            files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+            index = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+            total = {"total_size": sum(sizes.values())}
+            write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": index})
+        for file, names in zip(files, shards, strict=True):
+            digest = None if digests is None else hashlib.sha256()
+            save_tensors({name: shapes[name] for name in names}, read, folder / file, {"format": "pt"}, digest)
+            if digests is not None and digest is not None:
+                digests[file] = digest.hexdigest()
+
+
+def write_card(folder: Path, card: str, old: Path) -> None:
+    """The README; one that the user has written into the folder `old` goes before ours."""
+    kept = old / _CARD
+    if kept.is_file() and _GENERATED not in (own := kept.read_text(encoding="utf-8")):
+        card = own
+    elif _GENERATED not in card:
+        card = f"{card.rstrip()}\n\n{_GENERATED}\n"
+    (folder / _CARD).write_text(card, encoding="utf-8")
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_weights(folder: Path, params: Mapping[str, np.ndarray]) -> None:
-    shards = list(_shards(params))
-    if len(shards) == 1:
-        save_tensors(shards[0], folder / "model.safetensors", {"format": "pt"})
-        return
-    index: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors(shard, folder / name, {"format": "pt"})
-        index |= dict.fromkeys(shard, name)
-    total = sum(array.nbytes for array in params.values())
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-
-
-def _shards(params: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-    shard: dict[str, np.ndarray] = {}
-    size = 0
-    for name, array in params.items():
-        if shard and size + array.nbytes > SHARD_BYTES:
+def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
+    shard: list[str] = []
+    held = 0
+    for name, size in sizes.items():
+        if shard and held + size > limit:
             yield shard
-            shard, size = {}, 0
-        shard[name] = array
-        size += array.nbytes
+            shard, held = [], 0
+        shard.append(name)
+        held += size
     yield shard

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from modelhub.errors import CheckpointError, InputError, ResumeError
 from modelhub.hub.checkpoint import SafetensorsCheckpoint
-from modelhub.hub.files import replace_folder, save_tensors
+from modelhub.hub.files import replace_folder, save_arrays
 
 _FORMAT = 1
 _STATE, _RUN, _FINISHED = "state.safetensors", "run.json", "finished"
@@ -80,7 +80,7 @@ def save(
         for leftover in directory.glob(_LEFTOVERS):
             shutil.rmtree(leftover)
         work.mkdir()
-        save_tensors(tensors, work / _STATE)
+        save_arrays(tensors, work / _STATE)
         (work / _RUN).write_text(record, encoding="utf-8")
         replace_folder(work, target)
     except (OSError, SafetensorError) as error:
@@ -102,7 +102,7 @@ def latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
         folder = Path(directory) / f"step-{step:08d}"
         try:
             return _open(folder, step)
-        except (CheckpointError, OSError, ValueError, LookupError, TypeError) as error:
+        except (CheckpointError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             warnings.warn(f"the checkpoint {folder} is damaged and is passed over: {error}", stacklevel=2)
     return None
 
@@ -148,7 +148,7 @@ def is_finished(directory: str | os.PathLike[str]) -> bool:
     """Whether the newest checkpoint is the end of its run."""
     try:
         return (Path(directory) / _FINISHED).read_text() == str(_newest(Path(directory)))
-    except OSError:
+    except (OSError, ValueError):  # damaged: no end is noted
         return False
 
 
@@ -246,6 +246,8 @@ def _open(folder: Path, step: int) -> Checkpoint:
             f"{folder / _RUN} is of step {run['step']} in format {run['format']}; expected step {step} in format "
             f"{_FORMAT}"
         )
+    if not isinstance(run["meta"], dict):
+        raise CheckpointError(f"{folder / _RUN} holds no record of a run; expected an object as meta")
     with SafetensorsCheckpoint(folder / _STATE):  # checks the header against the file's size
         return Checkpoint(folder, step, run["meta"])
 

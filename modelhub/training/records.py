@@ -104,7 +104,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 number += 1
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise DataError(f"{path} is not valid JSON on line {line_number}: {error}") from None
                 yield f"{path}, row {number} (line {line_number})", row
 
@@ -117,6 +117,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
             raise DataError(f"{path} is not valid JSON on line {error.lineno}: {error}") from None
         yield from _read_jsonl(path)  # one object a line: .jsonl under another name
         return
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise DataError(f"{path} cannot be read: {error}") from None
     if not isinstance(rows, list):
         raise DataError(f"{path} must hold a list of rows, found {type(rows).__name__}")
     for number, row in enumerate(rows, 1):
@@ -142,11 +144,12 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     except ImportError:
         raise DataError(f"reading {path} needs pyarrow: pip install pyarrow") from None
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except ArrowException as error:
+        with parquet.ParquetFile(path) as file:
+            batches = file.iter_batches(1024)  # not the whole table beside its rows
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield f"{path}, row {number}", row
+    except (ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} is not a Parquet file that pyarrow reads: {error}") from None
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
 
 
 def _recognise(row: Any, where: str) -> str:

@@ -416,7 +416,7 @@ BAD = {
     "too few layer types": ({"layer_types": [LOCAL]}, "layer_types"),
     "an unknown layer type": ({"layer_types": [LOCAL, GLOBAL, "linear_attention"], "num_hidden_layers": 3}, "linear_attention"),
     "no window": ({"sliding_window": None}, "sliding_window"),
-    "an unknown activation": ({"hidden_activation": "relu"}, "relu"),
+    "an unknown activation": ({"hidden_activation": "mish"}, "mish"),
     "an unknown rope": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
     "rope with unknown keys": ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "attention_factor": 2.0}}, "attention_factor"),
     "bidirectional": ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),

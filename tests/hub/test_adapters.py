@@ -366,13 +366,12 @@ class TestDamage:
 
 
 class TestWriting:
-    def test_an_adapter_is_replaced_and_its_readme_stays(self, tmp_path):
-        write_adapter(tmp_path / "deep" / "new", adapter())
-        (tmp_path / "deep" / "new" / "README.md").write_text("mine")
+    def test_an_adapter_is_replaced_as_a_whole(self, tmp_path):
+        write_adapter(tmp_path / "deep" / "new", adapter(), lambda work: (work / "NOTICE").write_text("old") and None)
+        (tmp_path / "deep" / "new" / "README.md").write_text("old")
         changed = adapter(alpha=0.5, alpha_pattern={"q_proj": 3.0}, base="me/base", dropout=0.25)
         write_adapter(tmp_path / "deep" / "new", changed)
-        assert sorted(os.listdir(tmp_path / "deep" / "new")) == ["README.md", CONFIG, WEIGHTS]
-        assert (tmp_path / "deep" / "new" / "README.md").read_text() == "mine"
+        assert sorted(os.listdir(tmp_path / "deep" / "new")) == [CONFIG, WEIGHTS]
         assert os.listdir(tmp_path / "deep") == ["new"]
         found = read_adapter(tmp_path / "deep" / "new")
         assert (found.alpha, found.alpha_pattern, found.base, found.dropout) == (0.5, {"q_proj": 3}, "me/base", 0.25)
@@ -403,7 +402,7 @@ class TestWriting:
         assert (tmp_path / "link").is_symlink()
         assert read_adapter(tmp_path / "real").rank == 2
 
-    @pytest.mark.parametrize("at", ["save_tensors", "replace_folder"])
+    @pytest.mark.parametrize("at", ["save_arrays", "replace_folder"])
     def test_a_full_disk_leaves_the_old_one(self, tmp_path, monkeypatch, at):
         write_adapter(tmp_path / "new", adapter())
 

@@ -1,4 +1,5 @@
 import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 from stand_ins.wheels import make_wheel, use_only
 
 from modelhub.errors import DownloadError, InputError, PresetNotFound
-from modelhub.hub.preset import cached, resolve, size_on_disk
+from modelhub.hub.preset import cached, resolve, resolve_adapter, size_on_disk
 
 CONTENT = b"GGUF and the rest"
 CARD = f"""
@@ -139,8 +140,9 @@ def test_a_saved_preset_wins_over_a_registry_name_and_other_folders_do_not(place
         ("modle.gguf", r"does not exist.*Did you mean model.gguf"),
         ("google/gemma-2b", "write hf://google/gemma-2b"),
         ("./weights.bin", "no .gguf file"),
-        ("kaggle://keras/gemma", "hf://owner/name"),
-        ("https://example.org/model", "hf://owner/name"),
+        ("kaggle://keras/gemma", "kaggle://owner/model/framework/variation"),
+        ("https://example.org/model", "known are .gguf"),
+        ("s3://bucket/model", "known are hf://"),
         ("file://elsewhere/model", "file:///path"),
         ("file:///nothing/here", "does not exist"),
         ("hf://gemma", "hf://owner/name"),
@@ -159,6 +161,61 @@ def test_what_leads_nowhere_gets_a_hint(place, name, words):
     (place / "weights.bin").touch()
     with pytest.raises(PresetNotFound, match=words):
         resolve(name)
+
+
+def test_revisions_are_refused_at_addresses_without_any(place):
+    with pytest.raises(InputError, match="revision='v1' was given, but https://.*has no revisions"):
+        resolve(f"https://host/model.gguf#sha256={'0' * 64}", revision="v1")
+    with pytest.raises(InputError, match="file:///x/y@v1 asks for one revision and revision='v2' for another"):
+        resolve("file:///x/y@v1", revision="v2")
+
+
+def published(path):
+    """A folder as `publish` leaves it."""
+    files = {"config.json": b"{}", "model.safetensors": b"weights"}
+    path.mkdir(parents=True)
+    for name, content in files.items():
+        (path / name).write_bytes(content)
+    sums = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(files.items())]
+    (path / "SHA256SUMS").write_text("".join(sums))
+    return path
+
+
+def test_a_published_folder_is_used_from_the_cache(place):
+    share = published(place / "share" / "mine")
+    preset = resolve(share.as_uri())
+    assert preset.name == "mine"
+    assert preset.source == share.as_uri()
+    assert not preset.path.is_relative_to(place)
+    assert cached(share.as_uri()) == preset.path
+    assert resolve(str(share)).path == share  # a path is used in place
+    shutil.rmtree(place / "share")  # not mounted
+    assert resolve(share.as_uri(), offline=True) == resolve(share.as_uri()) == preset
+
+
+def test_what_one_source_has_brought_is_not_fetched_from_another(place, tmp_path):
+    share = published(place / "share")
+    text = CARD.replace("[[sources]]", '[[sources]]\nuri = "hf://127.0.0.1/nobody"\n\n[[sources]]', 1)
+    text += f'\n[[sources]]\nuri = "{share.as_uri()}"\n'
+    (tmp_path / "MODELHUB_PRESETS" / "several.toml").write_text(text)
+    resolve(share.as_uri())
+    preset = resolve("several")
+    assert preset.source == share.as_uri()
+    assert preset.card.name == "several"
+
+
+def test_adapters_of_a_shared_folder(place):
+    adapter = place / "lora"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    assert resolve_adapter(adapter.as_uri()) == resolve_adapter("lora") == resolve_adapter(adapter) == adapter
+    with pytest.raises(PresetNotFound, match="an adapter, not a model"):
+        resolve(adapter.as_uri())
+    with pytest.raises(PresetNotFound, match="an adapter, not a model"):
+        resolve("./lora")
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(PresetNotFound, match="no adapter"):
+        resolve_adapter(folder(place / "model").as_uri())
 
 
 def test_a_cached_preset_resolves_fast_and_without_the_hub_client(place):

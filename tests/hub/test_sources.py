@@ -1,7 +1,6 @@
-"""Both sources: package-index wheels through the real pip and uv, and the real Hub client against a stand-in."""
+"""Which files are needed, and the package index: wheels through the real pip and uv."""
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -9,12 +8,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from stand_ins.hf_hub import ACCEPTED, Repo, commit_of, serve
 from stand_ins.wheels import make_wheel, use_only
 
-from modelhub.errors import DownloadError
+from modelhub.errors import CheckpointError, DownloadError, PresetNotFound
 from modelhub.hub.sources import Options, PackageSource, Part, Unreachable, cache_root
 from modelhub.hub.sources import package as sources
+from modelhub.hub.sources.base import needed
 
 CONTENT = b"GGUF" + bytes(range(256)) * 8
 HALVES = (CONTENT[:1000], CONTENT[1000:])
@@ -54,6 +53,74 @@ def use_uv(monkeypatch):
     uv = pytest.importorskip("uv")
     monkeypatch.setenv("PATH", os.path.dirname(uv.find_uv_bin()))
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+
+
+# Which files of a repository are needed
+
+TEXT = [
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+]
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+KERAS = [
+    "assets/tokenizer/merges.txt", "assets/tokenizer/vocabulary.json", "config.json", "metadata.json",
+    "preprocessor.json", "task.json", "tokenizer.json",
+]  # fmt: skip
+KERAS_SHARDS = ["model.weights.json", "model_00000.weights.h5", "model_00001.weights.h5"]
+ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
+OTHERS = [
+    ".gitattributes", "NOTICE", "consolidated.safetensors", "pytorch_model.bin", "original/config.json",
+    "onnx/model.safetensors", "tf_model.h5", "model.safetensors.bak", "assets/banner.png", "tokenizer.pkl", "q4.gguf",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        (TEXT, ["model.safetensors"]),
+        (TEXT, SHARDS),
+        (KERAS, ["model.weights.h5"]),
+        (KERAS, KERAS_SHARDS),
+        ([*TEXT, *ADAPTER], ["model.safetensors"]),
+        ([*TEXT, *ADAPTER], []),
+        (ADAPTER, []),
+    ],
+)
+def test_needed(text, weights):
+    listed = {*text, *weights, *OTHERS}
+    assert needed(listed, weights=True) == sorted({*text, *weights})
+    assert needed(listed, weights=False) == sorted(text)
+
+
+def test_one_set_of_weights_is_enough():
+    everything = {*TEXT, *KERAS, "model.safetensors", *SHARDS, "model.weights.h5", *KERAS_SHARDS}
+    assert [path for path in needed(everything, weights=True) if path not in TEXT] == ["model.safetensors"]
+    everything.remove("model.safetensors")
+    assert [path for path in needed(everything, weights=True) if path not in TEXT] == sorted(SHARDS)
+    everything -= set(SHARDS)
+    assert needed(everything, weights=True) == sorted({*TEXT, *KERAS, "model.weights.h5"})
+
+
+@pytest.mark.parametrize(
+    ("listed", "error", "words"),
+    [
+        ([*TEXT, "pytorch_model.bin"], CheckpointError, r"hf://x.*only as pickles \(pytorch_model.bin\).*any code"),
+        (["adapter_config.json", "adapter_model.bin"], CheckpointError, "only as pickles"),
+        (TEXT, PresetNotFound, "hf://x has a config.json and no weights.*model.safetensors"),
+        (["NOTICE", "sub/config.json"], PresetNotFound, "hf://x has no config.json"),
+        (["NOTICE", "a-Q4.gguf"], PresetNotFound, "give the path of one, such as a-Q4.gguf"),
+        ([], PresetNotFound, "no config.json"),
+    ],
+)
+def test_what_cannot_be_loaded_says_why(listed, error, words):
+    with pytest.raises(error, match=words):
+        needed(listed, weights=True, where="hf://x")
+    if "config.json" in listed:
+        assert needed(listed, weights=False) == TEXT
 
 
 # The package index
@@ -129,7 +196,7 @@ def test_what_is_not_as_the_card_says_is_not_kept(index, options, monkeypatch, i
 def test_too_large_a_file_is_refused_before_it_is_written(index, options, monkeypatch):
     make_wheel(index, "bomb", "1.0", {"bomb/model": b"\0" * 10_000_000})
     written = []
-    monkeypatch.setattr(sources, "_progress", lambda name, size: _Recorder(written))
+    monkeypatch.setattr(sources, "progress", lambda name, size: _Recorder(written))
     with pytest.raises(DownloadError, match="larger than expected"):
         source(parts=(Part("bomb", "1.0", "bomb/model"),)).fetch(options)
     assert sum(written) == 0
@@ -236,147 +303,3 @@ def test_cache_root(monkeypatch, tmp_path):
     monkeypatch.setenv("MODELHUB_CACHE", str(tmp_path))
     assert cache_root() == tmp_path
     assert cache_root("~/here") == Path.home() / "here"
-
-
-# The Hugging Face Hub
-
-
-MODEL = {
-    "config.json": b"{}",
-    "generation_config.json": b"{}",
-    "tokenizer.json": b"{}",
-    "tokenizer_config.json": b"{}",
-    "special_tokens_map.json": b"{}",
-    "chat_template.jinja": b"{{ messages }}",
-    "model.safetensors.index.json": b"{}",
-    "model-00001-of-00002.safetensors": b"first",
-    "model-00002-of-00002.safetensors": b"second",
-}
-EXTRAS = {
-    "README.md": b"#",
-    "consolidated.safetensors": b"the same once more",
-    "pytorch_model.bin": b"pickle",
-    "original/config.json": b"{}",
-    "onnx/model.safetensors": b"",
-}
-OLDER = {"config.json": b"old", "model.safetensors": b"old"}
-
-
-@pytest.fixture
-def hub():
-    hub = serve()
-    hub.repos["google/tiny"] = Repo({"main": {**MODEL, **EXTRAS}, "older": OLDER})
-    hub.repos["google/gated"] = Repo({"main": MODEL}, gated=True)
-    hub.repos["me/hidden"] = Repo({"main": MODEL}, private=True)
-    hub.repos["me/notes"] = Repo({"main": {"README.md": b"#"}})
-    yield hub
-    hub.close()
-
-
-@pytest.fixture
-def resolve(hub, tmp_path):
-    """Runs modelhub's resolve in a process whose Hub is the stand-in; gives its answer or its error."""
-
-    def run(*args, **kwargs):
-        # A process of its own: the client reads its address and its cache's place when it is imported.
-        script = f"""
-import json
-from modelhub.errors import ModelhubError
-from modelhub.hub.preset import resolve
-try:
-    preset = resolve(*{args!r}, **{kwargs!r})
-    files = sorted(str(p.relative_to(preset.path)) for p in preset.path.rglob("*") if p.is_file())
-    print(json.dumps({{"path": str(preset.path), "source": preset.source, "files": files}}))
-except ModelhubError as error:
-    print(json.dumps({{"error": type(error).__name__, "message": str(error)}}))
-"""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "MODELHUB_", "http"))}
-        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
-        quiet = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        process = subprocess.run(
-            [sys.executable, "-c", script], env=kept | settings | quiet, capture_output=True, text=True, timeout=60
-        )
-        assert process.returncode == 0, process.stderr
-        return json.loads(process.stdout)
-
-    return run
-
-
-def test_only_what_is_needed_is_downloaded(hub, resolve, tmp_path):
-    answer = resolve("hf://google/tiny")
-    assert answer["files"] == sorted(MODEL)
-    assert answer["source"] == f"hf://google/tiny@{commit_of(hub.repos['google/tiny'].revisions['main'])}"
-    assert str(tmp_path / "hf" / "hub") in answer["path"]  # the Hub's own cache, shared with transformers
-
-
-def test_config_and_tokenizer_alone(resolve):
-    assert resolve("hf://google/tiny", weights=False)["files"] == sorted(name for name in MODEL if "model" not in name)
-    # These do not pass for the whole preset:
-    assert "not complete in the cache" in resolve("hf://google/tiny", offline=True)["message"]
-    assert resolve("hf://google/tiny", offline=True, weights=False)["files"]
-
-
-def test_an_own_cache(resolve, tmp_path):
-    assert str(tmp_path / "mine" / "hf") in resolve("hf://google/tiny", cache_dir=str(tmp_path / "mine"))["path"]
-
-
-def test_revisions(hub, resolve):
-    older = commit_of(OLDER)
-    assert resolve("hf://google/tiny@older")["files"] == sorted(OLDER)
-    assert resolve("hf://google/tiny", revision="older")["path"].endswith(older)
-    assert resolve(f"hf://google/tiny@{older}", revision=older)["path"].endswith(older)
-    clash = resolve("hf://google/tiny@older", revision="main")
-    assert clash["error"] == "InputError"
-    assert "@older" in clash["message"] and "'main'" in clash["message"]
-    missing = resolve("hf://google/tiny@never")
-    assert missing["error"] == "PresetNotFound"
-    assert "'never'" in missing["message"]
-
-
-@pytest.mark.parametrize("token", [None, "hf_someone_else"])
-def test_a_gated_repository_says_where_to_accept_and_how_to_log_in(hub, resolve, token):
-    answer = resolve("hf://google/gated", token=token)
-    assert answer["error"] == "DownloadError"
-    assert f"{hub.url}/google/gated" in answer["message"]
-    assert "hf auth login" in answer["message"]
-
-
-def test_a_gated_repository_opens_to_an_account_that_accepted(resolve):
-    assert resolve("hf://google/gated", token=ACCEPTED)["files"] == sorted(MODEL)
-
-
-@pytest.mark.parametrize("name", ["hf://google/nothing", "hf://me/hidden"])
-def test_a_missing_or_private_repository(resolve, name):
-    answer = resolve(name)
-    assert answer["error"] == "PresetNotFound"
-    assert name.removeprefix("hf://") in answer["message"] and "private" in answer["message"]
-
-
-def test_a_repository_without_a_model(resolve):
-    answer = resolve("hf://me/notes")
-    assert answer["error"] == "PresetNotFound"
-    assert "no config.json" in answer["message"]
-
-
-def test_offline_and_without_a_network(hub, resolve):
-    answer = resolve("hf://google/tiny", offline=True)
-    assert answer["error"] == "DownloadError"
-    assert "modelhub pull hf://google/tiny" in answer["message"]
-    assert hub.requests == []
-    path = resolve("hf://google/tiny")["path"]
-    asked = len(hub.requests)
-    assert resolve("hf://google/tiny", offline=True)["path"] == path
-    assert len(hub.requests) == asked
-    hub.close()
-    assert resolve("hf://google/tiny")["path"] == path
-    answer = resolve("hf://google/gated")
-    assert answer["error"] == "DownloadError"
-    assert "Check the network" in answer["message"] and "Presets in the cache: none" in answer["message"]
-
-
-def test_new_weights_on_the_hub_are_taken(hub, resolve):
-    before = resolve("hf://google/tiny")["path"]
-    hub.repos["google/tiny"].revisions["main"] = {**MODEL, "config.json": b'{"newer": true}'}
-    after = resolve("hf://google/tiny")["path"]
-    assert before != after
-    assert (Path(after) / "config.json").read_bytes() == b'{"newer": true}'

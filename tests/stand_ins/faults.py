@@ -13,7 +13,8 @@ class Fault:
     """Something that goes wrong with the next `times` requests of this method whose path `path` is found in.
 
     kind: "status" answers with `status` (and `headers`, such as Retry-After) instead; "cut" closes the connection after
-    `after` bytes of the body; "slow" waits `seconds` before the answer; "corrupt" changes the body's first byte.
+    `after` bytes of the body; "slow" waits `seconds` before the answer; "stall" waits them after `after` bytes of the
+    body; "corrupt" changes the body's first byte.
     """
 
     path: str  # a regular expression
@@ -74,6 +75,10 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.shutdown(2)
             return
+        if fault and fault.kind == "stall":
+            self.wfile.write(raw[: fault.after])
+            time.sleep(fault.seconds)
+            raw = raw[fault.after :]
         self.wfile.write(raw)
 
     def send_file(self, content: bytes, headers: dict | None = None):
@@ -99,5 +104,5 @@ class Handler(BaseHTTPRequestHandler):
 def serve(handler: type[Handler]) -> tuple[str, ThreadingHTTPServer]:
     """Its address on a free port, and the server; end it with shutdown() and server_close()."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()  # shutdown waits for a turn
     return f"http://127.0.0.1:{server.server_address[1]}", server

@@ -183,9 +183,8 @@ def test_saving_replaces_only_models(lm, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
 
 
-def test_large_models_are_saved_in_shards(lm, tmp_path, monkeypatch):
-    monkeypatch.setattr("modelhub.tasks.saving.SHARD_BYTES", 20_000)
-    lm.save_to_preset(tmp_path / "model")
+def test_large_models_are_saved_in_shards(lm, tmp_path):
+    lm.save_to_preset(tmp_path / "model", max_shard_size=20_000)
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2 and index["weight_map"].keys() == lm.params.keys()
     np.testing.assert_array_equal(load(tmp_path / "model").logits([[2, 5]]), lm.logits([[2, 5]]))

@@ -3,13 +3,24 @@
 A source answers two questions: `find`, is it in the cache (no network), and `fetch`, bring it there.
 """
 
+from collections.abc import Callable
+
 from modelhub.errors import PresetNotFound
 from modelhub.hub.sources.base import Options, Source, Unreachable, cache_root
 from modelhub.hub.sources.embedded import EmbeddedSource
+from modelhub.hub.sources.folder import FolderSource
+from modelhub.hub.sources.https import HttpsSource
 from modelhub.hub.sources.huggingface import HubSource
+from modelhub.hub.sources.kaggle import KaggleSource
 from modelhub.hub.sources.package import PackageSource, Part
 
-_SCHEMES = {"hf": HubSource}
+_SCHEMES: dict[str, Callable[[str, bool], Source]] = {
+    "hf": HubSource.parse,
+    "kaggle": KaggleSource.parse,
+    "https": HttpsSource.parse,
+    "http": HttpsSource.parse,  # it says why not
+    "file": FolderSource.parse,
+}
 
 
 def source_of(address: str, verified: bool = False) -> Source:
@@ -18,12 +29,15 @@ def source_of(address: str, verified: bool = False) -> Source:
     if scheme not in _SCHEMES:
         known = ", ".join(f"{known}://" for known in _SCHEMES)
         raise PresetNotFound(f"{address!r}: presets cannot be loaded from such an address; known are {known}")
-    return _SCHEMES[scheme].parse(address, verified)
+    return _SCHEMES[scheme](address, verified)
 
 
 __all__ = [
     "EmbeddedSource",
+    "FolderSource",
+    "HttpsSource",
     "HubSource",
+    "KaggleSource",
     "Options",
     "PackageSource",
     "Part",

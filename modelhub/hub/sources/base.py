@@ -1,25 +1,35 @@
 """What all sources share: what may be asked of them, the cache's place, the files of a preset."""
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from modelhub.errors import DownloadError
+from modelhub.errors import CheckpointError, DownloadError, PresetNotFound
 
-# What a model folder needs. Not *.safetensors: some repositories hold the same weights twice, under two names.
-TEXT_FILES = (
+# An adapter is small, and PEFT's folders may hold one beside a model: it comes along.
+_TEXT_FILES = {
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
-    "tokenizer*",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template*",
-)
-WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+    "chat_template.jinja",
+    "chat_template.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "modelhub.json",  # where it comes from; and so does the front matter of the card
+    "README.md",
+}
+_KERAS_FILES = {"metadata.json", "task.json", "preprocessor.json", "image_converter.json"}
+_PICKLE = re.compile(r"[^/]*\.(bin|pt|pth|ckpt|pkl)")
 
 
 class Unreachable(DownloadError):
@@ -31,7 +41,7 @@ class Options:
     """What a caller may ask of any source."""
 
     revision: str | None = None
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)  # not into tracebacks and logs
     cache_dir: str | os.PathLike[str] | None = None
     weights: bool = True  # False: config and tokenizer are enough
 
@@ -48,6 +58,12 @@ class Source(Protocol):
     @property
     def verified(self) -> bool: ...  # whether somebody has seen that this address holds the preset
 
+    @property
+    def has_revisions(self) -> bool: ...  # whether Options.revision means something here
+
+    @property
+    def revision(self) -> str | None: ...  # the one in the address; Options.revision goes before it
+
     def find(self, options: Options) -> Path | None:
         """The files in the cache, complete, or None. No network."""
 
@@ -58,6 +74,57 @@ class Source(Protocol):
     def address(self, path: Path) -> str:
         """Where exactly the files at `path` came from."""
         raise NotImplementedError
+
+
+def needed(paths: Iterable[str], weights: bool, where: str = "the preset") -> list[str]:
+    """Those of a repository's files, relative and with forward slashes, that loading it takes; sorted.
+
+    weights: False leaves the weights out. where: the repository's address, for errors. The weights are one set, in
+    this order of preference: model.safetensors, its shards and their index, KerasHub's model.weights.h5, its shards
+    and their index; some repositories hold them several times. Of an adapter's folder: the adapter.
+
+    Raises PresetNotFound where there is neither model nor adapter, and CheckpointError where all weights are pickles.
+    """
+    paths = sorted(paths)
+    top = [path for path in paths if "/" not in path]
+    index, keras_index = "model.safetensors.index.json", "model.weights.json"
+    parts: list[str] = []
+    if "model.safetensors" in top:
+        parts = ["model.safetensors"]
+    elif index in top:
+        parts = [index, *(path for path in top if path.startswith("model") and path.endswith(".safetensors"))]
+    elif "model.weights.h5" in top:
+        parts = ["model.weights.h5"]
+    elif keras_index in top:
+        parts = [keras_index, *(path for path in top if path.startswith("model_") and path.endswith(".weights.h5"))]
+    text = [path for path in top if path in _TEXT_FILES]
+    if any(part.endswith(".h5") for part in parts):
+        text += [path for path in paths if path in _KERAS_FILES or path.startswith("assets/tokenizer/")]
+    adapter = {"adapter_config.json", "adapter_model.safetensors"} <= set(text)
+    pickles = [path for path in top if _PICKLE.fullmatch(path)]
+    if "config.json" not in text and "adapter_config.json" not in text:
+        files = [path for path in paths if path.lower().endswith(".gguf")]
+        hint = f". It holds GGUF files: give the path of one, such as {files[0]}" if files else ""
+        raise PresetNotFound(f"{where} has no config.json: it is no model folder{hint}")
+    if pickles and not adapter and not parts and (weights or "config.json" not in text):
+        raise CheckpointError(
+            f"{where} holds its weights only as pickles ({', '.join(pickles[:5])}), and opening a pickle can run any "
+            "code that its author put in it; nothing was fetched. Take a repository with safetensors, or, if you trust "
+            "the author, convert once with transformers: "
+            "AutoModelForCausalLM.from_pretrained(name).save_pretrained(new_folder)"
+        )
+    if weights and not parts and not adapter:
+        raise PresetNotFound(
+            f"{where} has a config.json and no weights that modelhub reads: expected model.safetensors, "
+            f"{index} or model.weights.h5, found {', '.join(top[:10])}"
+        )
+    return sorted({*text, *(parts if weights else ())})
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, as hex digits. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from modelhub.errors import DownloadError
 from modelhub.hub.resources import resource
@@ -14,6 +15,8 @@ class EmbeddedSource:
 
     folder: str
     verified: bool = True
+    has_revisions: ClassVar[bool] = False
+    revision: ClassVar[None] = None
 
     def address(self, path: Path) -> str:
         return path.as_uri()

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 from modelhub.errors import DownloadError
 from modelhub.hub.sources.base import Options, Unreachable, cache_root, progress
@@ -54,6 +53,8 @@ class PackageSource:
     sha256: str
     parts: tuple[Part, ...]
     verified: bool = False
+    has_revisions: ClassVar[bool] = False
+    revision: ClassVar[None] = None
 
     def address(self, path: Path) -> str:
         """The packages that the file came from."""
@@ -132,6 +133,8 @@ class PackageSource:
 
 def _installed_file(part: Part) -> Path | None:
     """The part's file where its package is installed in this Python; like a downloaded one it is copied and checked."""
+    import importlib.metadata
+
     try:
         package = importlib.metadata.distribution(part.package)
     except importlib.metadata.PackageNotFoundError:

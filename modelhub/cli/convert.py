@@ -1,0 +1,37 @@
+"""`modelhub convert`: from one file format to another."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from modelhub.cli import options
+from modelhub.cli.options import option
+
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="what to convert: all that from_preset loads")],
+    target: Annotated[str, typer.Argument(help="a .gguf file, or a folder for Hugging Face's format")],
+    dtype: Annotated[
+        str | None,
+        option("GGUF: float16 (default), bfloat16, float32 or q8_0; folder: the first three (default: the source's)"),
+    ] = None,
+    adapter: options.Adapter = None,
+    force: Annotated[bool, option("replace what is at TARGET", None, "--force")] = False,
+) -> None:
+    """Write a model in another format: a GGUF file for llama.cpp, or a Hugging Face folder. An adapter is merged."""
+    from modelhub.hub.preset import resolve
+    from modelhub.tasks import convert as conversion
+
+    written = conversion.convert(source, target, dtype, adapter=adapter, force=force)
+    before = resolve(source, offline=True).path  # in the cache by now
+    err.print(f"{source}: {_size(before) / 1e6:,.1f} MB; {written.name}: {_size(written) / 1e6:,.1f} MB")
+    print(written)
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,210 @@
+"""The commands about presets as such: list, info, pull, register."""
+
+import json
+import os
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from modelhub.cli import options
+from modelhub.cli.options import option
+
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+_BYTES = {"float32": 4, "bfloat16": 2}  # of a weight
+
+
+def list_(
+    family: Annotated[str | None, option("only this family")] = None,
+    task: Annotated[str | None, option("only this task")] = None,
+    max_params: Annotated[float | None, option("at most this many parameters, e.g. 3e9")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """List the presets that can be loaded by name."""
+    from modelhub.hub.registry import list_presets
+
+    cards = list_presets(family=family, task=task, max_params=max_params)
+    cards.sort(key=lambda card: (card.family, card.parameters, card.name))
+    if as_json:
+        print(json.dumps([_of_card(card) for card in cards], indent=2))
+        return
+    rows = [
+        (card.family, f"  {card.name}", card.task, _count(card.parameters), "yes" if _cached(card) else "",
+         f"{card.licence} *" if card.accept_licence else card.licence)
+        for card in cards
+    ]  # fmt: skip
+    if not rows:
+        err.print("no preset is like that; all of them: modelhub list", style="dim")
+        return
+    # No table that folds or cuts lines where the terminal is narrow: a line can be found with grep.
+    titles = ("", "preset", "task", "size", "cached", "licence *")
+    name, task_, size, here = (max(len(row[i]) for row in [titles, *rows]) for i in range(1, 5))
+    for group, members in groupby([titles, *rows], key=lambda row: row[0]):
+        if group:
+            print(group)
+        for _, *cells, licence in members:
+            print(f"{cells[0]:<{name}}  {cells[1]:<{task_}}  {cells[2]:>{size}}  {cells[3]:<{here}}  {licence}")
+    if any(card.accept_licence for card in cards):
+        err.print("* must be accepted once: `modelhub info NAME` says where", style="dim")
+
+
+def info(preset: options.Preset, as_json: options.Json = False) -> None:
+    """Show what is known of a preset: licence, size, memory needed, where it comes from. Uses no network."""
+    about = _about(preset)
+    if as_json:
+        print(json.dumps(about, indent=2))
+        return
+    for key, value in about.items():
+        if value not in (None, []):
+            label = key.replace("_", " ")
+            for line in _text(key, value).splitlines():
+                print(f"{label:<22}  {line}")
+                label = ""
+    if about["path"] is None:
+        err.print(f"not in the cache; to fetch it: modelhub pull {preset}", style="dim", markup=False)
+
+
+def pull(
+    preset: options.Preset,
+    revision: Annotated[str | None, option("branch, tag or commit on the hub")] = None,
+) -> None:
+    """Fetch a preset into the cache, so that it loads without a network ever after."""
+    from modelhub.hub.preset import resolve
+
+    print(resolve(preset, revision=revision).path)
+
+
+def register(
+    card: Annotated[Path | None, typer.Argument(help="a card, NAME.toml; NAME is then a preset")] = None,
+    force: Annotated[bool, option("replace a card of your own", None, "--force")] = False,
+    remove: Annotated[str | None, option("take this card of your own out again", None, "--remove")] = None,
+) -> None:
+    """Add a card of your own to the registry, or remove it; `modelhub list` then shows it."""
+    from modelhub.errors import InputError
+    from modelhub.families import family_names
+    from modelhub.hub import registry
+
+    if (card is None) == (remove is None):
+        raise InputError("give either the card to add, NAME.toml, or --remove NAME")
+    if card is not None:
+        print(registry.register(card, family_names(), force))
+    elif remove is not None:
+        print(registry.unregister(remove))
+
+
+def _about(name: str) -> dict[str, Any]:
+    """What `info` shows: of a name, a folder, a .gguf file or an address."""
+    from modelhub.errors import DownloadError
+    from modelhub.hub.preset import resolve
+    from modelhub.hub.registry import find_card
+
+    try:
+        preset = resolve(name, offline=True)
+        card, path = preset.card, preset.path
+    except DownloadError:  # it is not in the cache
+        card, path = None if "://" in name else find_card(name), None
+    about: dict[str, Any] = {"name": name} if card is None else _of_card(card)
+    about |= {"path": path and str(path), "bytes_on_disk": path and _size(path)}
+    if card is not None:
+        about["memory_for_weights"] = _memory(card.parameters)
+    if path is not None:
+        about |= _of_files(preset)
+    return about
+
+
+def _of_card(card: Any) -> dict[str, Any]:
+    sources = [
+        {"address": address, "verified": source.verified, "cached": _has(source)}
+        for address, source in zip(card.addresses, card.sources, strict=True)
+    ]
+    pages = [page for source in sources if (page := _page(source["address"]))] if card.accept_licence else []
+    return {
+        "name": card.name,
+        "family": card.family,
+        "task": card.task,
+        "description": card.description,
+        "licence": card.licence,
+        "accept_licence": card.accept_licence,
+        "accept_at": pages,
+        "parameters": card.parameters,
+        "sources": sources,
+    }
+
+
+def _of_files(preset: Any) -> dict[str, Any]:
+    """What config.json or the GGUF's metadata tell; no weights are read."""
+    import math
+
+    from modelhub.core.tree import flatten
+    from modelhub.tasks.loading import open_preset
+
+    source = open_preset(preset)
+    try:
+        parameters = sum(math.prod(spec.shape) for spec in flatten(source.model).values())
+        cache = sum(math.prod(spec.shape) for spec in flatten(source.model.new_cache(1, 1000)).values())
+    finally:
+        source.close()
+    return {
+        "model_type": source.config.model_type,
+        "parameters": parameters,
+        "context": source.config.max_position_embeddings,
+        "memory_for_weights": _memory(parameters),
+        "memory_for_1000_tokens": _memory(cache),
+    }
+
+
+def _cached(card: Any) -> bool:
+    return any(_has(source) for source in card.sources)
+
+
+def _has(source: Any) -> bool:
+    from modelhub.hub.sources import Options
+
+    return source.find(Options()) is not None
+
+
+def _page(address: str) -> str | None:
+    """Where a hub lets people accept the licence of an address."""
+    scheme, _, rest = address.partition("://")
+    repository = "/".join(rest.partition("@")[0].split("/")[:2])
+    if scheme == "hf":
+        return f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repository}"
+    return f"https://www.kaggle.com/models/{repository}" if scheme == "kaggle" else None
+
+
+def _memory(numbers: int) -> dict[str, int]:
+    return {dtype: numbers * size for dtype, size in _BYTES.items()}
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _text(key: str, value: Any) -> str:
+    if key == "sources":
+        return "\n".join(
+            f"{source['address']} ({'verified' if source['verified'] else 'not verified'}"
+            f"{', cached' if source['cached'] else ''})"
+            for source in value
+        )
+    if key == "accept_licence":
+        return "must be accepted once" if value else "need not be accepted anywhere"
+    if isinstance(value, dict):
+        return ", ".join(f"{_megabytes(size)} in {dtype}" for dtype, size in value.items())
+    if isinstance(value, list):
+        return "\n".join(value)
+    if key == "bytes_on_disk":
+        return _megabytes(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f} B" if parameters >= 0.9995e9 else f"{parameters / 1e6:.0f} M"

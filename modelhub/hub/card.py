@@ -1,0 +1,372 @@
+"""The model card: README.md of what is saved and published.
+
+Its front matter is the Hugging Face Hub's (https://huggingface.co/docs/hub/model-cards). Only what is known is said.
+Names come from users and from strangers' files: none of them can end the front matter or become markup.
+"""
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlsplit
+from urllib.request import url2pathname
+
+from modelhub.errors import InputError
+from modelhub.hub import licences
+from modelhub.hub.markdown import clean, code, escaped, fenced, literal, table
+from modelhub.hub.provenance import PRESET, Provenance, TrainingRun, is_repo_id
+
+_PIPELINES = {"causal-lm": "text-generation", "image-classification": "image-classification"}
+_KINDS = {"causal-lm": "language model", "image-classification": "image classifier"}
+_CLASSES = {"causal-lm": "AutoModelForCausalLM", "image-classification": "AutoModelForImageClassification"}
+_FLOATS = ("float32", "float16", "bfloat16")
+_LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # ISO 639, as the Hub asks
+_RUNS_SHOWN = 10
+_ROWS = 40  # of a table
+_LOSSES_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is made from.
+
+    task: "causal-lm" or "image-classification". parameters: of the model, or of the adapter. adapter: the folder is
+    PEFT's. languages: ISO 639 codes. datasets: names on the Hub of what it was trained on. address: where it is
+    published; None: a folder. curve: name of a picture in the folder.
+    """
+
+    title: str
+    task: str
+    model_type: str
+    parameters: int
+    dtype: str
+    provenance: Provenance
+    adapter: bool
+    languages: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    address: str | None = None
+    has_chat_template: bool = False
+    curve: str | None = None
+
+
+def check_card(facts: CardFacts | Provenance) -> None:
+    """Raises InputError, saying what to add, for a card without a licence or without an origin.
+
+    An origin is a base model that others can get, or the statement that there is none. Warns where the base model's
+    licence asks for something that only the publisher can do.
+    """
+    provenance = facts if isinstance(facts, Provenance) else facts.provenance
+    licence, base_model = provenance.licence, provenance.base_model
+    problems: list[str] = []
+    if licence is None or licence.strip().lower() in ("", "other", "unknown"):
+        found = f"licence={licence!r} names none" if licence else "it has no licence"
+        problems.append(f'{found}: add licence="apache-2.0", "gemma" or another of {licences.LIST}, or a name of yours')
+    elif len(licence) > 200:
+        problems.append(f"licence={licence[:20]!r}... has {len(licence)} characters: give its identifier or its name")
+    if base_model is not None and not is_repo_id(base_model):
+        problems.append(
+            f"base_model={base_model[:100]!r} is no repository on the Hugging Face Hub: give it as owner/name"
+        )
+    elif not base_model and not _origin(provenance) and not provenance.from_scratch:
+        problems.append(
+            'it does not say what the model was made from: add base_model="owner/name", a repository on the Hugging '
+            "Face Hub, or from_scratch=True if the weights began random"
+        )
+    if problems:
+        raise InputError(f"the model card is not complete: {'; '.join(problems)}")
+    if terms := _terms(provenance):
+        if licence and licence.lower() != terms.licence:
+            warnings.warn(
+                f"the base model is under the {terms.name}, which licence={licence!r} does not lift: the card and "
+                f"NOTICE pass them on. licence={terms.licence!r} says it plainly",
+                stacklevel=2,
+            )
+        if isinstance(facts, CardFacts) and terms.name_begins and not _begins(facts.title, terms.name_begins):
+            warnings.warn(
+                f"the {terms.name} asks that the name of a derived model begin with {terms.name_begins!r}; this one "
+                f"is called {clean(facts.title, 100)!r}: publish it under another name",
+                stacklevel=2,
+            )
+
+
+def _begins(title: str, wanted: str) -> bool:
+    return re.sub(r"[\W_]+", " ", title).strip().lower().startswith(wanted.lower())
+
+
+def notice(provenance: Provenance) -> str | None:
+    """The text of the file NOTICE, where the licence wants one to be passed on."""
+    terms = _terms(provenance)
+    if terms is None:
+        return None
+    base = provenance.base_model or _origin(provenance)
+    source = f", starting from {clean(base, 200)}" if base else ""
+    return f"{terms.notice}\n\nFiles beside this one were modified or made with modelhub{source}; README.md says how.\n"
+
+
+def render_card(facts: CardFacts) -> str:
+    """The text of README.md: front matter and Markdown."""
+    sections = {
+        "": [f"# {escaped(facts.title, 100) or 'model'}", *_summary(facts)],
+        "Use": _usage(facts),
+        "Training": _training(facts),
+        "Results": _results(facts.provenance.runs),
+        "Licence": _licence(facts),
+    }
+    blocks = [f"---\n{_front_matter(facts)}\n---"]
+    for heading, section in sections.items():
+        blocks += [*([f"## {heading}"] if heading and section else []), *section]
+    return "\n\n".join(blocks) + "\n"
+
+
+# --- front matter ---------------------------------------------------------------------------------------------------
+
+
+def _front_matter(facts: CardFacts) -> str:
+    from huggingface_hub.repocard_data import ModelCardData
+
+    provenance, runs = facts.provenance, facts.provenance.runs
+    results = _validation(runs)
+    base_model = _base_model(provenance)
+    lora = ["lora"] if facts.adapter or any(run.adapter for run in runs) else []
+    tags = [clean(tag, 60) for tag in ("modelhub", facts.model_type, *lora, *facts.tags)]
+    relation = "adapter" if facts.adapter else "finetune" if runs else None
+    if facts.dtype not in _FLOATS and relation is None:
+        relation = "quantized"
+    data = ModelCardData(
+        language=[name for name in facts.languages if _LANGUAGE.fullmatch(name)] or None,
+        **licences.front_matter(provenance.licence or ""),
+        library_name="peft" if facts.adapter else "transformers",
+        pipeline_tag=_PIPELINES.get(facts.task),
+        base_model=base_model,
+        base_model_relation=relation if base_model else None,
+        tags=[tag for tag in tags if tag],
+        datasets=[name for name in facts.datasets if is_repo_id(name if "/" in name else f"datasets/{name}")] or None,
+        metrics=sorted({"accuracy", "perplexity"} & results.keys()) or None,  # those that the Hub knows
+        model_name=clean(facts.title, 100) or "model",
+        eval_results=_eval_results(facts, results) or None,
+    )
+    return data.to_yaml()
+
+
+def _validation(runs: Sequence[TrainingRun]) -> dict[str, float]:
+    """What the last run measured on validation data; earlier ones say nothing of these weights."""
+    last = runs[-1].metrics if runs else {}
+    return {name.removeprefix("val_"): value for name, value in last.items() if name.startswith("val_")}
+
+
+def _eval_results(facts: CardFacts, results: dict[str, float]) -> list[Any]:
+    from huggingface_hub.repocard_data import EvalResult
+
+    task = _PIPELINES.get(facts.task, facts.task)
+    return [
+        # Of the validation data nothing is known but that it went with the run.
+        EvalResult(task, "unknown", "validation data of the training run", clean(name, 60), value)
+        for name, value in list(results.items())[:_ROWS]
+    ]
+
+
+# --- body -----------------------------------------------------------------------------------------------------------
+
+
+def _terms(provenance: Provenance) -> licences.Terms | None:
+    return licences.terms_of(provenance.licence, provenance.base_model, provenance.base)
+
+
+def _base_model(provenance: Provenance) -> str | None:
+    return provenance.base_model if provenance.base_model and is_repo_id(provenance.base_model) else None
+
+
+def _origin(provenance: Provenance) -> str | None:
+    """base, if others can get it: not a path of some machine."""
+    base = provenance.base or ""
+    return base if re.match(r"(?!file:)[a-z]{2,}:", base) else None
+
+
+def _link(repo: str) -> str:
+    return f"[{repo}](https://huggingface.co/{repo})"
+
+
+def _summary(facts: CardFacts) -> list[str]:
+    provenance, kind = facts.provenance, _KINDS.get(facts.task, "model")
+    base_model, origin = _base_model(provenance), _origin(provenance)
+    what = f"An adapter (LoRA) for a {kind}" if facts.adapter else f"A {kind}"
+    size = f"{facts.parameters:,} parameters, {escaped(facts.dtype, 20)}"
+    text = f"{what} of the {code(facts.model_type)} architecture: {size}."
+    how = "Goes on top of" if facts.adapter else "Fine-tuned from" if provenance.runs else "Saved from"
+    preset = (origin or "").startswith(PRESET)
+    named = f"modelhub's preset {code(origin.removeprefix(PRESET))}" if origin and preset else code(origin or "")
+    files = f" (its files: {named})" if origin and not origin.startswith(f"hf://{base_model}") else ""
+    if base_model:
+        text += f" {how} {_link(base_model)}{files} with modelhub."
+    elif origin:
+        text += f" {how} {named} with modelhub."
+    elif provenance.from_scratch:
+        text += " Trained from scratch with modelhub: there is no base model."
+    terms = _terms(provenance)
+    return [text, *([f"**{terms.credit}**"] if terms and terms.credit else [])]
+
+
+def _usage(facts: CardFacts) -> list[str]:
+    provenance, address = facts.provenance, facts.address or "path/to/this/folder"
+    place, revision = literal(address), ""
+    setup: list[str] = []
+    if address.startswith("hf://"):
+        repo, _, named = address.removeprefix("hf://").partition("@")
+        place, revision = literal(repo), f", revision={literal(named)}" if named else ""
+    elif address.startswith("kaggle://"):
+        handle = literal(address.removeprefix("kaggle://"))
+        place, setup = "folder", [f"folder = kagglehub.model_download({handle})"]
+    elif address.startswith("file://"):
+        place = literal(url2pathname(urlsplit(address).path))
+    base, origin = _base_model(provenance) or "path/to/the/base/model", _origin(provenance) or ""
+    our_base = f"hf://{base}" if _base_model(provenance) else base
+    if origin.startswith(PRESET) or "://" in origin:
+        our_base = origin.removeprefix(PRESET)
+    return [
+        "With modelhub:",
+        fenced(_with_modelhub(facts, literal(address), literal(our_base))),
+        "With transformers and PEFT:" if facts.adapter else "With transformers:",
+        fenced(_with_transformers(facts, place, revision, literal(base), setup)),
+    ]
+
+
+def _with_modelhub(facts: CardFacts, where: str, base: str) -> list[str]:
+    if facts.task == "image-classification":
+        name, task = "clf", "ImageClassifier"
+        use = 'print(clf.predict(["cat.jpg"], top=5))'
+    elif facts.has_chat_template:
+        name, task = "lm", "CausalLM"
+        use = 'print(lm.chat([{"role": "user", "content": "What is a river?"}], max_new_tokens=64))'
+    else:
+        name, task = "lm", "CausalLM"
+        use = 'print(lm.generate("The river", max_new_tokens=64))'
+    load = [f"{name} = {task}.from_preset({base if facts.adapter else where})"]
+    if facts.adapter:
+        load.append(f"{name}.load_adapter({where})")
+    return [f"from modelhub import {task}", "", *load, use]
+
+
+def _with_transformers(facts: CardFacts, where: str, revision: str, base: str, setup: list[str]) -> list[str]:
+    image = facts.task == "image-classification"
+    model, processor = _CLASSES.get(facts.task, "AutoModel"), "AutoImageProcessor" if image else "AutoTokenizer"
+    source = base if facts.adapter else where + revision
+    name = "processor" if image else "tokenizer"
+    if image:
+        use = [
+            'inputs = processor(Image.open("cat.jpg"), return_tensors="pt")',
+            "print(model.config.id2label[int(model(**inputs).logits.argmax())])",
+        ]
+    elif facts.has_chat_template:
+        use = [
+            'messages = [{"role": "user", "content": "What is a river?"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ")",
+        ]
+    else:
+        use = ['inputs = tokenizer("The river", return_tensors="pt")']
+    if not image:
+        use.append("print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))")
+    return [
+        *(["import kagglehub"] if setup else []),
+        *(["from peft import PeftModel"] if facts.adapter else []),
+        *(["from PIL import Image"] if image else []),
+        f"from transformers import {', '.join(sorted([processor, model]))}",
+        "",
+        *setup,
+        f"{name} = {processor}.from_pretrained({source})",
+        f"model = {model}.from_pretrained({source})",
+        *([f"model = PeftModel.from_pretrained(model, {where}{revision})"] if facts.adapter else []),
+        *use,
+    ]
+
+
+def _training(facts: CardFacts) -> list[str]:
+    runs = facts.provenance.runs
+    blocks: list[str] = []
+    if len(runs) > _RUNS_SHOWN:
+        blocks.append(f"{len(runs)} runs; the last {_RUNS_SHOWN}:")
+    for number, run in list(enumerate(runs, 1))[-_RUNS_SHOWN:]:
+        if len(runs) > 1:
+            blocks.append(f"### Run {number}")
+        blocks += _run(run)
+        if number == len(runs):
+            if facts.curve:
+                blocks.append(f"![The loss of each step]({quote(clean(facts.curve, 200))})")
+            blocks += _losses(run)
+    return blocks
+
+
+def _run(run: TrainingRun) -> list[str]:
+    amount = [f"{count:,} {name}" for count, name in [(run.examples, "examples"), (run.tokens, "tokens")] if count]
+    text = f"Trained on {code(run.data)}" + (f" ({', '.join(amount)})" if amount else "")
+    text += ": an adapter (LoRA)" if run.adapter else ": all weights"
+    text += f", on the backend {code(run.backend)}" + (f" in {_duration(run.seconds)}" if run.seconds else "")
+    text += f"; it ended {code(run.date, 40)}." if run.date else "."
+    settings = [
+        (code(name, 60), code(value))
+        for table in (run.settings, run.adapter or {})
+        for name, value in table.items()
+        if value is not None
+    ]
+    return [text, table(("setting", "value"), settings[:_ROWS])] if settings else [text]
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _losses(run: TrainingRun) -> list[str]:
+    losses = run.losses
+    if not losses:
+        return []
+    shown = min(_LOSSES_SHOWN, len(losses))
+    chosen = [losses[i * (len(losses) - 1) // max(shown - 1, 1)] for i in range(shown)]
+    return [table(("step", "loss per token"), [(str(step), f"{loss:.4g}") for step, loss in chosen])]
+
+
+def _results(runs: Sequence[TrainingRun]) -> list[str]:
+    if not runs or not (metrics := runs[-1].metrics):
+        return ["No evaluation has been recorded."]
+    said = "Of the last epoch: means over the data that was trained on, while it was learnt"
+    if any(name.startswith("val_") for name in metrics):
+        said += "; `val_`: measured after it, on validation data."
+    else:
+        said += ". Nothing was measured on other data."
+    rows = [(code(name, 60), f"{value:.4g}") for name, value in list(metrics.items())[:_ROWS]]
+    return [said, table(("measure", "value"), rows)]
+
+
+def _licence(facts: CardFacts) -> list[str]:
+    provenance = facts.provenance
+    terms = _terms(provenance)
+    blocks = [f"{code(provenance.licence)}."] if (provenance.licence or "").strip() else []
+    if terms:
+        blocks.append(
+            f"{terms.notice.rstrip('.')}. Use and distribution are governed by the [{terms.name}]({terms.url}), which "
+            f"you accept by using or distributing this model. Its use restrictions ({terms.restrictions}) bind "
+            "everybody who uses it, passes it on or builds on it. These terms and the file NOTICE go with every copy."
+        )
+    if _base_model(provenance) or _origin(provenance):
+        blocks.append(_changes(facts))
+    return blocks
+
+
+def _changes(facts: CardFacts) -> str:
+    """What licences such as Apache 2.0 (section 4b) and Gemma's (3.1) want said of modified files."""
+    if facts.adapter:
+        return "This is an adapter alone: the base model's own weights are not part of it."
+    ways = {
+        "a trained adapter was merged into the weights" if run.adapter else "all weights were trained further"
+        for run in facts.provenance.runs
+    }
+    how = " and ".join(sorted(ways, reverse=True)) or "the files were written anew; no training has been recorded"
+    return f"Changed from the base model with modelhub: {how}."

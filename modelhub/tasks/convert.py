@@ -1,0 +1,111 @@
+"""From one file format to another: whatever `from_preset` loads becomes a GGUF file or a Hugging Face folder."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelhub.core.backends import get_backend
+from modelhub.errors import ConfigError, InputError
+from modelhub.families import family_of
+from modelhub.families.naming import KEEP
+from modelhub.hub import gguf_writer
+from modelhub.tasks.backbone import Backbone
+from modelhub.tasks.causal_lm import CausalLM
+from modelhub.tasks.loading import DTYPES, HuggingFaceSource, Source, opened
+
+log = logging.getLogger("modelhub")
+
+# As files call them; what is quantised in blocks becomes float32, which loses nothing.
+_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"} | {dtype: dtype for dtype in DTYPES}
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    dtype: str | None = None,
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write the model `source` in another format, tokenizer and chat template included; returns where it is.
+
+    source: anything that `CausalLM.from_preset` takes. target: a .gguf file, for llama.cpp and what stands on it, or a
+        folder for Hugging Face's format.
+    dtype: of the weights in a GGUF file "float16" (the default), "bfloat16", "float32" or "q8_0", where vectors and
+        norms are float32 always; in a folder "float32", "bfloat16" or "float16", by default what they are in `source`.
+    adapter: a PEFT folder; it is merged into the weights. force: replace what is at `target`.
+
+    It takes the memory of the weights as they are stored; in float32 where they are of several dtypes, and to merge an
+    adapter, whose small changes would drown in 16 bits. `target` appears when it is complete.
+
+    Raises InputError for a target that is there already; ConfigError and TokenizerError for a model that llama.cpp
+    cannot run as it is, before any weight is read; and what `from_preset` and `load_adapter` raise.
+    """
+    target = Path(target).expanduser().absolute()
+    to_gguf = target.suffix.lower() == ".gguf"
+    if dtype is not None and dtype not in (allowed := gguf_writer.DTYPES if to_gguf else DTYPES):
+        kind = "a GGUF file" if to_gguf else "a folder"
+        raise InputError(f"dtype must be one of {', '.join(allowed)} for {kind}, got {dtype!r}")
+    if to_gguf and target.is_dir():
+        raise InputError(f"{target} is a folder; give the GGUF file another name")
+    if not force and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
+        raise InputError(f"{target} is there already; give another place, or replace it with force=True (--force)")
+    name = os.fspath(source)
+    metadata: dict[str, Any] = {}
+    extra: dict[str, np.ndarray] = {}
+    with opened(name, None, False, None, None, True) as preset:
+        tokenizer = preset.tokenizer()
+        if to_gguf:
+            if not hasattr(preset.config, "to_gguf"):
+                raise ConfigError(f"{name}: models of type {preset.config.model_type} cannot be written as GGUF files")
+            metadata, extra = preset.config.to_gguf()
+            metadata |= tokenizer.to_gguf(preset.config.vocab_size)
+        exact, usual = _dtypes(preset)
+        backbone = Backbone.from_source(preset, get_backend("numpy"), "float32" if adapter else exact, True, 0)
+        lm = CausalLM(backbone, tokenizer, preset.generation_config, name)
+    if adapter is not None:
+        lm.load_adapter(adapter)
+    if to_gguf:
+        _write_gguf(lm, target, metadata, extra, dtype or "float16")
+    else:
+        lm.save_to_preset(target, dtype or usual)
+    return target
+
+
+def _write_gguf(lm: CausalLM, target: Path, metadata: dict[str, Any], extra: dict[str, np.ndarray], dtype: str) -> None:
+    arch, config = metadata["general.architecture"], lm.config
+    metadata |= {"general.type": "model", "general.name": target.stem}
+    if (context := metadata[f"{arch}.context_length"]) < config.max_position_embeddings:
+        log.warning(
+            "llama.cpp knows no sliding window for this model: the file says that its context is the window, %d tokens",
+            context,
+        )
+    # llama.cpp finds the usual names by itself.
+    for token in lm._end_of_turn - {metadata.get("tokenizer.ggml.eos_token_id")}:
+        metadata["tokenizer.ggml.eot_token_id"] = token
+    names, param = family_of(config.model_type).names("gguf", config), lm.backbone.plain_param()
+    ours = {names.to_theirs(name)[0]: name for name in lm.backbone.plain_names()}
+
+    def read(theirs: str) -> np.ndarray:
+        if theirs in extra:
+            return extra[theirs]
+        x, via = param(ours[theirs]), names.to_theirs(ours[theirs])[1]
+        return x if via is KEEP else via.to_theirs(np.array(x, np.float32))  # a copy, which via may write to
+
+    shapes = {theirs: x.shape for theirs, x in extra.items()}
+    shapes |= {theirs: lm.params[name].shape for theirs, name in ours.items()}
+    gguf_writer.write_gguf(target, metadata, shapes, read, dtype)
+
+
+def _dtypes(source: Source) -> tuple[str, str]:
+    """The dtype in which nothing is lost, and that of the matrices: GGUF keeps vectors in float32 beside them."""
+    checkpoint = source.checkpoint()
+    infos = checkpoint.tensors.values()
+    if isinstance(source, HuggingFaceSource):  # the others keep theirs open
+        checkpoint.close()
+    kinds = {info.dtype for info in infos}, {info.dtype for info in infos if len(info.shape) > 1}
+    exact, usual = (_STORED.get(next(iter(kind)), "float32") if len(kind) == 1 else "float32" for kind in kinds)
+    return exact, usual

@@ -1,0 +1,215 @@
+"""What a task needs to be saved and published: folders that other tools load, their card, the check before upload."""
+
+import dataclasses
+import datetime
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelhub.errors import BackendNotInstalled, CheckpointError, InputError
+from modelhub.hub import publish
+from modelhub.hub.card import CardFacts, check_card, notice, render_card
+from modelhub.hub.provenance import Provenance, TrainingRun, write_provenance
+from modelhub.hub.sources import cache_root
+from modelhub.tasks.backbone import Backbone
+from modelhub.tasks.loading import DTYPES
+from modelhub.tasks.saving import MAX_SHARD_SIZE, model_folder, write_backbone, write_card
+from modelhub.training.history import History
+
+# How far logits may be from those in memory, relative to the largest: a merged adapter sums in another order and rounds
+# to the weights' dtype.
+_TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
+
+
+class Publishing:
+    """Mixed into tasks. They say what they are (`task`), how to look at their outputs, and what goes with weights."""
+
+    task: str  # as in the registry's cards
+    backbone: Backbone
+    preset: str
+
+    def _write_processors(self, folder: Path) -> None:
+        """Tokenizer or image processor, and further config files."""
+        raise NotImplementedError
+
+    def _probe(self) -> np.ndarray:
+        """Logits of an input that is always the same."""
+        raise NotImplementedError
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where the model comes from and what it was trained on, an active adapter included."""
+        adapter = self.backbone.adapter
+        found = self.backbone.provenance
+        return dataclasses.replace(found, runs=found.runs + adapter.runs) if adapter else found
+
+    def save_to_preset(
+        self, folder: str | os.PathLike[str], dtype: str | None = None, *, max_shard_size: int = MAX_SHARD_SIZE
+    ) -> None:
+        """Write a Hugging Face model folder: config, weights (an active adapter merged in), tokenizer, model card.
+
+        transformers and `from_preset` load it. The folder is replaced as a whole, or not at all; the task stays as it
+        is. dtype: of the weights in the files, "float32", "bfloat16" or "float16"; None: the model's. max_shard_size:
+        bytes of a file of weights; more are split, with an index.
+        """
+        self._save(Path(folder).resolve(), dtype, max_shard_size)
+
+    def save_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Write the active adapter as a folder that PEFT, transformers and vLLM load, with a model card."""
+        self._save_adapter(Path(folder).resolve())
+
+    def publish(
+        self, address: str, private: bool = True, adapter_only: bool = False, revision: str | None = None,
+        message: str | None = None, licence: str | None = None, dry_run: bool = False,
+        *, base_model: str | None = None, from_scratch: bool = False, datasets: Sequence[str] = (),
+        token: str | None = None,
+    ) -> publish.Published | publish.Plan:  # fmt: skip
+        """Send the model, or its adapter alone, to a hub: save it, load it again and compare, then upload.
+
+        address: hf://owner/name, kaggle://owner/model/framework/variation, or file:///folder/name, a shared folder that
+            needs no server. private: where the hub can hide a model. revision: a branch (Hugging Face), or the part
+            after @ (folders). message: of the commit, or the version's notes.
+        licence: identifier as the Hugging Face Hub spells it ("apache-2.0", "gemma"); None: the base model's.
+        base_model: repository on the Hub, where it is not known already. from_scratch: there is no base model.
+        datasets: names on the Hub of what it was trained on, for the card.
+        dry_run: send nothing and return what would be sent.
+
+        Raises InputError for a card without a licence or an origin, CheckpointError if what was written does not
+        compute what the model in memory computes, and DownloadError when the hub refuses or cannot be reached.
+        """
+        target = publish.check_address(address, revision)
+        found = self.backbone.provenance
+        self.backbone.provenance = dataclasses.replace(
+            found, licence=licence or found.licence, base_model=base_model or found.base_model,
+            from_scratch=from_scratch or (found.from_scratch and not base_model),
+        )  # fmt: skip
+        facts: dict[str, Any] = {"title": target.title, "address": target.address, "datasets": tuple(datasets)}
+        check_card(self._facts(adapter_only, **facts))
+        licence = self.provenance.licence
+        staging = cache_root() / "publishing" / hashlib.sha256(target.address.encode()).hexdigest()[:16]
+        folder = staging / target.title
+        digests: dict[str, str] = {}
+        try:
+            if adapter_only:
+                self._save_adapter(folder, **facts)
+                self._compare_adapter(folder)
+            else:
+                self._save(folder, None, MAX_SHARD_SIZE, digests, **facts)
+                self._compare(folder)
+            if dry_run:
+                return publish.plan(folder, address, private=private, revision=revision, licence=licence, token=token)
+            return publish.publish_folder(
+                folder, address, private=private, revision=revision, message=message, licence=licence, token=token,
+                digests=digests,
+            )  # fmt: skip
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _save(
+        self, target: Path, dtype: str | None, max_shard_size: int, digests: dict[str, str] | None = None, **facts: Any
+    ) -> None:
+        if dtype is not None and dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        with model_folder(target) as work:
+            self._write_processors(work)
+            write_backbone(work, self.backbone, dtype, max_shard_size, digests)
+            self._write_companions(work, target, adapter=False, **facts)
+
+    def _save_adapter(self, target: Path, **facts: Any) -> None:
+        found = self.provenance
+        base = found.base_model or found.base or self.preset
+        self.backbone.save_adapter(target, base, lambda work: self._write_companions(work, target, True, **facts))
+
+    def _write_companions(self, work: Path, target: Path, adapter: bool, **facts: Any) -> None:
+        """What tells people about the model. target: the folder that `work` is going to be."""
+        provenance = self.provenance
+        write_provenance(work, provenance)
+        facts = {"title": target.name} | facts
+        write_card(work, render_card(self._facts(adapter, curve=_draw(provenance, work), **facts)), target)
+        if text := notice(provenance):
+            (work / "NOTICE").write_text(text, encoding="utf-8")
+
+    def _facts(self, adapter: bool, **facts: Any) -> CardFacts:
+        backbone = self.backbone
+        if adapter and backbone.adapter is not None:
+            counted = list(backbone.adapter.params.values())
+        else:
+            counted = [backbone.params[name] for name in backbone.plain_names()]
+        return CardFacts(
+            task=self.task, model_type=backbone.config.model_type, dtype=backbone.dtype, provenance=self.provenance,
+            parameters=sum(int(np.prod(x.shape)) for x in counted), adapter=adapter,
+            has_chat_template=self._chats(), **facts,
+        )  # fmt: skip
+
+    def _chats(self) -> bool:
+        return False
+
+    def _record(self, history: History, settings: Mapping[str, Any], data: str, report: Any) -> None:
+        """Remember a finished run of `fit` for the model's card."""
+        adapter = self.backbone.adapter
+        told = {key: value for key, value in settings.items() if key not in ("data", "adapter", "preset")}
+        run = TrainingRun(
+            data=data,
+            settings=told | {"steps": len(history.steps), "epochs": len(history.epoch)},
+            metrics={name: values[-1] for name, values in history.history.items() if values},
+            losses=[(int(step["step"]), step["loss"]) for step in history.steps],
+            adapter=None if adapter is None else adapter.described(),
+            examples=getattr(report, "examples", None),
+            tokens=getattr(report, "tokens", None),
+            seconds=sum(step.get("seconds", 0.0) for step in history.steps),
+            backend=self.backbone.xp.name,
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        if adapter is not None:
+            adapter.runs += (run,)
+        else:
+            self.backbone.provenance = self.backbone.provenance.with_run(run)
+
+    def _compare(self, folder: Path) -> None:
+        backbone = self.backbone
+        again = type(self).from_preset(  # type: ignore[attr-defined]
+            folder, backend=backbone.xp.name, device=backbone.xp.device, dtype=backbone.dtype
+        )
+        _check_equal(again._probe(), self._probe(), folder, backbone.dtype)
+
+    def _compare_adapter(self, folder: Path) -> None:
+        """The adapter's folder on the weights that are in memory already."""
+        backbone, name, merged = self.backbone, self.backbone.active_adapter, not self.backbone.has_adapter
+        expected = self._probe()
+        again = backbone.load_adapter(folder, "as published")
+        try:
+            _check_equal(self._probe(), expected, folder, backbone.dtype)
+        finally:
+            backbone.set_adapter(name)
+            del backbone.adapters[again]
+            if merged:
+                backbone.merge_lora()
+
+
+def _check_equal(found: np.ndarray, expected: np.ndarray, folder: Path, dtype: str) -> None:
+    difference = float(np.abs(found - expected).max())
+    allowed = _TOLERANCE[dtype] * float(np.abs(expected).max())
+    if not difference <= allowed:  # NaN must not pass
+        raise CheckpointError(
+            f"{folder} was written and loaded again, and its logits differ from those of the model in memory by "
+            f"{difference:.3g} (at most {allowed:.3g} is rounding). Nothing was sent. Are all weights finite numbers?"
+        )
+
+
+def _draw(provenance: Provenance, folder: Path) -> str | None:
+    """curve.png of the last run; its name, or None without a run or without matplotlib."""
+    if not provenance.runs or not (losses := provenance.runs[-1].losses):
+        return None
+    history = History()
+    history.load_state_dict({"history": {}, "epoch": [], "steps": [
+        {"step": step, "epoch": 0, "loss": loss} for step, loss in losses
+    ]})  # fmt: skip
+    try:
+        return history.plot(folder / "curve.png").name
+    except BackendNotInstalled:
+        return None

