@@ -91,6 +91,7 @@ class Config:
         if data.get("model_type") == "gemma3":  # multimodal: the text tower is a config of its own
             shared = {key: data[key] for key in _SHARED_WITH_TEXT if key in data}
             data = shared | {"model_type": "gemma3_text"} | dict(data.get("text_config") or {})
+            check_kinds(data, "text_config")
         kind = data.get("model_type")
         if kind not in _DEFAULTS:
             raise ConfigError(f"model_type {kind!r} is not a Gemma; this family reads gemma3, {', '.join(_DEFAULTS)}")

@@ -76,7 +76,8 @@ def _behind(digest: Any) -> Iterator[Callable[[Any], Any]]:
 
 def save_arrays(arrays: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """save_tensors for what is in memory already."""
-    save_tensors({name: (x.shape, str(x.dtype)) for name, x in arrays.items()}, arrays.__getitem__, path, metadata)
+    native = {name: np.asarray(x, x.dtype.newbyteorder("=")) for name, x in arrays.items()}
+    save_tensors({name: (x.shape, str(x.dtype)) for name, x in native.items()}, native.__getitem__, path, metadata)
 
 
 @contextmanager

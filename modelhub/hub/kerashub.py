@@ -145,7 +145,7 @@ def _datasets(file: WeightFile, root: h5py.File) -> Iterator[tuple[str, h5py.Dat
     """Path and dataset of all that is in the file, each object once."""
     if root.userblock_size:
         raise file.damaged("it starts with a block that is no HDF5, which Keras never writes")
-    seen = {h5py.h5o.get_info(root.id).addr}
+    seen: set[int] = set()
     waiting: list[tuple[str, h5py.Group]] = [("", root)]
     while waiting:
         prefix, group = waiting.pop()
@@ -155,7 +155,8 @@ def _datasets(file: WeightFile, root: h5py.File) -> Iterator[tuple[str, h5py.Dat
             if type(link) is not h5py.HardLink:
                 raise _refused(file, name, f"a {type(link).__name__}, which can lead to another file")
             child = group[key]
-            address = h5py.h5o.get_info(child.id).addr
+            # Not h5o.get_info: it adds up the sizes of index trees, which never ends in one that is bent into a ring.
+            address = group.id.links.get_info(key.encode("utf-8", "surrogateescape")).u
             if address in seen:
                 raise file.damaged(f"{shown(name)} stands for something that has another name already")
             seen.add(address)

@@ -36,7 +36,6 @@ import re
 import tomllib
 from collections.abc import Collection
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -151,6 +150,8 @@ def _folders() -> list[Path]:
 def _package_folders() -> list[Path]:
     """The folders of cards that other packages bring."""
     folders: list[Path] = []
+    from importlib.metadata import entry_points  # takes a while, and built-in presets never need it
+
     for point in entry_points(group="modelhub.presets"):
         try:
             spec = importlib.util.find_spec(point.value)  # imports what the folder is in, not the folder

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fuzz.target import TARGETS
 
-CASES = 18_000
+CASES = 24_000
 SCRIPT = Path(__file__).with_name("worker.py")
 
 

@@ -328,7 +328,7 @@ def test_without_a_tokenizer(lm, tmp_path):
     batch = {"input_ids": [[2, 5, 6, 7]], "labels": [[2, 5, 6, 7]]}
     assert len(lm.fit([batch], **QUIET).steps) == 1
     lm.save_to_preset(tmp_path / "saved")
-    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
+    assert not [path for path in (tmp_path / "saved").iterdir() if path.name.startswith("tokenizer")]
 
 
 def test_a_loss_of_another_shape(lm):

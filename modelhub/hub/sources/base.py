@@ -16,6 +16,7 @@ _TEXT_FILES = {
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -100,6 +101,7 @@ def needed(paths: Iterable[str], weights: bool, where: str = "the preset") -> li
     text = [path for path in top if path in _TEXT_FILES]
     if any(part.endswith(".h5") for part in parts):
         text += [path for path in paths if path in _KERAS_FILES or path.startswith("assets/tokenizer/")]
+        parts += [path for path in top if path == "task.weights.h5"]  # a classifier's head
     adapter = {"adapter_config.json", "adapter_model.safetensors"} <= set(text)
     pickles = [path for path in top if _PICKLE.fullmatch(path)]
     if "config.json" not in text and "adapter_config.json" not in text:
