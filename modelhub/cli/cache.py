@@ -10,6 +10,7 @@ import typer
 
 from modelhub.cli import options
 from modelhub.cli.options import option
+from modelhub.cli.presets import in_bytes
 
 app = typer.Typer(help="List, check and remove what is in the cache.", invoke_without_command=True)
 Names = Annotated[list[str], typer.Argument(help="names of presets, or addresses as `modelhub cache` lists them")]
@@ -29,8 +30,8 @@ def list_(context: typer.Context, as_json: options.Json = False) -> None:
     width = max((len(entry.address) for entry in found), default=0)
     for entry in found:  # no table: it would cut addresses, which are to be copied
         day = time.strftime("%Y-%m-%d", time.localtime(entry.last_used))
-        print(f"{_size(entry.size):>10}  {day}  {entry.address:<{width}}  {', '.join(entry.presets)}".rstrip())
-    print(f"{_size(sum(entry.size for entry in found)):>10}  in all")
+        print(f"{in_bytes(entry.size):>10}  {day}  {entry.address:<{width}}  {', '.join(entry.presets)}".rstrip())
+    print(f"{in_bytes(sum(entry.size for entry in found)):>10}  in all")
 
 
 @app.command()
@@ -39,10 +40,10 @@ def remove(names: Names, yes: Annotated[bool, option("do not ask", None, "--yes"
     from modelhub.hub import cache
 
     for entry in cache.select(names):
-        print(f"{_size(entry.size):>10}  {entry.address}  {entry.path}", file=sys.stderr)
+        print(f"{in_bytes(entry.size):>10}  {entry.address}  {entry.path}", file=sys.stderr)
     if not yes:
         typer.confirm("Remove this?", abort=True, err=True)
-    print(f"{_size(cache.remove(*names))} freed")
+    print(f"{in_bytes(cache.remove(*names))} freed")
 
 
 @app.command()
@@ -54,11 +55,8 @@ def verify(names: Annotated[list[str] | None, typer.Argument(help="as for remove
     for entry in cache.select(names) if names else cache.entries():
         wrong = cache.verify(entry)
         damaged |= bool(wrong)
-        print(f"{entry.address}: {'damaged: ' + ', '.join(wrong) if wrong else 'ok'}")
+        state = "nothing to check" if wrong is None else f"damaged: {', '.join(wrong)}" if wrong else "ok"
+        print(f"{entry.address}: {state}")
         if wrong:
             print(f"To replace it: modelhub cache remove {entry.address}, then pull it again", file=sys.stderr)
     raise typer.Exit(int(damaged))
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

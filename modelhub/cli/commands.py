@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import modelhub
-from modelhub.cli import cache, convert, options, presets, publish
+from modelhub.cli import cache, classify, convert, options, presets, publish
 from modelhub.cli.options import DATA, option
 
 app = typer.Typer(
@@ -49,6 +49,7 @@ app.command()(presets.pull)
 app.command()(presets.register)
 app.command()(convert.convert)
 app.command()(publish.publish)
+app.command()(classify.classify)
 app.add_typer(cache.app, name="cache")
 
 
@@ -139,6 +140,8 @@ def finetune(
     loss_on: options.LossOn = None,
     template: options.Template = None,
     kind: options.Kind = None,
+    on_error: Annotated[str | None, option("images that cannot be read: raise (default), or skip", DATA)] = None,
+    augment: Annotated[bool | None, option("images: random parts, mirrored half of the time", DATA)] = None,
     rank: Annotated[int | None, option("of the adapter's matrices (default: 8)", LORA)] = None,
     alpha: Annotated[float | None, option("the update is scaled by alpha / rank (default: rank)", LORA)] = None,
     dropout: Annotated[float | None, option("share of the adapter's inputs to leave out", LORA)] = None,
@@ -151,12 +154,16 @@ def finetune(
     learning_rate: Annotated[float | None, option("of the first step after warm-up (default: 5e-5)", OPTIMIZER)] = None,
     schedule: Annotated[str | None, option("constant (default), linear or cosine", OPTIMIZER)] = None,
     weight_decay: Annotated[float | None, option("pull of the weights to 0", OPTIMIZER)] = None,
+    label_smoothing: Annotated[float | None, option("images: share of a label that all classes get", OPTIMIZER)] = None,
     clip_norm: Annotated[float | None, option("largest norm of all gradients together", OPTIMIZER)] = None,
     mixed_precision: Annotated[str | None, option("mixed_bfloat16 or mixed_float16", OPTIMIZER)] = None,
     matmul_precision: Annotated[str | None, option("highest, or high for TF32", OPTIMIZER)] = None,
     remat: Annotated[bool | None, option("compute activations twice instead of keeping them", OPTIMIZER)] = None,
     jit: Annotated[bool | None, option("compile the step (default: what the backend does best)", OPTIMIZER)] = None,
-    epochs: Annotated[int | None, option("passes over the data (default: 1)", RUN)] = None,
+    freeze_backbone: Annotated[
+        bool | None, option("images: train a head (default without LoRA), or everything", RUN, "--head/--full")
+    ] = None,
+    epochs: Annotated[int | None, option("passes over the data (default: 1; of a head: 10)", RUN)] = None,
     steps: Annotated[int | None, option("optimizer steps in all, instead of epochs", RUN)] = None,
     grad_accum: Annotated[int | None, option("batches in one optimizer step (default: 1)", RUN)] = None,
     checkpoint_dir: Annotated[str | None, option("the run's folder (default: OUTPUT_run)", RUN)] = None,
@@ -192,7 +199,7 @@ def evaluate(
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure loss, perplexity and the accuracy of single tokens on data."""
+    """Measure loss, perplexity and the accuracy of single tokens on data; of images loss and accuracy."""
     from modelhub.cli import finetune as runs
 
     given = _given(context, "preset", "data", "adapter", "offline", "as_json")
@@ -201,7 +208,7 @@ def evaluate(
         print(json.dumps(found))
         return
     for name, value in found.items():
-        print(f"{name:<10} {f'{value:,.0f}' if name == 'tokens' else f'{value:.4f}'}")
+        print(f"{name:<10} {f'{value:,.0f}' if name in ('tokens', 'images') else f'{value:.4f}'}")
 
 
 @app.command()

@@ -21,13 +21,15 @@ def convert(
     ] = None,
     adapter: options.Adapter = None,
     force: Annotated[bool, option("replace what is at TARGET", None, "--force")] = False,
+    revision: Annotated[str | None, option("a branch, tag or commit of SOURCE on the Hub")] = None,
+    offline: options.Offline = False,
 ) -> None:
     """Write a model in another format: a GGUF file for llama.cpp, or a Hugging Face folder. An adapter is merged."""
-    from modelhub.hub.preset import resolve
-    from modelhub.tasks import convert as conversion
+    from modelhub.tasks.convert import converted
 
-    written = conversion.convert(source, target, dtype, adapter=adapter, force=force)
-    before = resolve(source, offline=True).path  # in the cache by now
+    written, before = converted(
+        source, target, dtype, adapter=adapter, force=force, revision=revision, offline=offline
+    )  # fmt: skip
     err.print(f"{source}: {_size(before) / 1e6:,.1f} MB; {written.name}: {_size(written) / 1e6:,.1f} MB")
     print(written)
 

@@ -9,16 +9,20 @@ import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rich.console import Console
 
-from modelhub import CausalLM, optim
-from modelhub.errors import BackendNotInstalled, InputError
+from modelhub import Augment, CausalLM, ImageClassifier, optim
+from modelhub.errors import BackendNotInstalled, InputError, PresetNotFound
 from modelhub.hub import adapters
+from modelhub.hub.preset import resolve
+from modelhub.hub.registry import find_card
 from modelhub.hub.resources import resource
 from modelhub.tasks import saving
+from modelhub.tasks.loading import open_preset
 from modelhub.training import Callback, History, checkpoints
+from modelhub.training.image_examples import Examples, read_examples
 from modelhub.training.records import read_records
 
 Settings = dict[str, dict[str, Any]]  # {table: {key: value}}; the table "" is what stands above all others
@@ -31,18 +35,24 @@ TOP = {
 _NOT_IN_RECIPES = {
     "lora": {"name", "seed"}, "compile": {"loss"}, "fit": {"data", "validation_data", "callbacks", "verbose"},
 }  # fmt: skip
+_HEAD: Settings = {
+    "compile": {"learning_rate": 1e-3},
+    "fit": {"epochs": 10},
+}  # where a head is trained and nothing else is said
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Sequence: "a list of texts"}
 
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
-def recipe_keys() -> dict[str, dict[str, Any]]:
-    """{table: {key: type}}: the parameters of the methods that the tables are named after."""
-    methods: dict[str, Callable] = {"lora": CausalLM.enable_lora, "compile": CausalLM.compile, "fit": CausalLM.fit}
-    return {"": TOP} | {
-        table: {k: hint for k, hint in get_type_hints(method).items() if k not in {"return"} | _NOT_IN_RECIPES[table]}
-        for table, method in methods.items()
-    }
+def recipe_keys(*tasks: type) -> dict[str, dict[str, Any]]:
+    """{table: {key: type}}: the parameters of the methods that the tables are named after; of all tasks or of some."""
+    keys: dict[str, dict[str, Any]] = {"": TOP}
+    for task in tasks or (CausalLM, ImageClassifier):
+        for table, method in {"lora": "enable_lora", "compile": "compile", "fit": "fit"}.items():
+            hints = get_type_hints(getattr(task, method))
+            own = {k: hint for k, hint in hints.items() if k not in {"return"} | _NOT_IN_RECIPES[table]}
+            keys[table] = keys.get(table, {}) | own
+    return keys
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------
@@ -71,6 +81,8 @@ def read_recipe(name: str) -> Settings:
     for key, get in (("optimizer", optim.get), ("schedule", optim.get_schedule)):
         if isinstance(value := settings.get("compile", {}).get(key), dict):
             settings["compile"][key] = _made(key, value, get, path)
+    if isinstance(value := settings.get("fit", {}).get("augment"), dict):
+        settings["fit"]["augment"] = _made("augment", value | {"name": ""}, lambda _: Augment(), path)
     _locate(settings, path.resolve().parent)
     return settings
 
@@ -113,6 +125,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, part) for part in get_args(hint))
     if hint is Any:  # optimizer and schedule: a name, or a table with a name and its settings
         return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("name"), str))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, dict)
     if get_origin(hint) is Sequence:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if isinstance(value, bool):
@@ -123,6 +139,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def _described(hint: Any) -> str:
     if hint is Any:
         return 'a name, or a table as in { name = "cosine", warmup_steps = 10 }'
+    if get_origin(hint) is Literal:
+        return " or ".join(get_args(hint))
     parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kinds = [get_origin(part) or part for part in parts]
     return " or ".join(_WORDS[kind] for kind in kinds if kind in _WORDS)
@@ -186,7 +204,7 @@ def finetune(recipe: str | None, options: dict[str, Any], *, offline: bool, dry_
     places = {key: table for table, keys in recipe_keys().items() for key in keys}
     for key, value in options.items():
         settings.setdefault(places[key], {})[key] = value
-    top, fit, lora = settings[""], settings.get("fit", {}), settings.get("lora")
+    top, fit, lora = settings[""], settings.setdefault("fit", {}), settings.get("lora")
     needed = ("preset", "data") if dry_run else ("preset", "data", "output")
     if missing := [f"--{key}" for key in needed if not top.get(key)]:
         raise InputError(f"finetune needs {', '.join(missing)}, or a recipe that says it")
@@ -194,59 +212,124 @@ def finetune(recipe: str | None, options: dict[str, Any], *, offline: bool, dry_
         fit.pop("validation_split", None)
     output = Path(top.get("output", "")).expanduser()
     run = Path(fit.get("checkpoint_dir") or output.parent / f"{output.name}_run").expanduser()
+    config = image_config(top["preset"], offline)
+    _check_keys(settings, ImageClassifier if config else CausalLM)
     # Mistakes in the data and in the output's place should not cost the time that loading a model takes.
-    data, validation_data = (_checked_data(top.get(key), fit.get("kind")) for key in ("data", "validation_data"))
+    kind, images = fit.get("kind"), config is not None
+    data, validation_data = (_checked_data(top.get(key), kind, images) for key in ("data", "validation_data"))
+    as_adapter = lora is not None and not images  # which has no place for a new head
     if not dry_run:
-        _check_output(output, run, lora is not None)
-    lm = load(top["preset"], top, offline=offline)
+        _check_output(output, run, as_adapter)
+    task: Any
+    if config is not None:
+        task = _load_images(top, config, read_examples(data)[0], fit.get("seed", 0), offline)
+        if fit.setdefault("freeze_backbone", lora is None):
+            for table, values in _HEAD.items():
+                settings[table] = values | settings.get(table, {})
+            fit = settings["fit"]
+    else:
+        task = load(top["preset"], top, offline=offline)
     if lora is not None:
-        lm.enable_lora(**lora, seed=fit.get("seed", 0))
-    lm.compile(**settings.get("compile", {}))
+        task.enable_lora(**lora, seed=fit.get("seed", 0))
+    task.compile(**settings.get("compile", {}))
     fit = fit | {"validation_data": validation_data, "checkpoint_dir": run}
     if dry_run:
         with contextlib.suppress(_Stopped):
-            lm.fit(data, **fit | {"checkpoint_dir": None, "resume": False, "callbacks": [_StopAtOnce()]})
+            task.fit(data, **fit | {"checkpoint_dir": None, "resume": False, "callbacks": [_StopAtOnce()]})
         return None
     _make_folders(output.parent, run)
     try:
-        history = lm.fit(data, **fit)
+        history = task.fit(data, **fit)
     except KeyboardInterrupt:
         found = checkpoints.latest(run)
         again = "the same command" + (" with --resume" if fit.get("resume") is False else "")
         err.print(f"stopped: {again} goes on after step {found.step}" if found else "stopped before the first step")
         raise
-    (lm.save_adapter if lora is not None else lm.save_to_preset)(output)
+    (task.save_adapter if as_adapter else task.save_to_preset)(output)
     write_history(history, run)
-    what = output if lora is None else f"{top['preset']} --adapter {output}"
+    what = f"{top['preset']} --adapter {output}" if as_adapter else output
     command = f"chat {what}" if fit.get("template") == "chat" else f'generate {what} "..."'
+    command = f"classify photo.jpg --preset {output}" if images else command
     err.print(f"history and checkpoints: {run}\ntry it: modelhub {command}")
     return output
 
 
 def evaluate(preset: str, data: str, options: dict[str, Any], adapter: str | None, offline: bool) -> dict[str, float]:
-    """What CausalLM.evaluate finds. options: its parameters, and load's."""
-    path = _checked_data(data, options.get("kind"))
+    """What the task's `evaluate` finds. options: its parameters, and load's."""
+    images = image_config(preset, offline) is not None
+    _check_keys({"fit": options}, ImageClassifier if images else CausalLM)
+    path = _checked_data(data, options.get("kind"), images)
     loading = {key: options.pop(key) for key in TOP if key in options}
-    return load(preset, loading, offline=offline, adapter=adapter).evaluate(path, **options)
+    return load(preset, loading, offline=offline, adapter=adapter, images=images).evaluate(path, **options)
 
 
-def load(preset: str, options: dict[str, Any], *, offline: bool, adapter: str | None = None) -> CausalLM:
-    """options: backend, device, dtype and sequence_length, as far as they are given; others mean nothing here."""
+def load(
+    preset: str, options: dict[str, Any], *, offline: bool, adapter: str | None = None, images: bool = False
+) -> Any:
+    """A CausalLM, or where `images` allows it an ImageClassifier.
+
+    options: backend, device, dtype and sequence_length, as far as they are given; others mean nothing here.
+    """
     placed = {key: options[key] for key in ("backend", "device", "dtype") if key in options}
-    lm = CausalLM.from_preset(preset, offline=offline, **placed)
+    images = images and image_config(preset, offline) is not None
+    task: Any = (ImageClassifier if images else CausalLM).from_preset(preset, offline=offline, **placed)
     if adapter is not None:
-        lm.load_adapter(adapter)
-    if "sequence_length" in options:
-        lm.preprocessor.sequence_length = options["sequence_length"]
-    return lm
+        task.load_adapter(adapter)
+    if "sequence_length" in options and not images:
+        task.preprocessor.sequence_length = options["sequence_length"]
+    return task
 
 
-def _checked_data(data: str | None, kind: str | None) -> Path | None:
+def image_config(preset: str, offline: bool) -> Any:
+    """The config of a preset that reads images; None: it reads text. No weights are fetched."""
+    if not os.path.isfile(os.path.join(preset, "config.json")):
+        if preset.lower().endswith(".gguf"):
+            return None
+        with contextlib.suppress(PresetNotFound):  # an address, or an error for others to tell
+            if "://" not in preset and find_card(preset).task == "causal-lm":
+                return None
+    source = open_preset(resolve(preset, offline=offline, weights=False))
+    try:
+        return source.config if hasattr(source.model, "encode") else None
+    finally:
+        source.close()
+
+
+def _load_images(
+    top: dict[str, Any], config: Any, examples: Examples | None, seed: int, offline: bool
+) -> ImageClassifier:
+    """With a new head, unless the preset's own knows all classes of the data."""
+    placed = {key: top[key] for key in ("backend", "device", "dtype") if key in top}
+    assert examples is not None  # a path holds no ready batches
+    known = set((config.id2label or {}).values())
+    head: dict[str, Any] = {}
+    if examples.classes is None:
+        count = examples.labels.shape[1] if examples.labels.ndim == 2 else int(examples.labels.max()) + 1
+        head = {} if count <= config.num_labels else {"num_classes": count}
+    elif not known.issuperset(examples.classes):
+        head = {"labels": examples.classes}
+    return ImageClassifier.from_preset(top["preset"], offline=offline, seed=seed, **placed, **head)
+
+
+def _check_keys(settings: Settings, task: type) -> None:
+    """Raise InputError for settings that belong to another task."""
+    own = recipe_keys(task)
+    wrong = [key for table, entries in settings.items() for key in entries if key not in own[table] | TOP]
+    wrong += ["sequence_length"] if task is ImageClassifier and "sequence_length" in settings.get("", {}) else []
+    if wrong:
+        what = "images" if task is ImageClassifier else "text"
+        raise InputError(f"the preset reads {what}, for which there is no {', '.join(wrong)}: leave it out")
+
+
+def _checked_data(data: str | None, kind: str | None, images: bool) -> Path | None:
     """Raises DataError for a missing file and for bad records."""
     if data is None:
         return None
     path = _data_path(data, Path())
-    read_records(path, kind)
+    if images:
+        read_examples(path)
+    else:
+        read_records(path, kind)
     return path
 
 

@@ -27,9 +27,14 @@ RepetitionPenalty = Annotated[float | None, option("above 1: say less again")]
 Seed = Annotated[int, option("the same seed gives the same text on every backend")]
 
 DATA = "Data"
-Data = Annotated[str | None, option("a .jsonl, .json, .csv or .parquet file; dolly_style.jsonl is bundled", DATA)]
+Data = Annotated[
+    str | None,
+    option(
+        "a .jsonl, .json, .csv or .parquet file (dolly_style.jsonl is bundled); images: also a folder of folders", DATA
+    ),
+]
 SequenceLength = Annotated[int | None, option("tokens of a row; longer examples are cut (default: 1024)", DATA)]
-BatchSize = Annotated[int | None, option("rows of sequence_length in one step (default: 4)", DATA)]
+BatchSize = Annotated[int | None, option("rows of sequence_length in one step (default: 4; images: 32)", DATA)]
 Packing = Annotated[bool | None, option("several examples in a row (default), or one", DATA)]
 LossOn = Annotated[str | None, option("response (default), or all: prompts are learnt too", DATA)]
 Template = Annotated[

@@ -144,16 +144,17 @@ def _of_files(preset: Any) -> dict[str, Any]:
     source = open_preset(preset)
     try:
         parameters = sum(math.prod(spec.shape) for spec in flatten(source.model).values())
+        about = {
+            "model_type": source.config.model_type,
+            "parameters": parameters,
+            "memory_for_weights": _memory(parameters),
+        }
+        if not hasattr(source.model, "new_cache"):  # it takes images
+            return about | {"image_size": source.config.image_size, "classes": source.config.num_labels}
         cache = sum(math.prod(spec.shape) for spec in flatten(source.model.new_cache(1, 1000)).values())
     finally:
         source.close()
-    return {
-        "model_type": source.config.model_type,
-        "parameters": parameters,
-        "context": source.config.max_position_embeddings,
-        "memory_for_weights": _memory(parameters),
-        "memory_for_1000_tokens": _memory(cache),
-    }
+    return about | {"context": source.config.max_position_embeddings, "memory_for_1000_tokens": _memory(cache)}
 
 
 def _cached(card: Any) -> bool:
@@ -194,16 +195,19 @@ def _text(key: str, value: Any) -> str:
     if key == "accept_licence":
         return "must be accepted once" if value else "need not be accepted anywhere"
     if isinstance(value, dict):
-        return ", ".join(f"{_megabytes(size)} in {dtype}" for dtype, size in value.items())
+        return ", ".join(f"{in_bytes(size)} in {dtype}" for dtype, size in value.items())
     if isinstance(value, list):
         return "\n".join(value)
     if key == "bytes_on_disk":
-        return _megabytes(value)
+        return in_bytes(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+def in_bytes(size: int) -> str:
+    """A number of bytes, for people."""
+    if size >= 1e9:
+        return f"{size / 1e9:,.2f} GB"
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 
 def _count(parameters: int) -> str:

@@ -34,6 +34,7 @@ def publish(
     ] = None,
     base_model: Annotated[str | None, option("owner/name on the Hub, where it is not known", CARD)] = None,
     from_scratch: Annotated[bool, option("say that there is no base model", CARD, "--from-scratch")] = False,
+    dtype: Annotated[str | None, option("float32, bfloat16 or float16 (default: as the files are)")] = None,
     dry_run: Annotated[bool, option("say what would be sent, and stop")] = False,
     backend: options.Backend = None,
     offline: options.Offline = False,
@@ -49,10 +50,10 @@ def publish(
     if preset is not None and not adapter:
         raise InputError(f"--preset is for an adapter's folder, and {source} is none; leave it out")
     given = {} if backend is None else {"backend": backend}
-    lm = load(preset or source, given, offline=offline, adapter=source if adapter else None)
+    lm = load(preset or source, given, offline=offline, adapter=source if adapter else None, images=True)
     done = lm.publish(
         address, private=not public, adapter_only=adapter_only, revision=revision, message=message, licence=licence,
-        dry_run=dry_run, base_model=base_model, from_scratch=from_scratch,
+        dry_run=dry_run, base_model=base_model, from_scratch=from_scratch, dtype=dtype,
     )  # fmt: skip
     for remark in done.remarks:
         err.print(remark)
@@ -69,13 +70,19 @@ def publish(
 
 
 def _adapter(source: str) -> str | None:
-    """The base model's name if `source` is an adapter's folder, or "PRESET" where it does not say; else None."""
+    """What to load under the adapter, if `source` is an adapter's folder; "PRESET" where it does not say; else None."""
     from modelhub.hub.adapters import CONFIG, read_adapter
+    from modelhub.hub.provenance import PRESET, is_repo_id, read_provenance
 
     folder = Path(source).expanduser()
     if "://" in source or not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
         return None
-    return read_adapter(folder).base or "PRESET"
+    base, told = read_adapter(folder).base, read_provenance(folder)
+    if told is not None and told.base:
+        return told.base.removeprefix(PRESET)
+    if is_repo_id(base) and not Path(base).is_dir():
+        return f"hf://{base}"
+    return base.removeprefix(PRESET) or "PRESET"
 
 
 def _show(plan: Any) -> None:

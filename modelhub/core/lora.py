@@ -19,7 +19,8 @@ from modelhub.core.tree import Module, Params, Spec, children, flatten, initial_
 from modelhub.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
-DEFAULT_TARGETS = ("q_proj", "v_proj")
+DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query", "value"))  # the first whose layers there are
+HEADS = {"lm_head", "classifier", "cls_classifier", "distillation_classifier"}
 MARK = ".lora."  # in the names of an adapter's parameters: MODULE.lora.lora_A
 ModuleT = TypeVar("ModuleT", bound=Module)
 
@@ -77,15 +78,17 @@ def choose(skeleton: Module, targets: str | Sequence[str] | None) -> list[str]:
     """
     everything = list(linears(skeleton))
     if targets == ALL_LINEAR:
-        return [name for name in everything if name != "lm_head"]
-    wanted = DEFAULT_TARGETS if targets is None else [targets] if isinstance(targets, str) else list(targets)
+        return [name for name in everything if name not in HEADS]
+    endings = sorted({name.rpartition(".")[2] for name in everything})
+    if targets is None:
+        targets = next((pair for pair in DEFAULT_TARGETS if {*pair} <= {*endings}), DEFAULT_TARGETS[0])
+    wanted = [targets] if isinstance(targets, str) else list(targets)
     found: set[str] = set()
     for target in wanted:
         matches = {
             name for name in everything if f".{name}".endswith(f".{target}") or fnmatch.fnmatchcase(name, target)
         }
         if not matches:
-            endings = sorted({name.rpartition(".")[2] for name in everything})
             raise ConfigError(
                 f"LoRA: target {target!r} matches no linear layer of this model. There are {', '.join(endings)}; full "
                 f'names are like {everything[0]!r}; "all-linear" means all but the head'

@@ -119,6 +119,20 @@ class RMSNorm(Module):
         return xp.rms_norm(x, self.weight, self.eps, self.offset)
 
 
+@dataclass
+class LayerNorm(Module):
+    weight: Any
+    bias: Any
+    eps: float
+
+    @classmethod
+    def abstract(cls, width: int, eps: float) -> "LayerNorm":
+        return cls(Spec((width,), "ones"), Spec((width,), "zeros"), eps)
+
+    def __call__(self, xp: Backend, x: Array) -> Array:
+        return xp.layer_norm(x, self.weight, self.bias, self.eps)
+
+
 @dataclass(frozen=True)
 class Rope:
     """How a position becomes the angles of a rotary embedding (Su et al. 2021, arXiv:2104.09864).
@@ -161,7 +175,11 @@ def rope_tables(xp: Backend, positions: Array, frequencies: np.ndarray, dtype: s
 ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda xp, x: xp.gelu(x, approximate=True),
     "gelu_new": lambda xp, x: xp.gelu(x, approximate=True),
+    "gelu_fast": lambda xp, x: xp.gelu(x, approximate=True),
     "gelu": lambda xp, x: xp.gelu(x),
+    "gelu_python": lambda xp, x: xp.gelu(x),
+    "quick_gelu": lambda xp, x: x * xp.sigmoid(1.702 * x),
+    "relu": lambda xp, x: xp.maximum(x, 0.0),
     "silu": lambda xp, x: xp.silu(x),
     "swish": lambda xp, x: xp.silu(x),
 }

@@ -188,8 +188,23 @@ class GGUFLike(Protocol):
     def read(self, name: str, dtype: str = "float32") -> np.ndarray: ...
 
 
-def read_gguf(file: GGUFLike) -> dict[str, Any]:
-    """The keys that all decoder architectures of GGUF have, under our names. Raises ConfigError for missing ones."""
+# What is read below, and what says nothing to models whose rope is neither "yarn" nor cut.
+_GGUF_KEYS = {
+    "vocab_size", "context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.causal",
+    "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
+    "rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+    "tensor_data_layout", "mm.tokens_per_image",
+}  # fmt: skip
+CONTEXT = "modelhub.context_length"  # of a model for which llama.cpp is told less
+
+
+def read_gguf(file: GGUFLike, own: Iterable[str] = ()) -> dict[str, Any]:
+    """The keys that all decoder architectures of GGUF have, under our names.
+
+    own: further keys that the caller reads, without the architecture. Raises ConfigError for missing keys, for values
+    that make no sense, and for other keys of the architecture that are set: they may change the maths.
+    """
     metadata = file.metadata
     arch = metadata["general.architecture"]
 
@@ -213,11 +228,13 @@ def read_gguf(file: GGUFLike) -> dict[str, Any]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list | None):
         raise ConfigError(f"GGUF metadata: tokenizer.ggml.tokens must be a list of texts, found {reprlib.repr(tokens)}")
-    scaling = get("rope.scaling.type", "none")
+    # As llama.cpp has it: the older key, 0 for none, and a factor without a type.
+    factors = [x for x in (get("rope.scaling.factor"), get("rope.scale_linear")) if x is not None and not _is_zero(x)]
+    scaling = get("rope.scaling.type") or ("linear" if factors else "none")
     rope = read_rope(
         "GGUF metadata",
         get("rope.freq_base", 10_000.0),
-        {} if scaling == "none" else {"rope_type": scaling, "factor": get("rope.scaling.factor")},
+        {} if scaling == "none" else {"rope_type": scaling, "factor": factors[0] if factors else None},
     )
     if "rope_freqs.weight" in file.tensors:
         rope = _llama3_rope(rope, file.read("rope_freqs.weight"))
@@ -229,7 +246,7 @@ def read_gguf(file: GGUFLike) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": get("attention.key_length", get("embedding_length") // heads),
-        "max_position_embeddings": get("context_length"),
+        "max_position_embeddings": metadata.get(CONTEXT, get("context_length")),
         # GGUF keeps float32, in which 1e-6 is 9.99999997e-07; taken as the decimal it came from.
         "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon', 1e-6):.6g}"),
         "rope": rope,
@@ -237,7 +254,31 @@ def read_gguf(file: GGUFLike) -> dict[str, Any]:
         "extra": {key: value for key, value in ids.items() if value is not None},
     }
     check_sizes({key: values[key] for key in SIZES}, "GGUF metadata")
+    _check_gguf_keys(metadata, arch, {*_GGUF_KEYS, *own}, values["head_dim"])
     return values
+
+
+def _check_gguf_keys(metadata: Mapping[str, Any], arch: str, known: set[str], head_dim: int) -> None:
+    bad = []
+    needed = {"rope.dimension_count": head_dim, "attention.value_length": head_dim, "attention.causal": True}
+    for name, value in metadata.items():
+        key = name.removeprefix(f"{arch}.")
+        if key == name:
+            continue
+        if key in needed and (type(value), value) != (type(needed[key]), needed[key]):
+            bad.append(f"{name}={reprlib.repr(value)} (only {needed[key]} is supported)")
+        elif key not in known and not _is_zero(value):
+            bad.append(f"{name}={reprlib.repr(value)}")
+    if bad:
+        raise ConfigError(
+            f"GGUF metadata that may change the maths, and that modelhub does not have: {', '.join(bad[:10])}. This "
+            "model needs a newer modelhub"
+        )
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a GGUF value switches nothing on: 0, false, empty, or an array of such."""
+    return not np.any(value) if isinstance(value, np.ndarray) else not value
 
 
 def write_gguf(config: Any, arch: str, problems: Iterable[str]) -> dict[str, Any]:
@@ -270,10 +311,23 @@ def write_gguf(config: Any, arch: str, problems: Iterable[str]) -> dict[str, Any
 
 
 def gguf_rope_freqs(config: Any) -> dict[str, np.ndarray]:
-    """Llama 3's rope as GGUF keeps it: what each frequency (h / 2,) is divided by."""
+    """Llama 3's rope as GGUF keeps it: what each frequency (h / 2,) is divided by.
+
+    Raises ConfigError where `read_gguf` could not tell the formula from that.
+    """
     if config.rope.rope_type != "llama3":
         return {}
-    plain, scaled = (rope.frequencies(config.head_dim) for rope in (Rope(config.rope.theta), config.rope))
+    default = Rope(config.rope.theta)
+    plain, scaled = (rope.frequencies(config.head_dim) for rope in (default, config.rope))
+    try:
+        _llama3_rope(default, plain / scaled)
+    except ConfigError:
+        values = ", ".join(f"{key}={getattr(config.rope, key):g}" for key in Rope.LLAMA3)
+        usual = ", ".join(f"{key}={getattr(default, key):g}" for key in Rope.LLAMA3[1:])
+        raise ConfigError(
+            f"this model cannot be a GGUF file that modelhub reads again: its rope has {values}; the file "
+            f"would keep only what comes of them, which is told for {usual}. Save it as a Hugging Face folder instead"
+        ) from None
     return {"rope_freqs.weight": plain / scaled}
 
 

@@ -119,7 +119,7 @@ class Config:
         metadata = file.metadata
         arch = metadata["general.architecture"]
         kind = "gemma3_text" if arch == "gemma3" else arch
-        values = read_gguf(file)
+        values = read_gguf(file, _GGUF_KEYS[kind])
         layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
         if kind != "gemma":
             values["query_pre_attn_scalar"] = _gguf_query_scalar(
@@ -247,6 +247,11 @@ def _read_ropes(kind: str, data: Mapping[str, Any], where: str) -> dict[str, nn.
     return {"rope": rope, "local_rope": local}
 
 
+_GGUF_KEYS: dict[str, set[str]] = {"gemma": set()}
+_GGUF_KEYS["gemma2"] = {
+    "attention.sliding_window", "attention.sliding_window_pattern", "attn_logit_softcapping", "final_logit_softcapping",
+}  # fmt: skip
+_GGUF_KEYS["gemma3_text"] = _GGUF_KEYS["gemma2"] | {"rope.freq_base_swa"}
 _GGUF_BLOCK = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",

@@ -17,12 +17,16 @@ from modelhub.families.naming import KEEP, NameMap, Rule, Via
 # The class that config.json names -> model_type. Gemma 2 is a GemmaBackbone too.
 BACKBONES = {
     "GemmaBackbone": "gemma", "Gemma3Backbone": "gemma3_text", "LlamaBackbone": "llama", "Llama3Backbone": "llama",
-    "MistralBackbone": "mistral",
+    "MistralBackbone": "mistral", "ViTBackbone": "vit",
 }  # fmt: skip
 _SIZES = {
     "vocabulary_size": "vocab_size", "hidden_dim": "hidden_size", "intermediate_dim": "intermediate_size",
     "num_layers": "num_hidden_layers", "num_query_heads": "num_attention_heads",
     "num_key_value_heads": "num_key_value_heads",
+}  # fmt: skip
+_VIT_SIZES = {
+    "hidden_dim": "hidden_size", "mlp_dim": "intermediate_size", "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
 }  # fmt: skip
 _HARMLESS = {"layer_norm_epsilon", "name", "trainable", "dropout"}
 _DTYPES = {
@@ -40,6 +44,11 @@ _LLAMA_KEYS = {
     "rope_high_freq_factor", "rope_pretraining_sequence_length", "rope_scaling_factor", "tie_word_embeddings",
 }  # fmt: skip
 _MISTRAL_KEYS = {"rope_max_wavelength", "rope_scaling_factor", "sliding_window", "head_dim"}
+_VIT_KEYS = {
+    "image_shape", "patch_size", "dropout_rate", "attention_dropout", "use_mha_bias", "use_mlp_bias", "use_patch_bias",
+    "use_class_token",
+}  # fmt: skip
+_CLASSIFIER_KEYS = {"backbone", "preprocessor", "num_classes", "pooling", "activation", "intermediate_dim"}
 _LLAMA3_ROPE = {
     "rope_frequency_adjustment_factor": "factor", "rope_low_freq_factor": "low_freq_factor",
     "rope_high_freq_factor": "high_freq_factor", "rope_pretraining_sequence_length": "original_max_position_embeddings",
@@ -64,7 +73,7 @@ def read_gemma(data: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of Gemma's Config from the config.json of a GemmaBackbone (Gemma 1, 2) or Gemma3Backbone."""
     name = backbone_of(data)
     where = f"{name} config"
-    values, given = _read(data, _GEMMA_KEYS, where)
+    values, given = _read_decoder(data, _GEMMA_KEYS, where)
     is_gemma3 = name == "Gemma3Backbone"
     sandwich = is_gemma3 or bool(given.get("use_post_ffw_norm"))
     kind = BACKBONES[name] if is_gemma3 or not sandwich else "gemma2"
@@ -108,7 +117,7 @@ def read_llama(data: Mapping[str, Any], tensors: Container[str] | None) -> dict[
     name = backbone_of(data)
     where = f"{name} config"
     is_mistral = name == "MistralBackbone"
-    values, given = _read(data, _MISTRAL_KEYS if is_mistral else _LLAMA_KEYS, where)
+    values, given = _read_decoder(data, _MISTRAL_KEYS if is_mistral else _LLAMA_KEYS, where)
     head_dim = given.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     check_sizes({"head_dim": head_dim}, where)
     require(given, "rope_position_scaling_factor", (1,), where)  # keras-hub 0.32 takes it and does not use it
@@ -127,8 +136,66 @@ def read_llama(data: Mapping[str, Any], tensors: Container[str] | None) -> dict[
     return values
 
 
-def _read(data: Mapping[str, Any], known: Iterable[str], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Under our names what all backbones have; and all arguments as they are.
+def read_vit(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ViT's Config from the config.json of a ViTBackbone.
+
+    data["task"]: the preset's task.json, for the head. Its classes have no names there.
+    """
+    where = "ViTBackbone config"
+    values, given = _read(data, _VIT_SIZES, _VIT_KEYS, where)
+    for key in ("use_mha_bias", "use_mlp_bias", "use_patch_bias"):
+        require(given, key, (True,), where)
+    shape = given.get("image_shape")
+    if not isinstance(shape, list) or len(shape) != 3:
+        raise ConfigError(f"{where}: image_shape must be [height, width, channels], found {str(shape)[:80]}")
+    values |= {"model_type": "vit", "image_size": shape[:2], "num_channels": shape[2]}
+    optional = {
+        "patch_size": "patch_size", "dropout_rate": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob", "use_class_token": "class_token",
+    }  # fmt: skip
+    values |= {ours: given[theirs] for theirs, ours in optional.items() if theirs in given}
+    values |= {"layer_norm_eps": given.get("layer_norm_epsilon", 1e-6)}
+    class_token = values.get("class_token", True)
+    values["pooling"] = "cls" if class_token else "mean"
+    return values | _read_classifier(data.get("task"), class_token)
+
+
+def _read_classifier(data: Any, class_token: bool) -> dict[str, Any]:
+    """From a task.json, or None for a backbone alone."""
+    if data is None:
+        return {}
+    where, head = "task.json", data.get("config")
+    name = str(data.get("registered_name")).rpartition(">")[2]
+    if name != "ViTImageClassifier" or not isinstance(head, dict):
+        raise ConfigError(f"{where} is of the class {name[:80]!r}; modelhub reads ViTImageClassifier")
+    check_keys({key: value for key, value in head.items() if key != "dtype"}, _CLASSIFIER_KEYS | _HARMLESS, where)
+    # Of the probabilities of softmax, the logits are what it is given.
+    require(head, "activation", ("linear", "softmax"), where)
+    if head.get("intermediate_dim") is not None:
+        raise ConfigError(
+            f"{where}: intermediate_dim={head['intermediate_dim']!r} is a second layer in the head, which ViTs here do "
+            "not have. Remove task.json to load the backbone alone"
+        )
+    if head.get("pooling", "token") != (pooling := "token" if class_token else "gap"):
+        raise ConfigError(
+            f"{where}: pooling={head['pooling']!r} is not supported, only {pooling!r} for a backbone with "
+            f"use_class_token={class_token}: the mean here is of patches, without the class token"
+        )
+    return {"num_labels": head.get("num_classes"), "classifier_dropout": head.get("dropout", 0.0)}
+
+
+def _read_decoder(data: Mapping[str, Any], known: Iterable[str], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`_read`, and what else all decoders have."""
+    values, given = _read(data, _SIZES, known, where)
+    values["rms_norm_eps"] = given.get("layer_norm_epsilon", 1e-6)
+    values["max_position_embeddings"] = _CONTEXT[backbone_of(data)]
+    return values, given
+
+
+def _read(
+    data: Mapping[str, Any], sizes: Mapping[str, str], known: Iterable[str], where: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Under our names the sizes and the dtype; and all arguments as they are.
 
     known: the class's own arguments. Raises ConfigError for unknown and missing ones, and for quantised weights.
     """
@@ -136,15 +203,12 @@ def _read(data: Mapping[str, Any], known: Iterable[str], where: str) -> tuple[di
     if not isinstance(given, dict):
         raise ConfigError(f"{where}: expected the class's arguments as an object, found {type(given).__name__}")
     dtype = _stored_dtype(given.get("dtype"), where)
-    check_keys({key: value for key, value in given.items() if key != "dtype"}, {*_SIZES, *_HARMLESS, *known}, where)
-    if missing := [key for key in _SIZES if given.get(key) is None]:
+    check_keys({key: value for key, value in given.items() if key != "dtype"}, {*sizes, *_HARMLESS, *known}, where)
+    if missing := [key for key in sizes if given.get(key) is None]:
         raise ConfigError(f"{where} lacks {', '.join(missing)}; the file is incomplete")
-    values = {ours: given[theirs] for theirs, ours in _SIZES.items()}
+    values = {ours: given[theirs] for theirs, ours in sizes.items()}
     check_sizes(values, where)
-    values["rms_norm_eps"] = given.get("layer_norm_epsilon", 1e-6)
-    values["max_position_embeddings"] = _CONTEXT[backbone_of(data)]
-    values["extra"] = {"dtype": dtype} if dtype else {}
-    return values, given
+    return values | {"extra": {"dtype": dtype} if dtype else {}}, given
 
 
 def _stored_dtype(policy: Any, where: str) -> str | None:
@@ -188,10 +252,17 @@ _LLAMA_BLOCK = {
     "_feedforward_gate_dense": "mlp.gate_proj", "_feedforward_intermediate_dense": "mlp.up_proj",
     "_feedforward_output_dense": "mlp.down_proj",
 }  # fmt: skip
+_VIT_BLOCK = {
+    "layer_norm_1": "layernorm_before", "mha/query_dense": "attention.attention.query",
+    "mha/key_dense": "attention.attention.key", "mha/value_dense": "attention.attention.value",
+    "mha/output_dense": "attention.output.dense", "layer_norm_2": "layernorm_after",
+    "mlp/dense_1": "intermediate.dense", "mlp/dense_2": "output.dense",
+}  # fmt: skip
 _IGNORED = (
     "{}/seed_generator/vars/{}",  # of dropout
     "layers/gemma3_vision_encoder/{}",
     "layers/gemma3_interleave_embeddings/{}",
+    "task/optimizer/{}",
 )
 
 
@@ -229,20 +300,56 @@ def _names(config: Any, layer: str, block: Mapping[str, str], norm: str, heads_f
         Rule(_HEAD, "lm_head.weight", _kernel((d, v), (1, 0), (v, d))),
         Rule(f"layers/{norm}/vars/0", "model.norm.weight"),
     ]
-    for theirs, ours in block.items():  # Keras numbers layers "block", "block_1", "block_2", ...
-        via = kernels.get(ours, KEEP)
-        rules += [
-            Rule(f"layers/{layer}/{theirs}/vars/0", f"model.layers.0.{ours}.weight", via),
-            Rule(f"layers/{layer}_{{}}/{theirs}/vars/0", f"model.layers.{{}}.{ours}.weight", via),
-        ]
+    for theirs, ours in block.items():
+        rules += _in_layers(f"layers/{layer}", f"{theirs}/vars/0", "model.layers", f"{ours}.weight", kernels.get(ours))
     return NameMap(tuple(rules), ignored=_IGNORED)
 
 
-def _kernel(theirs: tuple[int, ...], axes: tuple[int, ...], ours: tuple[int, int]) -> Via:
-    """A kernel of shape `theirs`: its axes in this order, run together, are our matrix (out, in)."""
+def vit_names(config: Any) -> NameMap:
+    """The names of a preset of ViTBackbone, with those of its task's weights after "task/". config: ViT's Config."""
+    d, f, n, c = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_channels
+    h, tokens = d // n, config.grid[0] * config.grid[1] + config.class_token
+    projection, bias = _kernel((d, n, h), (1, 2, 0), (d, d)), _kernel((n, h), (0, 1), (d,))
+    vias = {f"attention.attention.{name}": (projection, bias) for name in ("query", "key", "value")} | {
+        "attention.output.dense": (_kernel((n, h, d), (2, 0, 1), (d, d)), KEEP),
+        "intermediate.dense": (_kernel((d, f), (1, 0), (f, d)), KEEP),
+        "output.dense": (_kernel((f, d), (1, 0), (d, f)), KEEP),
+    }
+    start, embeddings = "layers/vi_t_patching_and_embedding", "vit.embeddings"
+    patches, positions = (*config.patch, c, d), (tokens, d)
+    head = _kernel((d, config.num_labels), (1, 0), (config.num_labels, d))
+    rules = [
+        Rule(f"{start}/vars/0", f"{embeddings}.cls_token"),
+        Rule(f"{start}/position_embedding/vars/0", f"{embeddings}.position_embeddings",
+             _kernel(positions, (0, 1), (1, *positions))),
+        Rule(f"{start}/patch_embedding/vars/0", f"{embeddings}.patch_embeddings.projection.weight",
+             _kernel(patches, (3, 2, 0, 1), (d, c, *config.patch))),
+        Rule(f"{start}/patch_embedding/vars/1", f"{embeddings}.patch_embeddings.projection.bias"),
+        Rule("layers/vi_t_encoder/layer_norm/vars/0", "vit.layernorm.weight"),
+        Rule("layers/vi_t_encoder/layer_norm/vars/1", "vit.layernorm.bias"),
+        Rule("task/layers/dense/vars/0", "classifier.weight", head),
+        Rule("task/layers/dense/vars/1", "classifier.bias"),
+    ]  # fmt: skip
+    layer = "layers/vi_t_encoder/encoder_layers/vi_t_encoder_block"
+    for theirs, ours in _VIT_BLOCK.items():
+        for index, (part, via) in enumerate(zip(("weight", "bias"), vias.get(ours, (KEEP, KEEP)), strict=True)):
+            rules += _in_layers(layer, f"{theirs}/vars/{index}", "vit.encoder.layer", f"{ours}.{part}", via)
+    return NameMap(tuple(rules), ignored=_IGNORED)
+
+
+def _in_layers(layer: str, theirs: str, layers: str, ours: str, via: Via | None) -> list[Rule]:
+    """The same tensor of all layers: Keras numbers them "block", "block_1", "block_2", ..."""
+    return [
+        Rule(f"{layer}/{theirs}", f"{layers}.0.{ours}", via or KEEP),
+        Rule(f"{layer}_{{}}/{theirs}", f"{layers}.{{}}.{ours}", via or KEEP),
+    ]
+
+
+def _kernel(theirs: tuple[int, ...], axes: tuple[int, ...], ours: tuple[int, ...]) -> Via:
+    """A tensor of shape `theirs`: its axes in this order, run together (or apart), are ours; kernels are (out, in)."""
     permuted = [theirs[axis] for axis in axes]
     return Via(
         lambda x: np.ascontiguousarray(x.transpose(axes)).reshape(ours),
         lambda x: np.ascontiguousarray(x.reshape(permuted).transpose(np.argsort(axes))),
-        lambda shape: ours if shape == theirs else (1, 1, *shape),  # no matrix, so never taken for ours
+        lambda shape: ours if shape == theirs else (1, 1, 1, *shape),  # never taken for ours
     )

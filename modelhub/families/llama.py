@@ -16,6 +16,7 @@ from modelhub.core.tree import Module
 from modelhub.errors import ConfigError
 from modelhub.families import kerashub
 from modelhub.families.config import (
+    CONTEXT,
     ROPE_KEYS,
     SIZES,
     GGUFLike,
@@ -95,7 +96,7 @@ class Config:
     def from_gguf(cls, file: GGUFLike) -> "Config":
         """From a GGUF file's metadata, where Mistral is a Llama too."""
         window = file.metadata.get("llama.attention.sliding_window")
-        values = read_gguf(file)
+        values = read_gguf(file, {"attention.sliding_window"})
         values |= {
             "attention_bias": "blk.0.attn_q.bias" in file.tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
@@ -113,6 +114,7 @@ class Config:
         if self.sliding_window:
             data["llama.attention.sliding_window"] = self.sliding_window
             data["llama.context_length"] = min(self.sliding_window, self.max_position_embeddings)
+            data[CONTEXT] = self.max_position_embeddings
         return data, gguf_rope_freqs(self)
 
     @classmethod

@@ -145,7 +145,8 @@ def write_adapter(
 
 def strangers(folder: Path) -> list[str]:
     """What is in the folder that writing an adapter there would remove and does not write."""
-    return sorted(set(os.listdir(folder)) - {CONFIG, WEIGHTS, *COMPANIONS}) if folder.is_dir() else []
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(name for name in names if name not in (CONFIG, WEIGHTS) and not COMPANIONS.fullmatch(name))
 
 
 def _peft_name(name: str) -> str:

@@ -8,14 +8,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelhub.errors import InputError
+from modelhub.errors import ConfigError, InputError
 from modelhub.hub.registry import list_presets
 from modelhub.hub.sources import Options, cache_root
+from modelhub.hub.sources.base import client_cache
 from modelhub.hub.sources.entry import read_record
-from modelhub.hub.sources.huggingface import CHECKSUM, RECORDS, checksum_of, client_cache
+from modelhub.hub.sources.folder import address_of, path_of
+from modelhub.hub.sources.huggingface import CHECKSUM, RECORDS, checksum_of
 from modelhub.hub.sources.huggingface import read_record as read_hub_record
 
 PROGRAMS = "jax"  # the folder of compiled programs
+PUBLISHING = "publishing"  # of what is on its way to a hub
 _KINDS = ("pypi", "kaggle", "https", "folder")  # the folders of sources that keep their files here
 _THREADS = 4
 
@@ -38,11 +41,16 @@ class Entry:
 def entries(cache_dir: str | os.PathLike[str] | None = None) -> list[Entry]:
     """All that is in the caches, the largest first. No network. cache_dir: as in modelhub.hub.preset.resolve.
 
-    A repository of the Hugging Face Hub is one entry with all its revisions.
+    A repository of the Hugging Face Hub is one entry with all its revisions. "unfinished:" are downloads and
+    publications that were interrupted, or are under way.
     """
+    try:
+        cards = list_presets()
+    except ConfigError:  # what is on the disk can be seen and removed all the same
+        cards = []
     used = [
         (card.name, path)
-        for card in list_presets()
+        for card in cards
         for source in card.sources
         if (path := source.find(Options(cache_dir=cache_dir, weights=False)))
     ]
@@ -81,8 +89,11 @@ def remove(*names: str, cache_dir: str | os.PathLike[str] | None = None) -> int:
     return freed
 
 
-def verify(entry: Entry) -> list[str]:
-    """Read all files of an entry whose checksum is known; the damaged ones by their paths; empty: all is well."""
+def verify(entry: Entry) -> list[str] | None:
+    """Read all files of an entry whose checksum is known; the damaged ones by their paths; empty: all is well.
+
+    None: no checksum is known.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     def is_damaged(item: tuple[str, Path, str]) -> bool:
@@ -92,7 +103,8 @@ def verify(entry: Entry) -> list[str]:
         except OSError:
             return True
 
-    known = sorted(_checksums(entry.path))
+    if not (known := sorted(_checksums(entry.path))):
+        return None
     with ThreadPoolExecutor(_THREADS) as pool:
         return [name for (name, _, _), damaged in zip(known, pool.map(is_damaged, known), strict=True) if damaged]
 
@@ -108,6 +120,8 @@ def _places(cache_dir: str | os.PathLike[str] | None) -> Iterator[tuple[str, Pat
                 yield f"pypi:{', '.join(sorted(os.listdir(path)))}", path
             elif record := read_record(path):
                 yield record["address"], path
+    for path in _folders(root / PUBLISHING):
+        yield f"unfinished:{PUBLISHING}/{path.name}", path
     for path in _folders(client_cache(cache_dir)):
         if path.name.startswith("models--"):
             yield f"hf://{path.name.removeprefix('models--').replace('--', '/')}", path
@@ -120,11 +134,14 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _means(name: str, entry: Entry) -> bool:
-    if name == entry.address or name in entry.presets:
+    if name in entry.presets:
         return True
-    # hf://owner/name@revision and hf://owner/name/file.gguf are parts of hf://owner/name
-    repo = re.match(r"hf://[^/@]+/[^/@]+", name)
-    return repo is not None and repo[0] == entry.address
+    if name.startswith("hf://"):  # hf://owner/name@revision and hf://owner/name/file.gguf are parts of hf://owner/name
+        return entry.address == "/".join(name.partition("@")[0].split("/")[:4])
+    if path := path_of(name):  # there are many ways to write it
+        name = address_of(path)
+    version = r"/\d+" if name.startswith("kaggle://") else r"@[^/]+"  # and no folder inside a folder
+    return re.fullmatch(f"{re.escape(name)}({version})?", entry.address) is not None
 
 
 def _checksums(folder: Path) -> Iterator[tuple[str, Path, str]]:

@@ -33,7 +33,8 @@ class CardFacts:
 
     task: "causal-lm" or "image-classification". parameters: of the model, or of the adapter. adapter: the folder is
     PEFT's. languages: ISO 639 codes. datasets: names on the Hub of what it was trained on. address: where it is
-    published; None: a folder. curve: name of a picture in the folder.
+    published; None: a folder. curve: name of a picture in the folder. licence_files: names of texts in it.
+    provenance: of an adapter, base and base_model are the weights that it goes on.
     """
 
     title: str
@@ -49,6 +50,7 @@ class CardFacts:
     address: str | None = None
     has_chat_template: bool = False
     curve: str | None = None
+    licence_files: tuple[str, ...] = ()
 
 
 def check_card(facts: CardFacts | Provenance) -> None:
@@ -68,6 +70,11 @@ def check_card(facts: CardFacts | Provenance) -> None:
     if base_model is not None and not is_repo_id(base_model):
         problems.append(
             f"base_model={base_model[:100]!r} is no repository on the Hugging Face Hub: give it as owner/name"
+        )
+    elif not base_model and not _origin(provenance) and isinstance(facts, CardFacts) and facts.adapter:
+        problems.append(
+            "the adapter goes on weights that nobody else can get (a folder of this machine, or trained since): publish "
+            'the whole model first, or say base_model="owner/name", the repository on the Hub that holds them'
         )
     elif not base_model and not _origin(provenance) and not provenance.from_scratch:
         problems.append(
@@ -92,7 +99,28 @@ def check_card(facts: CardFacts | Provenance) -> None:
 
 
 def _begins(title: str, wanted: str) -> bool:
-    return re.sub(r"[\W_]+", " ", title).strip().lower().startswith(wanted.lower())
+    return re.sub(r"[\W_]+", "", title).lower().startswith(re.sub(r"\s", "", wanted).lower())
+
+
+def inherited(provenance: Provenance) -> str | None:
+    """The licence whose terms follow the weights into whatever is made of them; None: no such terms are known."""
+    terms = _terms(provenance)
+    return terms.licence if terms else None
+
+
+def missing_licence(facts: CardFacts) -> str | None:
+    """What to tell a publisher whose base model's terms want a copy of themselves to go along, and none is there."""
+    terms = _terms(facts.provenance)
+    if terms is None or _copies(facts):
+        return None
+    return (
+        f"the {terms.name} ({terms.url}) are to go with every copy, and no text of them came with the base model: put "
+        "it as LICENSE into the folder that the model is loaded from, or beside what is published"
+    )
+
+
+def _copies(facts: CardFacts) -> list[str]:
+    return [name for name in facts.licence_files if not name.startswith("NOTICE")]
 
 
 def notice(provenance: Provenance) -> str | None:
@@ -171,7 +199,8 @@ def _eval_results(facts: CardFacts, results: dict[str, float]) -> list[Any]:
 
 
 def _terms(provenance: Provenance) -> licences.Terms | None:
-    return licences.terms_of(provenance.licence, provenance.base_model, provenance.base)
+    licence = provenance.base_licence or provenance.licence
+    return licences.terms_of(licence, provenance.base_model, provenance.base) or licences.terms_of(provenance.licence)
 
 
 def _base_model(provenance: Provenance) -> str | None:
@@ -315,13 +344,9 @@ def _run(run: TrainingRun) -> list[str]:
 
 
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.1f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _losses(run: TrainingRun) -> list[str]:
@@ -353,8 +378,11 @@ def _licence(facts: CardFacts) -> list[str]:
         blocks.append(
             f"{terms.notice.rstrip('.')}. Use and distribution are governed by the [{terms.name}]({terms.url}), which "
             f"you accept by using or distributing this model. Its use restrictions ({terms.restrictions}) bind "
-            "everybody who uses it, passes it on or builds on it. These terms and the file NOTICE go with every copy."
+            "everybody who uses it, passes it on or builds on it. Whoever passes it on gives a copy of these terms and "
+            "the file NOTICE along."
         )
+    if copies := _copies(facts):
+        blocks.append(f"Beside this card are the texts that came with the base model: {', '.join(map(code, copies))}.")
     if _base_model(provenance) or _origin(provenance):
         blocks.append(_changes(facts))
     return blocks

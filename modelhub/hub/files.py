@@ -9,21 +9,27 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from modelhub.hub import licences
 from modelhub.hub.checkpoint import DTYPES
 
+# In a README that people have not made theirs.
+GENERATED = "<!-- Written by modelhub when the model was saved; without this line, saving again keeps your text. -->"
+# The names that weights are saved under; anything like them may be somebody's own.
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 # What may lie beside the weights of a model or of an adapter, and what a model's folder is made of.
-COMPANIONS = ("NOTICE", "README.md", "SHA256SUMS", "best.json", "curve.png", "modelhub.json")
+COMPANIONS = re.compile(rf"README\.md|SHA256SUMS|best\.json|curve\.png|modelhub\.json|{licences.FILES.pattern}")
 MODEL_FILES = re.compile(
-    r"(config|generation_config|preprocessor_config)\.json|model.*\.safetensors(\.index\.json)?|tokenizer\.model|"
+    rf"{WEIGHTS.pattern}|(config|generation_config|preprocessor_config)\.json|tokenizer\.model|"
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template)\.json|chat_template\.jinja|"
-    + "|".join(map(re.escape, COMPANIONS))
+    + COMPANIONS.pattern
 )
+_LARGEST_LICENCE, _MOST_LICENCES = 1_000_000, 20  # bytes; files
 
 _CODES = {name: code for code, name in DTYPES.items()}
 
@@ -80,38 +86,78 @@ def save_arrays(arrays: Mapping[str, np.ndarray], path: Path, metadata: Mapping[
     save_tensors({name: (x.shape, str(x.dtype)) for name, x in native.items()}, native.__getitem__, path, metadata)
 
 
+def licence_files(folder: Path) -> dict[str, bytes]:
+    """The licences' texts at the top of a folder, by name; none of over 1 MB."""
+    found: dict[str, bytes] = {}
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    for path in [folder / name for name in names if licences.FILES.fullmatch(name)][:_MOST_LICENCES]:
+        # They are going to be published: a stranger's link must not make that a file of the user's. The Hub's cache
+        # keeps all files as links into blobs/.
+        if path.is_symlink() and path.resolve().parent.name != "blobs":
+            continue
+        with suppress(OSError):  # the model is sound all the same
+            if path.is_file() and path.stat().st_size <= _LARGEST_LICENCE:
+                found[path.name] = path.read_bytes()
+    return found
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """An empty folder to write into, which takes the place of `target` at the end of the block.
 
-    After an exception `target` is what it was.
+    After an exception `target` is what it was. Who else writes there meanwhile waits.
     """
+    from filelock import FileLock
+
     work = target.with_name(f".{target.name}.saving")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True)
-        yield work
-        replace_folder(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    lock = target.with_name(f".{target.name}.lock")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock, mode=0o666):  # of a folder that many publish to
+        try:
+            _restore(work, target)
+            shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed
+            work.mkdir()
+            yield work
+            replace_folder(work, target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            with suppress(OSError):  # Windows does it when the lock is released
+                lock.unlink()  # who waits for it sees that it is gone, and makes a new one
 
 
 def replace_folder(source: Path, target: Path) -> None:
     """Make `target` the folder that `source` is, on the disk for good; what `target` was is removed.
 
-    Both in one file system. One atomic step on Linux; elsewhere two renames when there is a `target` already.
+    Both in one file system. One atomic step on Linux; elsewhere, and on network shares, two renames when there is a
+    `target` already: what a kill between them leaves, the next call puts right.
     """
+    _restore(source, target)
     for path in [*source.rglob("*"), source]:
         _sync(path)
     if not target.exists():
         source.rename(target)
     elif not _exchange(source, target):
-        aside = source.with_name(f"{source.name}-old")
+        aside = _aside(source)
+        shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
-        source.rename(target)
+        try:
+            source.rename(target)
+        except OSError:
+            aside.rename(target)
+            raise
         source = aside
     _sync(target.parent)
     shutil.rmtree(source, ignore_errors=True)
+
+
+def _aside(source: Path) -> Path:
+    """Where a folder waits while `source` takes its name."""
+    return source.with_name(f"{source.name}-old")
+
+
+def _restore(source: Path, target: Path) -> None:
+    if not target.exists() and _aside(source).exists():
+        _aside(source).rename(target)
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -7,7 +7,9 @@ else.
 
 import math
 import os
+import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def write_gguf(
     for name, shape in shapes.items():
         writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kinds[name])
 
-    work = path.with_name(f".{path.name}.saving")
+    work = path.with_name(f".{path.name}.{secrets.token_hex(4)}.saving")  # two processes may write the same file
     bar = tqdm(total=sum(sizes.values()), desc=f"writing {path.name}", unit="B", unit_scale=True, delay=2, leave=False,
                disable=None)  # fmt: skip
     try:
@@ -74,7 +76,8 @@ def write_gguf(
     finally:
         bar.close()
         writer.close()
-        work.unlink(missing_ok=True)
+        with suppress(OSError):  # it would hide why writing failed
+            work.unlink(missing_ok=True)
 
 
 def _library() -> Any:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 LIST = "https://huggingface.co/docs/hub/repositories-licenses"
+# The texts that licences want to go with every copy, as repositories call them.
+FILES = re.compile(r"(LICEN[CS]E|USE_POLICY|NOTICE)[A-Za-z0-9_-]*(\.(txt|md))?")
 
 # Of LIST; "unknown" and "other" are there too, and name no licence.
 _IDENTIFIERS = """
@@ -61,7 +63,7 @@ _TERMS = (
         url=f"{_GEMMA}terms",
         restrictions=f"section 3.2 and the [Gemma Prohibited Use Policy]({_GEMMA}prohibited_use_policy)",
         notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
-        bases=r"(google|keras)/((code|function|recurrent|shield|translate|vault)[_-]?)?gemma(?![_-]?4)",
+        bases=r"(google|keras)/((code|embedding|function|recurrent|shield|translate|vault)[_-]?)?gemma(?![_-]?4(?!b))",
     ),
     Terms(
         licence="health-ai-developer-foundations",
@@ -86,10 +88,13 @@ def terms_of(licence: str | None, *sources: str | None) -> Terms | None:
 
     sources: addresses and repositories. They go first: another licence for what is new does not lift the terms.
     """
-    for terms in _TERMS:
-        if any(source and re.search(terms.bases, source, re.IGNORECASE) for source in sources):
-            return terms
-    return next((terms for terms in _TERMS if licence and terms.licence == licence.lower()), None)
+    named = next((terms for terms in _TERMS if licence and terms.licence == licence.lower()), None)
+    found = [
+        terms for terms in _TERMS if any(source and re.search(terms.bases, source, re.IGNORECASE) for source in sources)
+    ]
+    if not found or named in found:
+        return named
+    return found[-1]  # Kaggle keeps llama3.2_1b in a folder llama3: what comes later is the more exact
 
 
 def front_matter(licence: str) -> dict[str, Any]:

@@ -12,12 +12,22 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelhub.errors import CheckpointError, DownloadError, InputError, ModelhubError, PresetNotFound
-from modelhub.hub.sources import EmbeddedSource, Options, Source, Unreachable, cache_root, source_of
+from modelhub.hub.sources import (
+    EmbeddedSource,
+    FolderSource,
+    HttpsSource,
+    HubSource,
+    Options,
+    Source,
+    Unreachable,
+    cache_root,
+    source_of,
+)
 
 if TYPE_CHECKING:  # addresses and paths need no registry, and reading its modules takes as long as all the rest
     from modelhub.hub.registry import Card
@@ -47,27 +57,32 @@ def resolve(
 ) -> Preset:
     """The preset's files, downloaded first where needed.
 
-    revision: a branch, tag or commit on the Hub. offline: only the cache, no network. token: for the Hub, instead of
-    the one that `hf auth login` saved. cache_dir: instead of $MODELHUB_CACHE and ~/.cache/modelhub. weights False:
-    config and tokenizer are enough (a GGUF comes whole).
+    revision: a branch, tag or commit on the Hub, a version's number on Kaggle. offline: only the cache, no network;
+    HF_HUB_OFFLINE=1 means the same. token: for the Hub, instead of the one that `hf auth login` saved. cache_dir:
+    instead of $MODELHUB_CACHE and ~/.cache/modelhub. weights False: config and tokenizer are enough (a GGUF comes
+    whole).
 
     Raises PresetNotFound, DownloadError, and InputError where revision cannot apply.
     """
     text = os.fspath(name)
     options = Options(revision, token, cache_dir, weights)
     if "://" in text:
-        preset = _from_sources(text, None, [_source_at(text, options)], options, offline)
-        if text.startswith("file://"):
-            preset.name = Path(text).name
+        source = _source_at(text, options)
+        text = _shown(text, source)
+        preset = _from_sources(text, None, [source], options, offline)
+        if isinstance(source, FolderSource):
+            preset.name = source.path.name
     elif (path := _as_path(text)) is not None:
         if revision is not None:
             raise InputError(f"revision={revision!r} was given, but {text} is a local path, which has no revisions")
         preset = Preset(path.name, path, None, path.as_uri())
     else:
         card = _find_card(text)
-        sources = [source for source in card.sources if revision is None or source.has_revisions]
+        sources = [source for source in card.sources if revision is None or source.takes(revision)]
         if not sources:
-            raise InputError(f"revision={revision!r} was given, but {text} has no source with revisions; leave it out")
+            raise InputError(
+                f"revision={revision!r} was given, and {text} has no source with such revisions; leave it out"
+            )
         preset = _from_sources(text, card, sources, options, offline)
     if (preset.path / _ADAPTER).is_file() and not (preset.path / "config.json").is_file():
         raise PresetNotFound(
@@ -92,7 +107,9 @@ def resolve_adapter(
     text = os.fspath(name)
     options = Options(revision, token, cache_dir, weights=False)
     if "://" in text:
-        path = _from_sources(text, None, [_source_at(text, options)], options, offline).path
+        source = _source_at(text, options)
+        text = _shown(text, source)
+        path = _from_sources(text, None, [source], options, offline).path
         if not (path / _ADAPTER).is_file():
             raise PresetNotFound(f"{text} holds no adapter: it has no {_ADAPTER}")
         return path
@@ -101,33 +118,18 @@ def resolve_adapter(
     return Path(os.path.abspath(os.path.expanduser(text)))
 
 
-def cached(name: str, *, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
-    """Where a preset of the registry, or an address, lies in the cache; None if it must be downloaded first."""
-    from modelhub.hub.registry import find_card
-
-    sources = [source_of(name)] if "://" in name else find_card(name).sources
-    found = _find(sources, Options(cache_dir=cache_dir))
-    return found and found[1]
-
-
-def size_on_disk(name: str, *, cache_dir: str | os.PathLike[str] | None = None) -> int:
-    """Bytes that a preset takes in the cache; 0 if it is not there."""
-    path = cached(name, cache_dir=cache_dir)
-    if path is None:
-        return 0
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)
-
-
 def _from_sources(name: str, card: "Card | None", sources: Sequence[Source], options: Options, offline: bool) -> Preset:
-    if offline and not name.startswith("file://"):  # a folder takes no network
-        found = _find(sources, options)
-        if found is None:
-            raise DownloadError(
-                f"{name} is not complete in the cache and offline=True. {_cache_contents(options)} "
-                f"Fetch it once with the network on: modelhub pull {name}"
-            )
-        return Preset(name, found[1], card, found[0].address(found[1]))
+    forbidden = "offline=True" if offline else _offline_variable()
+    if forbidden and not name.startswith("file://"):  # a folder takes no network
+        ways = [(source, source.find) for source in sources]
+        ways += [(source, source.adopt) for source in sources if isinstance(source, HubSource)]  # takes a while
+        for source, find in ways:
+            if path := find(options):
+                return Preset(name, path, card, source.address(path))
+        raise DownloadError(
+            f"{name} is not complete in the cache and {forbidden}. {_cache_contents(options)} "
+            f"Fetch it once with the network on: modelhub pull {name}"
+        )
     failures: list[ModelhubError] = []
     # What is here already, from whichever source, is not fetched a second time from another.
     for source in sorted(sources, key=lambda source: source.find(options) is None):
@@ -145,11 +147,11 @@ def _from_sources(name: str, card: "Card | None", sources: Sequence[Source], opt
     ) from failures[-1]
 
 
-def _find(sources: Sequence[Source], options: Options) -> tuple[Source, Path] | None:
-    """The first source whose files are in the cache, and where."""
-    for source in sources:
-        if path := source.find(options):
-            return source, path
+def _offline_variable() -> str | None:
+    """The client's variable that forbids the network, as a user may have set it for transformers."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if value := os.environ.get(name):
+            return f"{name}={value}" if value.upper() in ("1", "ON", "YES", "TRUE") else None
     return None
 
 
@@ -160,6 +162,7 @@ def _cache_contents(options: Options) -> str:
         cards = list_presets()
     except ModelhubError:  # a broken card is not what the error at hand is about
         return f"The cache is {cache_root(options.cache_dir)}."
+    options = replace(options, revision=None)  # of the preset that is asked for
     names = [
         card.name
         for card in cards
@@ -171,13 +174,19 @@ def _cache_contents(options: Options) -> str:
 def _source_at(address: str, options: Options) -> Source:
     """The source that an address means. Raises InputError where options ask for a revision that it cannot have."""
     source = source_of(address)
-    if options.revision and not source.has_revisions:
-        raise InputError(f"revision={options.revision!r} was given, but {address} has no revisions; leave it out")
+    if options.revision and isinstance(source, HttpsSource):  # the others say what their revisions look like
+        shown = _shown(address, source)
+        raise InputError(f"revision={options.revision!r} was given, but {shown} has no revisions; leave it out")
     if options.revision and source.revision and options.revision != source.revision:
         raise InputError(
             f"{address} asks for one revision and revision={options.revision!r} for another; give one of them"
         )
     return source
+
+
+def _shown(address: str, source: Source) -> str:
+    """An address in messages and names; the query of a web server's may be a signature that opens the file."""
+    return source.address(Path()) if isinstance(source, HttpsSource) else address
 
 
 def _as_path(text: str) -> Path | None:

@@ -1,6 +1,7 @@
 """Where a model comes from and what was done to it; kept in its folder as modelhub.json.
 
-{"base": "hf://owner/name@commit", "base_model": "owner/name", "licence": "gemma", "from_scratch": false,
+{"base": "hf://owner/name@commit", "base_model": "owner/name", "licence": "gemma", "base_licence": null,
+ "from_scratch": false,
  "runs": [{"data": "dolly_style.jsonl", "settings": {...}, "metrics": {"loss": 2.1}, "losses": [[1, 3.4], ...],
            "adapter": {"rank": 8, ...}, "examples": 250, "tokens": 31415, "seconds": 60.5, "backend": "jax",
            "date": "2025-01-31T12:00:00+00:00"}]}
@@ -42,8 +43,8 @@ class TrainingRun:
     losses: (step, loss per token). adapter: what was trained of it (rank, alpha, targets, ...); None: all weights.
     seconds: the steps took. date: of the end, ISO 8601.
 
-    What JSON cannot hold becomes text, numbers that are not finite are left out of metrics and losses, losses are
-    thinned to 200 points, and long settings are cut.
+    What JSON cannot hold becomes text, numbers that are not finite or make no sense are left out, losses are thinned to
+    200 points, and what is long is cut.
     """
 
     data: str
@@ -58,14 +59,21 @@ class TrainingRun:
     date: str
 
     def __post_init__(self) -> None:
-        losses = [(int(step), float(loss)) for step, loss in self.losses if math.isfinite(loss)]
+        points = [(int(step), float(loss)) for step, loss in self.losses]
+        losses = [(step, loss) for step, loss in points if _is_count(step) and _is_number(loss)]
         kept = min(len(losses), _POINTS)  # the first and the last are among them
         chosen = [losses[i * (len(losses) - 1) // max(kept - 1, 1)] for i in range(kept)]
-        metrics = {name: float(value) for name, value in self.metrics.items() if math.isfinite(value)}
-        clean = {
-            "data": self.data[:_LONGEST_TEXT], "settings": _settings(self.settings), "metrics": metrics,
-            "losses": chosen, "adapter": self.adapter and _settings(self.adapter),
+        numbers = {name: float(value) for name, value in self.metrics.items()}
+        clean: dict[str, Any] = {
+            "settings": _settings(self.settings), "losses": chosen, "adapter": self.adapter and _settings(self.adapter),
+            "metrics": {name: value for name, value in numbers.items() if _is_number(value)},
+            "seconds": None if self.seconds is None else float(self.seconds),
         }  # fmt: skip
+        clean |= {name: getattr(self, name)[:_LONGEST_TEXT] for name in ("data", "backend", "date")}
+        for name in ("examples", "tokens"):
+            count = getattr(self, name)
+            clean[name] = None if count is None else int(count)
+        clean |= {name: None for name in ("examples", "tokens", "seconds") if not _RUN[name](clean[name])}
         for name, value in clean.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
@@ -75,7 +83,8 @@ class Provenance:
     """base: address of what the model was made from (hf://owner/name@revision, kaggle://..., pypi:...).
 
     base_model: the repository on the Hugging Face Hub, where known. licence: identifier as the Hub spells it.
-    from_scratch: the weights began random. runs: in order of time.
+    from_scratch: the weights began random. runs: in order of time. base_licence: whose terms follow the weights, where
+    `licence` is another.
     """
 
     base: str | None = None
@@ -83,6 +92,7 @@ class Provenance:
     licence: str | None = None
     from_scratch: bool = False
     runs: tuple[TrainingRun, ...] = ()
+    base_licence: str | None = None
 
     def with_run(self, run: TrainingRun) -> "Provenance":
         return dataclasses.replace(self, runs=(*self.runs, run))
@@ -101,7 +111,14 @@ def read_provenance(folder: Path) -> Provenance | None:
 
 
 def write_provenance(folder: Path, provenance: Provenance) -> None:
-    """Write modelhub.json. Where it would be over 1 MB, the oldest runs are left out. Raises OSError."""
+    """Write modelhub.json. Where it would be over 1 MB, the oldest runs are left out; texts end after 2,000 characters.
+
+    Raises OSError.
+    """
+    texts = {name: getattr(provenance, name) for name in ("base", "base_model", "licence", "base_licence")}
+    provenance = dataclasses.replace(
+        provenance, **{name: text and text[:_LONGEST_TEXT] for name, text in texts.items()}
+    )
     runs = provenance.runs
     while len(text := _as_json(dataclasses.replace(provenance, runs=runs))) > _LARGEST and runs:
         runs = runs[max(1, len(runs) // 10) :]
@@ -182,7 +199,7 @@ _RUN: dict[str, Callable[[object], bool]] = {
 }  # fmt: skip
 _WHOLE: dict[str, Callable[[object], bool]] = {
     "base": _or_none(_is_text), "base_model": _or_none(_is_text), "licence": _or_none(_is_text),
-    "from_scratch": lambda value: isinstance(value, bool),
+    "base_licence": _or_none(_is_text), "from_scratch": lambda value: isinstance(value, bool),
 }  # fmt: skip
 
 

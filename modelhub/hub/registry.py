@@ -2,7 +2,8 @@
 
 Built-in cards are in presets/. A user's own are in $MODELHUB_PRESETS, or else in ~/.config/modelhub/presets, where
 `modelhub register` puts them. Other packages bring theirs with an entry point of the group "modelhub.presets", whose
-value is a package folder that holds cards. One name has one card: what it loads must not depend on who asks.
+value is a package folder that holds cards. Of cards with one name the built-in one counts, then the user's: what a
+name loads must not change because a package was installed. The others, and cards that are wrong, are warned of.
 
     family = "gemma"                  # a module in modelhub/families, or the name of a package's entry point
     task = "causal-lm"
@@ -34,6 +35,7 @@ import importlib.util
 import os
 import re
 import tomllib
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -41,7 +43,7 @@ from typing import Any
 
 from modelhub.errors import ConfigError, InputError, ModelhubError, PresetNotFound
 from modelhub.hub.resources import resource
-from modelhub.hub.sources import EmbeddedSource, HubSource, PackageSource, Part, Source, source_of
+from modelhub.hub.sources import EmbeddedSource, HttpsSource, HubSource, PackageSource, Part, Source, source_of
 
 # Bytes of a card and of a line; real cards have about 500. The time tomllib takes for a key with dots grows with the
 # square of their number: hours for a megabyte.
@@ -67,11 +69,19 @@ class Card:
 def list_presets(family: str | None = None, task: str | None = None, max_params: float | None = None) -> list[Card]:
     """All cards in order of their names; family, task and max_params (parameters, at most) narrow the list.
 
-    Raises ConfigError for a card that is wrong, and for cards of other packages that cannot be read.
+    A card that is wrong is left out, with a warning. Raises ConfigError for a folder of cards that cannot be read.
     """
+    cards, wrong = [], []
+    for _, path in sorted(_files(_folders() + _package_folders()).items()):
+        try:
+            cards.append(read_card(path))
+        except ConfigError as error:
+            wrong.append(str(error))
+    if wrong:
+        warnings.warn(f"left out: {'; '.join(wrong)}", stacklevel=2)
     return [
         card
-        for card in (read_card(path) for _, path in sorted(_files(_folders() + _package_folders()).items()))
+        for card in cards
         if (family is None or card.family == family)
         and (task is None or card.task == task)
         and (max_params is None or card.parameters <= max_params)
@@ -157,24 +167,26 @@ def _package_folders() -> list[Path]:
             spec = importlib.util.find_spec(point.value)  # imports what the folder is in, not the folder
             folders += map(Path, spec.submodule_search_locations)  # type: ignore[union-attr, arg-type]
         except Exception as error:  # the other package's code may raise anything
-            raise ConfigError(
+            warnings.warn(
                 f"the package {point.dist and point.dist.name} says that {point.value} is a folder of presets, which "
-                f"cannot be found ({type(error).__name__}: {error}); update or uninstall it"
-            ) from error
+                f"cannot be found ({type(error).__name__}: {error}); update or uninstall it",
+                stacklevel=2,
+            )
     return folders
 
 
 def _files(folders: list[Path]) -> dict[str, Path]:
-    """The file of every card, by the preset's name. Only looks at names, so one bad card spoils no other."""
+    """The file of every card, by the preset's name: the first that has it. Only looks at names."""
     files: dict[str, Path] = {}
     for folder in folders:
         found = _cards_in(folder)
         if clash := sorted(files.keys() & found.keys()):
-            raise ConfigError(
-                f"cards in {folder} have the names of other presets: {', '.join(clash)} (in {files[clash[0]].parent}); "
-                "rename them"
+            warnings.warn(
+                f"cards in {folder} have the names of other presets and are left out: {', '.join(clash)} "
+                f"(in {files[clash[0]].parent}); rename them",
+                stacklevel=2,
             )
-        files |= found
+        files = found | files
     return files
 
 
@@ -258,6 +270,8 @@ def _source(reader: "_Reader", table: dict[str, Any], where: str) -> tuple[Sourc
         source = EmbeddedSource("", verified)
         try:
             source = source_of(address, verified)
+            if isinstance(source, HttpsSource):
+                address = source.address(Path())  # a query may be a secret
         except ModelhubError as error:
             reader.problems.append(f"{where}uri: {error}")
     elif table.get("type") == "embedded":

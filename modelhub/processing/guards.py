@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,18 @@ def check_size(path: Path, most: int) -> None:
     """Raises TokenizerError for a file that is larger."""
     if path.is_file() and (size := path.stat().st_size) > most:
         raise TokenizerError(f"{path} has {size} bytes; a tokenizer's file of this kind has {most} at most.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a config file. Raises TokenizerError for one of over 10 MB, and for anything else."""
+    check_size(path, LARGEST_CONFIG)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} cannot be read as JSON: {error}. Download it again.") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path} holds {type(content).__name__}, not an object. Download it again.")
+    return content
 
 
 def check_growth(*parts: Mapping[str, Any] | None) -> None:

@@ -31,7 +31,14 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from modelhub.errors import TokenizerError
 from modelhub.processing import spm
-from modelhub.processing.guards import LARGEST_CONFIG, LARGEST_ID, LARGEST_TOKENIZER, check_growth, check_size
+from modelhub.processing.guards import (
+    LARGEST_CONFIG,
+    LARGEST_ID,
+    LARGEST_TOKENIZER,
+    check_growth,
+    check_size,
+    read_json,
+)
 
 KEPT_KEYS = ("model_max_length", "padding_side", "truncation_side")
 # read beside tokenizer.json: those of an older tokenizer would change the new one
@@ -419,11 +426,4 @@ def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, without its nulls; empty where there is no such file."""
     if not path.is_file():
         return {}
-    check_size(path, LARGEST_CONFIG)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {key: value for key, value in content.items() if value is not None}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise TokenizerError(
-            f"{path} does not hold a JSON object: {error}. Download it again, or remove it."
-        ) from error
+    return {key: value for key, value in read_json(path).items() if value is not None}

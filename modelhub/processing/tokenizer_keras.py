@@ -9,7 +9,6 @@ Format: keras_hub/src/tokenizers of https://github.com/keras-team/keras-hub
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from modelhub.errors import TokenizerError
+from modelhub.processing.guards import LARGEST_TOKENIZER, check_size, read_json
 from modelhub.processing.tokenizer_files import (
     TokenizerParts,
     TokenizersEngine,
@@ -43,12 +43,12 @@ def is_kerashub(folder: Path) -> bool:
 
 def read_kerashub(folder: Path) -> TokenizerParts:
     """Reads tokenizer.json, preprocessor.json and assets/tokenizer. Raises TokenizerError."""
-    data = _read_json(folder / "tokenizer.json")
+    data = read_json(folder / "tokenizer.json")
     name = str(data.get("registered_name")).rpartition(">")[2]
     given: Any = data.get("config")
     preprocessor: Any = {}
     if (folder / "preprocessor.json").is_file():
-        preprocessor = _read_json(folder / "preprocessor.json").get("config")
+        preprocessor = read_json(folder / "preprocessor.json").get("config")
     if not isinstance(given, dict) or not isinstance(preprocessor, dict):
         raise TokenizerError(f"{folder}: tokenizer.json and preprocessor.json have no config. Download them again.")
     add_bos = preprocessor.get("add_start_token", True) is not False
@@ -64,7 +64,7 @@ def read_kerashub(folder: Path) -> TokenizerParts:
 
 
 def _read_byte_level(folder: Path, named: dict[str, str], given: dict[str, Any], add_bos: bool) -> TokenizerParts:
-    vocabulary, merges = _read_json(_asset(folder, "vocabulary.json")), _asset(folder, "merges.txt")
+    vocabulary, merges = read_json(_asset(folder, "vocabulary.json")), _asset(folder, "merges.txt")
     try:
         lines = merges.read_text(encoding="utf-8").split("\n")
         halves = (line.partition(" ") for line in lines if line and not line.startswith("#version:"))
@@ -95,14 +95,5 @@ def _asset(folder: Path, name: str) -> Path:
     if not path.is_file():
         found = ", ".join(sorted(file.name for file in path.parent.iterdir())[:10])
         raise TokenizerError(f"{path} is missing; {_ASSETS} holds {found or 'nothing'}. Download the preset again.")
+    check_size(path, LARGEST_TOKENIZER)
     return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} cannot be read as JSON: {error}. Download it again.") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path} holds {type(content).__name__}, not an object. Download it again.")
-    return content

@@ -11,6 +11,8 @@ from modelhub.core import lora
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Params, flatten
 from modelhub.errors import CheckpointError, InputError
+from modelhub.families import family_of
+from modelhub.families.naming import NameMap
 from modelhub.hub.adapters import AdapterFiles, read_adapter, write_adapter
 from modelhub.hub.preset import resolve_adapter
 from modelhub.hub.provenance import Provenance, TrainingRun, read_provenance
@@ -43,12 +45,14 @@ class Adapters:
     """
 
     base_model: Any
+    config: Any
     model: Any
     xp: Backend
     params: Params
     adapters: dict[str, Adapter]
     active_adapter: str | None
     provenance: Provenance  # of the weights without any adapter
+    identity: Provenance | None  # what they are, as base and base_model; None: there is no other copy of them
     _replaced: Params  # the base weights that merge_lora has put others in place of
 
     def enable_lora(
@@ -113,7 +117,7 @@ class Adapters:
         if self._replaced:
             for run in self.adapters.pop(self.active_adapter or "").runs:
                 self.provenance = self.provenance.with_run(run)
-            self.active_adapter, self._replaced = None, {}
+            self.active_adapter, self._replaced, self.identity = None, {}, None
 
     def save_adapter(
         self, folder: str | os.PathLike[str], base: str = "", beside: Callable[[Path], None] | None = None
@@ -124,19 +128,22 @@ class Adapters:
         """
         adapter = self._require_adapter("save", merged=True)
         config, arrays = adapter.config, adapter.params if self._replaced else self.params
-        endings = sorted({module.rpartition(".")[2] for module in adapter.modules})
-        named = lora.choose(self.base_model, endings) == adapter.modules
+        theirs = {module: self._adapter_names().to_theirs(module)[0] for module in lora.linears(self.base_model)}
+        endings = {module: name.rpartition(".")[2] for module, name in theirs.items()}
+        targets = sorted({endings[module] for module in adapter.modules})
+        if [module for module in theirs if endings[module] in targets] != adapter.modules:
+            targets = [theirs[module] for module in adapter.modules]
         files = AdapterFiles(
             rank=config.rank,
             alpha=config.rank if config.alpha is None else config.alpha,
             dropout=config.dropout,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
-            targets=endings if named else adapter.modules,
-            rank_pattern=dict(config.rank_pattern),
-            alpha_pattern=dict(config.alpha_pattern),
+            targets=targets,
+            rank_pattern={theirs[module]: rank for module, rank in config.rank_pattern.items()},
+            alpha_pattern={theirs[module]: alpha for module, alpha in config.alpha_pattern.items()},
             base=base,
-            tensors={key: self.xp.get(arrays[key]) for key in adapter.params},
+            tensors={_renamed(key, theirs.__getitem__): self.xp.get(arrays[key]) for key in adapter.params},
         )
         write_adapter(Path(folder), files, beside)
 
@@ -157,7 +164,7 @@ class Adapters:
         name = name or called or folder.resolve().name
         if name in self.adapters:
             raise InputError(f"there is an adapter {name!r} already; give this one another name=")
-        files = read_adapter(Path(folder))
+        files = self._with_our_names(read_adapter(Path(folder)))
         config = lora.LoRAConfig(
             files.rank, files.alpha, files.dropout, files.use_rslora, files.use_dora, files.rank_pattern,
             files.alpha_pattern,
@@ -170,6 +177,25 @@ class Adapters:
         self.adapters[name] = Adapter(config, modules, params, skeleton, made.runs if made else ())
         self.set_adapter(name)
         return name
+
+    def _adapter_names(self) -> NameMap:
+        """Between our names of layers and those in PEFT's files, where they differ."""
+        names = getattr(family_of(self.config.model_type), "adapter_names", None)
+        return names(self.config) if names else NameMap()
+
+    def _with_our_names(self, files: AdapterFiles) -> AdapterFiles:
+        names = self._adapter_names()
+
+        def ours(module: str) -> str:
+            renamed = names.to_ours(module)
+            return renamed[0] if renamed else module
+
+        return dataclasses.replace(
+            files,
+            rank_pattern={ours(module): rank for module, rank in files.rank_pattern.items()},
+            alpha_pattern={ours(module): alpha for module, alpha in files.alpha_pattern.items()},
+            tensors={_renamed(key, ours): array for key, array in files.tensors.items()},
+        )
 
     @property
     def adapter(self) -> Adapter | None:
@@ -213,6 +239,12 @@ class Adapters:
 
     def _use(self, model: Any, params: Params) -> None:
         raise NotImplementedError
+
+
+def _renamed(key: str, rename: Callable[[str], str]) -> str:
+    """The name of an adapter's tensor with its layer renamed."""
+    module, mark, rest = key.partition(lora.MARK)
+    return f"{rename(module)}{mark}{rest}"
 
 
 def _in_order(base: Any, modules: Iterable[str], folder: str | os.PathLike[str]) -> list[str]:

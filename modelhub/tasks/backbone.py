@@ -1,9 +1,15 @@
 """Backbone: a model's weights on a backend, without tokenizer and text."""
 
+import dataclasses
 import functools
 import logging
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 
@@ -13,6 +19,8 @@ from modelhub.core.lora import MARK
 from modelhub.core.tree import Params
 from modelhub.errors import CheckpointError, InputError, MixedBackends
 from modelhub.generation.decode import hidden_states
+from modelhub.hub.card import inherited
+from modelhub.hub.files import licence_files
 from modelhub.hub.preset import Preset
 from modelhub.hub.provenance import PRESET, Provenance, read_provenance
 from modelhub.hub.sources import HubSource
@@ -21,31 +29,53 @@ from modelhub.tasks.loading import choose_dtype, load_params, opened, random_par
 
 log = logging.getLogger("modelhub")
 
-RANDOM = Provenance(from_scratch=True)  # weights that nothing was loaded into
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from.
+
+    provenance: what they were made from. identity: what they are, for an adapter that goes on them: base is an address,
+    a preset (modelhub:NAME) or a path, base_model a repository on the Hub; None: they are nowhere but in memory.
+    licence_files: name -> text of what is to go with every copy.
+    """
+
+    provenance: Provenance
+    identity: Provenance | None = None
+    licence_files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+RANDOM = Origin(Provenance(from_scratch=True))  # weights that nothing was loaded into
 
 
 class Backbone(Adapters):
     """model: the abstract skeleton; params: {Hugging Face name: array}; xp: the backend they are on.
 
-    provenance: where the weights come from, and what they were trained on.
+    provenance: where the weights come from, and what they were trained on. identity, licence_files: see Origin.
+    untouched: the folder or file that they were loaded from, for as long as nothing has replaced them.
     """
+
+    untouched: Path | None = None
 
     def __init__(
         self, model: Any, params: Params, xp: Backend, config: Any, dtype: str,
-        provenance: Provenance = RANDOM,
+        origin: Origin = RANDOM,
     ):  # fmt: skip
         self.xp = xp
         self.config = config
         self.dtype = dtype
         self.base_model = model
-        self.provenance = provenance
+        self.provenance, self.identity = origin.provenance, origin.identity
+        self.licence_files = dict(origin.licence_files)
         self.adapters, self.active_adapter, self._replaced = {}, None, {}
+        self._params: Params = {}
         self._use(model, params)
 
     def _use(self, model: Any, params: Params) -> None:
-        self.model = model
+        self.model, identity = model, self.identity
         self.params = params
-        self._hidden = self.xp.compile(functools.partial(hidden_states, self.xp), model, hot=False)
+        self.identity = identity  # the same weights, with or without an adapter
+        forward = _encoded if hasattr(model, "encode") else hidden_states
+        self._hidden = self.xp.compile(functools.partial(forward, self.xp), model, hot=False)
 
     @classmethod
     def from_preset(
@@ -71,8 +101,10 @@ class Backbone(Adapters):
     def from_source(cls, source: Any, xp: Backend, dtype: str | None, load_weights: bool, seed: int) -> Self:
         dtype = choose_dtype(dtype, xp, source)
         params = load_params(source, xp, dtype) if load_weights else random_params(source.model, xp, dtype, seed)
-        provenance = provenance_of(source.preset) if load_weights else RANDOM
-        return cls(source.model, params, xp, source.config, dtype, provenance)
+        origin = provenance_of(source.preset) if load_weights else RANDOM
+        backbone = cls(source.model, params, xp, source.config, dtype, origin)
+        backbone.untouched = source.preset.path if load_weights else None
+        return backbone
 
     @property
     def params(self) -> Params:
@@ -83,15 +115,24 @@ class Backbone(Adapters):
         found = of(params)
         if found != self.xp.name:
             raise MixedBackends(f"the model is on {self.xp.name} and the new weights are on {found}")
+        if not self.has_adapter and any(params.get(name) is not x for name, x in self._params.items()):
+            self.identity = None  # trained, or put there by the user
         self._params = params
+        self.untouched = None
 
     @property
     def num_parameters(self) -> int:
         return sum(map(self._count, self.params.values()))
 
-    def __call__(self, token_ids: Any) -> Array:
-        """Hidden states (batch, time, width), an array of the backend, of token ids (batch, time)."""
-        return self._hidden(self.params, self.xp.array(self.check_ids(token_ids), "int32"))
+    def __call__(self, inputs: Any) -> Array:
+        """Hidden states (batch, time, width), an array of the backend, of token ids (batch, time).
+
+        Of an image encoder: (batch, tokens, width) of pixels (batch, channels, height, width), normalised floats as
+        modelhub.processing.image.ImageProcessor makes them.
+        """
+        if hasattr(self.model, "encode"):
+            return self._hidden(self.params, self.xp.array(inputs, self.dtype))
+        return self._hidden(self.params, self.xp.array(self.check_ids(inputs), "int32"))
 
     def check_ids(self, token_ids: Any) -> np.ndarray:
         """int32 (batch, time). Raises InputError for another shape or type, and for ids outside the vocabulary."""
@@ -147,8 +188,15 @@ class Backbone(Adapters):
         return int(np.prod(array.shape))
 
 
-def provenance_of(preset: Preset) -> Provenance:
-    """Of a folder or file, what it says itself; else the registry's card, or the address."""
+def _encoded(xp: Backend, model: Any, pixels: Array) -> Array:
+    return model.encode(xp, pixels)
+
+
+def provenance_of(preset: Preset) -> Origin:
+    """Of a folder or file, what it says itself; else the registry's card, or the address.
+
+    What a stranger's README calls its base model is the parent, and never what the folder's own weights are.
+    """
     try:
         told = read_provenance(preset.path) if preset.path.is_dir() else None
     except CheckpointError as error:  # the model may be sound all the same
@@ -156,11 +204,23 @@ def provenance_of(preset: Preset) -> Provenance:
         told = None
     if (card := preset.card) is not None:
         base = preset.source if re.match("(hf|kaggle|https)://", preset.source) else PRESET + card.name
-        return Provenance(base, card.base_model, card.licence)
-    if preset.source.startswith("file://"):
-        return told or Provenance()
-    base_model = HubSource.parse(preset.source).repo if preset.source.startswith("hf://") else None
-    return Provenance(preset.source, base_model, told.licence if told else None)
+        identity = Provenance(base, card.base_model)
+        provenance = dataclasses.replace(identity, licence=card.licence)
+    elif preset.source.startswith("file://"):
+        identity, provenance = at_address(preset.source), told or Provenance()
+    else:
+        identity = at_address(preset.source)
+        provenance = identity
+        if told is not None:
+            provenance = dataclasses.replace(identity, licence=told.licence, base_licence=inherited(told))
+    return Origin(provenance, identity, licence_files(preset.path))
+
+
+def at_address(address: str) -> Provenance:
+    """The identity of weights at an address; of file:///folder the path."""
+    if address.startswith("file://"):
+        return Provenance(url2pathname(urlsplit(address).path))
+    return Provenance(address, HubSource.parse(address).repo if address.startswith("hf://") else None)
 
 
 def _part(name: str) -> str:

@@ -357,8 +357,9 @@ class CausalLM(FineTuning):
         tokenizer = self._tokenizer
         if tokenizer.chat_template is None:
             raise InputError(
-                f"{self.preset or 'this model'} has no chat template: it was not trained to chat. "
-                f"Use generate(), or load an instruct preset"
+                f"{self.preset or 'this model'} has no chat template. If it was not trained to chat, use generate(), "
+                f"or load an instruct preset. KerasHub's presets have none even where the model was: set "
+                f"lm.tokenizer.chat_template to the model's own, or load its Hugging Face repository"
             )
         named = {f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
         return ChatTemplate(

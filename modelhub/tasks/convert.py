@@ -29,6 +29,10 @@ def convert(
     *,
     adapter: str | os.PathLike[str] | None = None,
     force: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
+    token: str | None = None,
+    cache_dir: str | None = None,
 ) -> Path:
     """Write the model `source` in another format, tokenizer and chat template included; returns where it is.
 
@@ -36,14 +40,27 @@ def convert(
         folder for Hugging Face's format.
     dtype: of the weights in a GGUF file "float16" (the default), "bfloat16", "float32" or "q8_0", where vectors and
         norms are float32 always; in a folder "float32", "bfloat16" or "float16", by default what they are in `source`.
-    adapter: a PEFT folder; it is merged into the weights. force: replace what is at `target`.
+    adapter: a PEFT folder; it is merged into the weights. force: replace what is at `target`; a folder takes no file's
+        place. revision, offline, token, cache_dir: as in `from_preset`; offline and token hold for the adapter too.
 
     It takes the memory of the weights as they are stored; in float32 where they are of several dtypes, and to merge an
     adapter, whose small changes would drown in 16 bits. `target` appears when it is complete.
 
-    Raises InputError for a target that is there already; ConfigError and TokenizerError for a model that llama.cpp
-    cannot run as it is, before any weight is read; and what `from_preset` and `load_adapter` raise.
+    Raises InputError for a target that is there already or cannot be; ConfigError and TokenizerError for a model that
+    llama.cpp cannot run as it is, before any weight is read; and what `from_preset` and `load_adapter` raise.
     """
+    return converted(
+        source, target, dtype, adapter=adapter, force=force, revision=revision, offline=offline, token=token,
+        cache_dir=cache_dir,
+    )[0]  # fmt: skip
+
+
+def converted(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], dtype: str | None, *,
+    adapter: str | os.PathLike[str] | None, force: bool, revision: str | None, offline: bool, token: str | None = None,
+    cache_dir: str | None = None,
+) -> tuple[Path, Path]:  # fmt: skip
+    """As `convert`; the files of the source, too."""
     target = Path(target).expanduser().absolute()
     to_gguf = target.suffix.lower() == ".gguf"
     if dtype is not None and dtype not in (allowed := gguf_writer.DTYPES if to_gguf else DTYPES):
@@ -51,12 +68,18 @@ def convert(
         raise InputError(f"dtype must be one of {', '.join(allowed)} for {kind}, got {dtype!r}")
     if to_gguf and target.is_dir():
         raise InputError(f"{target} is a folder; give the GGUF file another name")
+    if not to_gguf and target.is_file():
+        raise InputError(f"{target} is a file; give a folder, or for a GGUF file a name that ends in .gguf")
     if not force and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
         raise InputError(f"{target} is there already; give another place, or replace it with force=True (--force)")
+    try:  # now, and not after all weights are read
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {error}; give another place") from None
     name = os.fspath(source)
     metadata: dict[str, Any] = {}
     extra: dict[str, np.ndarray] = {}
-    with opened(name, None, False, None, None, True) as preset:
+    with opened(name, revision, offline, token, cache_dir, True) as preset:
         tokenizer = preset.tokenizer()
         if to_gguf:
             if not hasattr(preset.config, "to_gguf"):
@@ -67,12 +90,12 @@ def convert(
         backbone = Backbone.from_source(preset, get_backend("numpy"), "float32" if adapter else exact, True, 0)
         lm = CausalLM(backbone, tokenizer, preset.generation_config, name)
     if adapter is not None:
-        lm.load_adapter(adapter)
+        lm.load_adapter(adapter, offline=offline, token=token)
     if to_gguf:
         _write_gguf(lm, target, metadata, extra, dtype or "float16")
     else:
         lm.save_to_preset(target, dtype or usual)
-    return target
+    return target, preset.preset.path
 
 
 def _write_gguf(lm: CausalLM, target: Path, metadata: dict[str, Any], extra: dict[str, np.ndarray], dtype: str) -> None:
@@ -83,9 +106,8 @@ def _write_gguf(lm: CausalLM, target: Path, metadata: dict[str, Any], extra: dic
             "llama.cpp knows no sliding window for this model: the file says that its context is the window, %d tokens",
             context,
         )
-    # llama.cpp finds the usual names by itself.
-    for token in lm._end_of_turn - {metadata.get("tokenizer.ggml.eos_token_id")}:
-        metadata["tokenizer.ggml.eot_token_id"] = token
+    if (end := _end_of_turn(lm, metadata.get("tokenizer.ggml.eos_token_id"))) is not None:
+        metadata["tokenizer.ggml.eot_token_id"] = end
     names, param = family_of(config.model_type).names("gguf", config), lm.backbone.plain_param()
     ours = {names.to_theirs(name)[0]: name for name in lm.backbone.plain_names()}
 
@@ -98,6 +120,16 @@ def _write_gguf(lm: CausalLM, target: Path, metadata: dict[str, Any], extra: dic
     shapes = {theirs: x.shape for theirs, x in extra.items()}
     shapes |= {theirs: lm.params[name].shape for theirs, name in ours.items()}
     gguf_writer.write_gguf(target, metadata, shapes, read, dtype)
+
+
+def _end_of_turn(lm: CausalLM, eos: int | None) -> int | None:
+    """What ends an answer besides `eos`; llama.cpp finds the usual names by itself.
+
+    The token that the chat template puts there; without a template the first at which generation stops.
+    """
+    listed = lm.generation_config.get("eos_token_id")
+    others = listed if isinstance(listed, list) and not lm._chats() else []
+    return next((token for token in [*lm._end_of_turn, *others] if token != eos), None)
 
 
 def _dtypes(source: Source) -> tuple[str, str]:

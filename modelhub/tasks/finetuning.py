@@ -92,7 +92,7 @@ class FineTuning(Trainable):
         compiled, plan = self._ready(
             epochs, steps, grad_accum, checkpoint_dir, resume, save_steps, callbacks, seed
         )  # fmt: skip
-        held_out = validation_data
+        name, held_out = called(data), validation_data
         if validation_split:
             if validation_data is not None or not 0.0 < validation_split < 1.0:
                 raise InputError("give validation_data, or a validation_split between 0 and 1, not both")
@@ -106,7 +106,7 @@ class FineTuning(Trainable):
             train, validation, compiled, plan, TextObjective(self.backbone.config), self.backbone.trainable_names(),
             seed=seed, dropout=adapter is not None and adapter.config.dropout > 0, shape=(batch_size, length),
             callbacks=callbacks, settings=options | {"sequence_length": length, "batch_size": batch_size},
-            called=called(data), verbose=verbose,
+            called=name, verbose=verbose,
         )  # fmt: skip
 
     def evaluate(

@@ -21,7 +21,7 @@ from modelhub.families.kerashub import BACKBONES, backbone_of
 from modelhub.families.naming import KEEP, NameMap
 from modelhub.hub.checkpoint import Checkpoint, open_folder
 from modelhub.hub.gguf import GGUFFile, open_gguf
-from modelhub.hub.kerashub import has_weights, is_kerashub, open_kerashub
+from modelhub.hub.kerashub import H5Checkpoint, has_weights, is_kerashub, open_kerashub
 from modelhub.hub.preset import Preset, resolve
 from modelhub.processing.tokenizer import Tokenizer
 
@@ -156,11 +156,31 @@ def _open_gguf(preset: Preset) -> Source:
         raise
 
 
+class _WithHead(Checkpoint):
+    """The weights of a KerasHub backbone, and those of its task under "task/"."""
+
+    def __init__(self, backbone: Checkpoint, head: Checkpoint):
+        self._backbone, self._head = backbone, head
+        self.tensors = backbone.tensors | {f"task/{name}": info for name, info in head.tensors.items()}
+
+    def read(self, name: str, dtype: str = "float32") -> np.ndarray:
+        part = self._head if name.startswith("task/") else self._backbone
+        return part.read(name.removeprefix("task/"), dtype)
+
+    def close(self) -> None:
+        self._backbone.close()
+        self._head.close()
+
+
 def _open_kerashub(preset: Preset, data: dict[str, Any]) -> Source:
     family = family_of(BACKBONES[backbone_of(data)])
-    family.Config.from_keras(data)  # what it has to say is clearer than what the weights do
+    data |= {"task": _read_json(preset.path / "task.json")}
+    config = family.Config.from_keras(data)  # what it has to say is clearer than what the weights do
     weights = open_kerashub(preset.path) if has_weights(preset.path) else None
     try:
+        head = preset.path / "task.weights.h5"
+        if weights is not None and getattr(config, "num_labels", None) and head.is_file():
+            weights = _WithHead(weights, H5Checkpoint(head))
         config = family.Config.from_keras(data, weights and weights.tensors)
         return KerasHubSource(preset, config, family.Model.abstract(config), family.names("keras", config), weights)
     except BaseException:

@@ -2,9 +2,9 @@
 
 import dataclasses
 import datetime
-import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ import numpy as np
 
 from modelhub.errors import BackendNotInstalled, CheckpointError, InputError
 from modelhub.hub import publish
-from modelhub.hub.card import CardFacts, check_card, notice, render_card
+from modelhub.hub.card import CardFacts, check_card, inherited, missing_licence, notice, render_card
+from modelhub.hub.files import licence_files
 from modelhub.hub.provenance import Provenance, TrainingRun, write_provenance
 from modelhub.hub.sources import cache_root
-from modelhub.tasks.backbone import Backbone
+from modelhub.tasks.backbone import Backbone, at_address
 from modelhub.tasks.loading import DTYPES
 from modelhub.tasks.saving import MAX_SHARD_SIZE, model_folder, write_backbone, write_card
 from modelhub.training.history import History
@@ -67,7 +68,7 @@ class Publishing:
         self, address: str, private: bool = True, adapter_only: bool = False, revision: str | None = None,
         message: str | None = None, licence: str | None = None, dry_run: bool = False,
         *, base_model: str | None = None, from_scratch: bool = False, datasets: Sequence[str] = (),
-        token: str | None = None,
+        dtype: str | None = None, token: str | None = None,
     ) -> publish.Published | publish.Plan:  # fmt: skip
         """Send the model, or its adapter alone, to a hub: save it, load it again and compare, then upload.
 
@@ -75,40 +76,70 @@ class Publishing:
             needs no server. private: where the hub can hide a model. revision: a branch (Hugging Face), or the part
             after @ (folders). message: of the commit, or the version's notes.
         licence: identifier as the Hugging Face Hub spells it ("apache-2.0", "gemma"); None: the base model's.
-        base_model: repository on the Hub, where it is not known already. from_scratch: there is no base model.
+        base_model: repository on the Hub, where it is not known already; with adapter_only the one that holds the
+            weights which the adapter goes on. from_scratch: there is no base model.
         datasets: names on the Hub of what it was trained on, for the card.
+        dtype: of the weights in the files; None: the model's, or the files' own where it is published as it was loaded.
         dry_run: send nothing and return what would be sent.
 
-        Raises InputError for a card without a licence or an origin, CheckpointError if what was written does not
-        compute what the model in memory computes, and DownloadError when the hub refuses or cannot be reached.
+        Raises InputError for a card without a licence or an origin, and for an adapter on weights that are published
+        nowhere; CheckpointError if what was written does not compute what the model in memory computes; DownloadError
+        when the hub refuses or cannot be reached. What is said of the model here is remembered once it is published.
         """
         target = publish.check_address(address, revision)
-        found = self.backbone.provenance
-        self.backbone.provenance = dataclasses.replace(
-            found, licence=licence or found.licence, base_model=base_model or found.base_model,
-            from_scratch=from_scratch or (found.from_scratch and not base_model),
-        )  # fmt: skip
         facts: dict[str, Any] = {"title": target.title, "address": target.address, "datasets": tuple(datasets)}
-        check_card(self._facts(adapter_only, **facts))
-        licence = self.provenance.licence
-        staging = cache_root() / "publishing" / hashlib.sha256(target.address.encode()).hexdigest()[:16]
-        folder = staging / target.title
         digests: dict[str, str] = {}
+        backbone, before = self.backbone, (self.backbone.provenance, self.backbone.identity)
+        done: publish.Published | None = None
+        staging: Path | None = None
         try:
+            self._tell(licence, base_model, from_scratch, adapter_only)
+            card = self._facts(adapter_only, **facts)
+            check_card(card)
+            licence = card.provenance.licence
+            (cache_root() / "publishing").mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(dir=cache_root() / "publishing"))
+            folder = staging / target.title
             if adapter_only:
                 self._save_adapter(folder, **facts)
                 self._compare_adapter(folder)
             else:
-                self._save(folder, None, MAX_SHARD_SIZE, digests, **facts)
+                self._save(folder, dtype or self._stored_dtype(), MAX_SHARD_SIZE, digests, **facts)
                 self._compare(folder)
+            remarks = tuple(filter(None, [missing_licence(card)]))
             if dry_run:
-                return publish.plan(folder, address, private=private, revision=revision, licence=licence, token=token)
-            return publish.publish_folder(
+                plan = publish.plan(folder, address, private=private, revision=revision, licence=licence, token=token)
+                return dataclasses.replace(plan, remarks=plan.remarks + remarks)
+            done = publish.publish_folder(
                 folder, address, private=private, revision=revision, message=message, licence=licence, token=token,
                 digests=digests,
             )  # fmt: skip
+            if not adapter_only and backbone.adapter is None:
+                backbone.identity = at_address(done.address)
+            return dataclasses.replace(done, remarks=done.remarks + remarks)
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            if done is None:
+                backbone.provenance, backbone.identity = before
+            if staging is not None:
+                shutil.rmtree(staging, ignore_errors=True)
+
+    def _tell(self, licence: str | None, base_model: str | None, from_scratch: bool, adapter: bool) -> None:
+        """Take up what the publisher says of the model, or of the weights that the adapter goes on."""
+        backbone, found = self.backbone, self.backbone.provenance
+        if licence:
+            kept = inherited(found) or found.base_licence
+            backbone.provenance = dataclasses.replace(found, licence=licence, base_licence=kept)
+        if adapter and base_model:
+            backbone.identity = Provenance(base_model=base_model)
+        elif base_model or from_scratch:
+            backbone.provenance = dataclasses.replace(
+                backbone.provenance, base_model=base_model or found.base_model, from_scratch=from_scratch
+            )
+
+    def _stored_dtype(self) -> str | None:
+        """Of the files that the model was loaded from, if it is still what was loaded."""
+        stored = self.backbone.config.extra.get("dtype") or self.backbone.config.extra.get("torch_dtype")
+        return stored if self.backbone.untouched and stored in DTYPES else None
 
     def _save(
         self, target: Path, dtype: str | None, max_shard_size: int, digests: dict[str, str] | None = None, **facts: Any
@@ -121,18 +152,39 @@ class Publishing:
             self._write_companions(work, target, adapter=False, **facts)
 
     def _save_adapter(self, target: Path, **facts: Any) -> None:
-        found = self.provenance
-        base = found.base_model or found.base or self.preset
+        weights = self.backbone.identity or Provenance()
+        # PEFT reads it as a repository or a path, and knows no other addresses.
+        base = weights.base_model or (weights.base if weights.base and os.path.isabs(weights.base) else "")
         self.backbone.save_adapter(target, base, lambda work: self._write_companions(work, target, True, **facts))
 
     def _write_companions(self, work: Path, target: Path, adapter: bool, **facts: Any) -> None:
         """What tells people about the model. target: the folder that `work` is going to be."""
-        provenance = self.provenance
+        provenance = self._told(adapter)
         write_provenance(work, provenance)
-        facts = {"title": target.name} | facts
-        write_card(work, render_card(self._facts(adapter, curve=_draw(provenance, work), **facts)), target)
+        theirs = {name: text for name, text in licence_files(target).items() if not name.startswith("NOTICE")}
+        texts = theirs | self.backbone.licence_files
+        facts = {"title": target.name, "licence_files": tuple(sorted(texts))} | facts
+        # A folder that modelhub saved may have got a card by hand since, and is published with it.
+        saved = self.backbone.untouched
+        old = saved if saved and not adapter and (saved / "modelhub.json").is_file() else target
+        write_card(work, render_card(self._facts(adapter, curve=_draw(provenance, work), **facts)), old)
         if text := notice(provenance):
-            (work / "NOTICE").write_text(text, encoding="utf-8")
+            ours, kept = text.encode(), texts.get("NOTICE", b"")
+            if ours.splitlines()[0] not in kept:
+                texts["NOTICE"] = b"\n\n".join(filter(None, [kept.rstrip(), ours]))
+        for name, content in texts.items():
+            (work / name).write_bytes(content)
+
+    def _told(self, adapter: bool) -> Provenance:
+        """For the card of the model; of its adapter alone: the weights that it goes on, and what trained it."""
+        found, active = self.provenance, self.backbone.adapter
+        if not adapter or active is None:
+            return found
+        weights = self.backbone.identity or Provenance()
+        return dataclasses.replace(
+            found, base=weights.base, base_model=weights.base_model, from_scratch=False, runs=active.runs,
+            base_licence=inherited(found) or found.base_licence,
+        )  # fmt: skip
 
     def _facts(self, adapter: bool, **facts: Any) -> CardFacts:
         backbone = self.backbone
@@ -140,8 +192,9 @@ class Publishing:
             counted = list(backbone.adapter.params.values())
         else:
             counted = [backbone.params[name] for name in backbone.plain_names()]
+        facts = {"licence_files": tuple(backbone.licence_files)} | facts
         return CardFacts(
-            task=self.task, model_type=backbone.config.model_type, dtype=backbone.dtype, provenance=self.provenance,
+            task=self.task, model_type=backbone.config.model_type, dtype=backbone.dtype, provenance=self._told(adapter),
             parameters=sum(int(np.prod(x.shape)) for x in counted), adapter=adapter,
             has_chat_template=self._chats(), **facts,
         )  # fmt: skip

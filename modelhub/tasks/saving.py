@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from modelhub.errors import CheckpointError
-from modelhub.hub.files import MODEL_FILES, replacing, save_tensors
+from modelhub.errors import CheckpointError, InputError
+from modelhub.hub.files import GENERATED, MODEL_FILES, replacing, save_tensors
 from modelhub.tasks.backbone import Backbone
 
 MAX_SHARD_SIZE = 5_000_000_000
 _CARD = "README.md"
-_GENERATED = "<!-- Written by modelhub when the model was saved; without this line, saving again keeps your text. -->"
 
 
 def strangers(target: Path) -> list[str]:
@@ -30,8 +29,10 @@ def strangers(target: Path) -> list[str]:
 def model_folder(target: Path) -> Iterator[Path]:
     """An empty folder that takes the place of `target` at the end of the block; `target` is whole or as it was.
 
-    Raises CheckpointError for a folder with other things in it, and when writing fails.
+    Raises InputError for a file, CheckpointError for a folder with other things in it, and when writing fails.
     """
+    if target.is_file():
+        raise InputError(f"{target} is a file; give a new or empty folder")
     if found := strangers(target):
         raise CheckpointError(
             f"{target} holds {', '.join(found[:5])}, which saving a model there would remove; give a new or empty "
@@ -80,11 +81,12 @@ def write_backbone(
 def write_card(folder: Path, card: str, old: Path) -> None:
     """The README; one that the user has written into the folder `old` goes before ours."""
     kept = old / _CARD
-    if kept.is_file() and _GENERATED not in (own := kept.read_text(encoding="utf-8")):
-        card = own
-    elif _GENERATED not in card:
-        card = f"{card.rstrip()}\n\n{_GENERATED}\n"
-    (folder / _CARD).write_text(card, encoding="utf-8")
+    if GENERATED not in card:
+        card = f"{card.rstrip()}\n\n{GENERATED}\n"
+    text = card.encode()
+    if kept.is_file() and GENERATED.encode() not in (own := kept.read_bytes()):
+        text = own  # in whatever encoding
+    (folder / _CARD).write_bytes(text)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import numbers
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,11 @@ class Trainable(Publishing):
         """Whether an adapter is active, and not merged."""
         return self.backbone.has_adapter
 
+    @property
+    def saves_adapter(self) -> bool:
+        """Whether an adapter's folder holds all that `fit` trains."""
+        return self.has_adapter
+
     # --- training -----------------------------------------------------------------------------------------------
 
     def _compile(
@@ -151,7 +156,7 @@ class Trainable(Publishing):
     def _train(
         self, train: BatchSource, validation: BatchSource | None, compiled: Compiled, plan: Plan,
         objective: Objective, names: Sequence[str], *, seed: int, dropout: bool, shape: tuple[int, int],
-        callbacks: Sequence[Callback], settings: Mapping[str, Any], called: str, verbose: bool,
+        callbacks: Sequence[Callback], settings: dict[str, Any], called: str, verbose: bool,
     ) -> History:  # fmt: skip
         """Train the parameters `names`. shape: rows of a batch, and positions of a row. settings: see Run."""
         adapter = self.backbone.adapter

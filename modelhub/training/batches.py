@@ -15,7 +15,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -23,6 +22,7 @@ import numpy as np
 from modelhub.errors import DataError
 from modelhub.processing.tokenizer import Tokenizer
 from modelhub.training.examples import Example, Examples, Render, make_examples
+from modelhub.training.loaders import Begun, peek
 from modelhub.training.records import read_records
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class BatchSource(Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch `start` on."""
 
-    def report(self) -> "Report | str":
+    def report(self) -> Any:
         """For people: str() of it."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def prepare(
     data: what `read_records` takes, or ready batches: an iterable of dicts with `input_ids` and `labels`, for which the
     other arguments mean nothing. The rest as in `read_records`, `make_examples` and `Batches`. Raises DataError.
     """
-    first, data = _peek(data)
+    first, data = peek(data)
     if isinstance(first, Mapping) and "input_ids" in first:
         return ReadyBatches(data)
     if tokenizer is None:
@@ -83,32 +83,6 @@ def prepare(
     records = read_records(data, kind)
     made = make_examples(records, tokenizer, sequence_length, render=render, template=template, loss_on=loss_on)
     return Batches(made, sequence_length, batch_size, packing=packing, seed=seed, shuffle=shuffle, tokenizer=tokenizer)
-
-
-def _peek(data: Any) -> tuple[Any, Any]:
-    """The first item (None if there is none to see), and the data with it put back where it was taken out."""
-    if isinstance(data, str | Path | Mapping) or hasattr(data, "iterrows") or not isinstance(data, Iterable):
-        return None, data
-    if isinstance(data, Sequence):
-        return (data[0] if len(data) else None), data
-    iterator = iter(data)
-    try:
-        first = next(iterator)
-    except StopIteration:
-        return None, []
-    return first, _Begun(data, itertools.chain([first], iterator))
-
-
-class _Begun:
-    """An iterable with an iterator under way, which its first reader gets: a DataLoader starts its workers once."""
-
-    def __init__(self, data: Iterable[Any], begun: Iterator[Any]) -> None:
-        self.data = data
-        self._begun: Iterator[Any] | None = begun
-
-    def __iter__(self) -> Iterator[Any]:
-        begun, self._begun = self._begun, None
-        return iter(self.data) if begun is None else begun
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------
@@ -346,7 +320,7 @@ class ReadyBatches:
 
     def __init__(self, data: Iterable[Mapping[str, Any]]) -> None:
         self._data = data
-        self._source: Any = data.data if isinstance(data, _Begun) else data
+        self._source: Any = data.data if isinstance(data, Begun) else data
         self._passes = 0  # begun so far
         self._restored = False
 
@@ -372,7 +346,7 @@ class ReadyBatches:
         skipped = 0 if restored else start
         number, labels = start, 0
         for number, batch in enumerate(itertools.islice(self._data, skipped, None), start + 1):
-            ready = complete(batch, f"batch {number} of epoch {epoch + 1}")
+            ready = self.complete(batch, f"batch {number} of epoch {epoch + 1}")
             labels += int((ready["labels"] != NO_LABEL).sum())
             yield ready
         if number == 0:
@@ -380,6 +354,9 @@ class ReadyBatches:
             raise DataError(f"the data gave no batch in epoch {epoch + 1}{again if epoch else ''}")
         if start == 0 and not labels:
             raise DataError(f"all labels of the {number} batches of epoch {epoch + 1} are {NO_LABEL}: nothing to learn")
+
+    def complete(self, batch: Any, where: str) -> Batch:
+        return complete(batch, where)
 
     def state_dict(self) -> dict[str, Any]:
         """The iterable's own, if it has one."""

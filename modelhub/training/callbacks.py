@@ -28,8 +28,9 @@ class Callback:
 
     step: counts the optimizer steps of the whole run, also over a resume; 1 is the first. epoch: from 0, as in Keras.
     logs of a finished step: loss, accuracy, learning_rate, grad_norm, tokens (those with a loss), tokens_per_second,
-    seconds, memory (peak, in bytes). logs of a finished epoch: loss and accuracy per token over the whole epoch, and
-    val_loss and val_accuracy where there is validation.
+    seconds, memory (peak, in bytes); with images, images and images_per_second, and all metrics. logs of a finished
+    epoch: loss and accuracy per token or image over the whole epoch, and val_loss and val_accuracy where there is
+    validation.
 
     `self.model.stop_training = True` ends the run after the step or epoch at hand.
     """
@@ -154,7 +155,7 @@ class BestCheckpoint(_Best):
         if not self.improves(logs):
             return
         with replacing(self.folder) as work:
-            save = self.model.save_adapter if self.model.has_adapter else self.model.save_to_preset
+            save = self.model.save_adapter if self.model.saves_adapter else self.model.save_to_preset
             save(str(work))
             (work / "best.json").write_text(json.dumps({"epoch": epoch, self.monitor: self.best}) + "\n")
 
@@ -315,7 +316,7 @@ class WandbLogger(_ScalarLogger):
 
 
 class ProgressBar(Callback):
-    """Step, loss, accuracy, tokens per second, memory and time left: a bar on a terminal, else a line now and then.
+    """Step, loss, accuracy, speed, memory and time left: a bar on a terminal, else a line now and then.
 
     total: optimizer steps of the whole run; None: unknown. every: seconds between two lines where there is no terminal.
     file: sys.stderr if None.
@@ -339,6 +340,8 @@ class ProgressBar(Callback):
         shown = [f"{name} {logs[name]:.4f}" for name in ("loss", "accuracy") if name in logs]
         if "tokens_per_second" in logs:
             shown.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+        if "images_per_second" in logs:
+            shown += [f"{logs['images_per_second']:,.1f} images/s", f"{logs['seconds'] * 1000:,.0f} ms a step"]
         if "memory" in logs:
             shown.append(tqdm.format_sizeof(logs["memory"], "B"))
         if self._bar is not None:

@@ -129,7 +129,7 @@ class Run:
         if self.validation is not None:
             self._tell("on_test_begin", {})
             found = self.engine.evaluate(self.validation.epoch(0))
-            logs |= {"val_loss": found["loss"], "val_accuracy": found["accuracy"]}
+            logs |= {f"val_{name}": found[name] for name in self.engine.objective.sums}
             self._tell("on_test_end", logs)
         self._tell("on_epoch_end", self.epoch, logs)
 
@@ -156,9 +156,10 @@ class Run:
         self.step = number
         self.publish(self.engine.trainable)
         self._check(logs)
-        tokens = sum(int((batch["segment_ids"] > 0).sum()) for batch in group)
+        objective = self.engine.objective
+        speed = sum(map(objective.size, group)) / seconds
         logs |= {} if rate is None else {"learning_rate": rate}
-        logs |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
+        logs |= {"seconds": seconds, f"{objective.unit}_per_second": speed}
         if (memory := self.engine.xp.peak_memory()) is not None:
             logs["memory"] = float(memory)
         self._tell("on_train_batch_end", number, logs)

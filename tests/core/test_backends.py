@@ -14,7 +14,7 @@ import pytest
 from modelhub.core import backends, nn
 from modelhub.core.backends.base import Backend
 from modelhub.core.tree import Module
-from modelhub.errors import BackendNotInstalled, DeviceError, InputError, MixedBackends, UnknownBackend
+from modelhub.errors import BackendNotInstalled, ConfigError, DeviceError, InputError, MixedBackends, UnknownBackend
 
 ROOT = Path(__file__).parents[2]
 
@@ -357,6 +357,7 @@ ELSEWHERE = {
     "pick_device": "test_devices",
     "dtype": "test_dtype_names",
     "expect": "test_expect_names_the_stranger",
+    "with_attention": "test_own_attention",
 }
 
 # What training needs is tested in test_training_ops.py.
@@ -776,6 +777,23 @@ def test_mixed_backends_name_both(backend, other):
         return
     with pytest.raises(MixedBackends, match=f"model.a is on {backend.name} and model.b is on {other}"):
         backends.of(arrays)
+
+
+def test_own_attention(backend):
+    """Gets what ours gets; and what it could not be told is refused."""
+    xp = backend.with_attention(lambda q, k, v, mask, *, scale: (q * scale, k, v, mask))
+    training = xp.for_training(xp.array([1, 2], "int32"))
+    q, k, mask = xp.full((2, 4, 3, 2), 1.0), xp.zeros((2, 2, 3, 2)), xp.array(causal(3, 3))
+    for each in (xp, training):
+        scaled, *rest = each.attention(q, k, k, mask, 0.5)
+        assert [x is y for x, y in zip(rest, (k, k, mask), strict=True)] == [True] * 3
+        np.testing.assert_array_equal(backend.get(scaled), np.full((2, 4, 3, 2), 0.5))
+    assert backend.own_attention is None
+    with pytest.raises(ConfigError, match="caps its attention scores at 50"):
+        xp.attention(q, k, k, softcap=50.0)
+    with pytest.raises(ConfigError, match="attention_probs_dropout_prob to 0"):
+        training.attention(q, k, k, dropout=0.1)
+    xp.attention(q, k, k, dropout=0.1)  # not training: nothing is dropped
 
 
 @pytest.mark.parametrize("other", backends.installed())

@@ -1,5 +1,6 @@
 """Archives of every kind, and every malice."""
 
+import gzip
 import hashlib
 import io
 import random
@@ -14,7 +15,7 @@ from modelhub.errors import CheckpointError, PresetNotFound
 from modelhub.hub.sources.archives import Refused, extract
 
 MODEL = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": bytes(range(256)) * 12}
-EXTRAS = {"LICENSE": b"#", "onnx/model.onnx": b"", "training_args.bin": b"a pickle"}
+EXTRAS = {"setup.py": b"#", "onnx/model.onnx": b"", "training_args.bin": b"a pickle"}
 
 
 @pytest.fixture
@@ -64,6 +65,19 @@ def test_only_what_is_needed_is_taken_out(unpack, tmp_path, name, pack, top):
     found = {path.name: path.read_bytes() for path in (tmp_path / "work" / "files").iterdir()}
     assert found == MODEL
     assert sums == {name: hashlib.sha256(content).hexdigest() for name, content in MODEL.items()}
+
+
+def test_a_compressed_archive_is_read_once(unpack, monkeypatch):
+    """Going back in one means to begin again."""
+    content = random.Random(0).randbytes(300_000)
+    archive = tar_gz_of(
+        dict(reversed([*MODEL.items(), *((f"model-0000{i}-of-00003.safetensors", content) for i in (1, 2, 3))]))
+    )
+    rewound = []
+    rewind = gzip.GzipFile.rewind
+    monkeypatch.setattr(gzip.GzipFile, "rewind", lambda file: rewound.append(1) or rewind(file))
+    unpack("m.tar.gz", archive)
+    assert len(rewound) <= 1
 
 
 def symlink(info):

@@ -9,9 +9,10 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from modelhub.errors import InputError
-from modelhub.hub.card import CardFacts, check_card, notice, render_card
+from modelhub.hub.card import CardFacts, check_card, inherited, missing_licence, notice, render_card
 from modelhub.hub.licences import terms_of
 from modelhub.hub.provenance import Provenance, TrainingRun, read_provenance
+from modelhub.hub.registry import list_presets
 from modelhub.hub.resources import resource
 
 RUN = TrainingRun(
@@ -183,6 +184,7 @@ def test_llama(licence, first, credit):
     [
         ("llama3.2", "my-poems", "'Llama'"), ("llama3.2", "Llama-poems", None), ("llama3.2", "llama_poems", None),
         ("llama3", "Llama-poems", "'Llama 3'"), ("llama3", "Llama-3-poems", None), ("llama2", "poems", None),
+        ("llama3", "Llama3-poems", None), ("llama3", "Llama 3", None), ("llama3", "Meta-Llama-3", "'Llama 3'"),
         ("gemma", "poems", None), ("apache-2.0", "poems", None),
     ],
 )  # fmt: skip
@@ -214,12 +216,56 @@ def test_another_licence_does_not_lift_the_terms_of_the_base():
         "meta-llama/Meta-Llama-3-8B": "llama3", "meta-llama/Meta-Llama-3.1-8B": "llama3.1",
         "meta-llama/Llama-3.2-1B": "llama3.2", "meta-llama/Llama-3.3-70B-Instruct": "llama3.3",
         "kaggle://keras/llama3/keras/llama3_8b_en/3": "llama3", "hf://keras/llama3.1_8b": "llama3.1",
-        "HuggingFaceTB/SmolLM2-135M": None,
+        "google/translategemma-4b-it": "gemma", "google/embeddinggemma-300m": "gemma", "google/gemma-4b": "gemma",
+        "kaggle://keras/llama3/keras/llama3.2_1b/1": "llama3.2", "HuggingFaceTB/SmolLM2-135M": None,
     }.items(),
 )  # fmt: skip
 def test_terms_by_origin(source, licence):
     found = terms_of("mit", None, source)
     assert (found and found.licence) == licence
+
+
+TERMS = {
+    "gemma": "Gemma Terms", "health-ai-developer-foundations": "Health AI", "llama2": "Llama 2 ", "llama3": "Meta Llama 3 ",
+    "llama3.1": "Llama 3.1 ", "llama3.2": "Llama 3.2 ",
+}  # fmt: skip
+
+
+def test_every_preset_from_every_source_is_under_its_own_terms():
+    cards = list_presets()
+    assert {card.licence for card in cards} > TERMS.keys()
+    for card in cards:
+        for address in card.addresses:
+            found = terms_of(card.licence, card.base_model, address)
+            assert bool(found) == (card.licence in TERMS), (card.name, address)
+            assert found is None or found.name.startswith(TERMS[card.licence]), (card.name, address)
+
+
+@pytest.mark.parametrize("source", ["unsloth/gemma-3-1b-it", "modelhub:gemma3_270m_q4", "me/anything"])
+def test_the_licence_that_a_model_had_before_stays_with_it(source):
+    relicensed = Provenance(source, None, "mit", base_licence="gemma")
+    assert inherited(relicensed) == "gemma" and notice(relicensed).startswith("Gemma is provided under")
+    with pytest.warns(UserWarning, match="does not lift"):
+        check_card(changed(provenance=dataclasses.replace(relicensed, base_model="me/a")))
+
+
+def test_copies_of_the_terms():
+    assert "a copy of these terms and the file NOTICE along" in render_card(FACTS)
+    assert "Beside this card" not in render_card(FACTS)
+    assert "ai.google.dev/gemma/terms" in missing_licence(FACTS) and "as LICENSE" in missing_licence(FACTS)
+    assert missing_licence(changed(licence_files=("NOTICE",)))
+    with_copy = changed(licence_files=("LICENSE", "NOTICE", "USE_POLICY.md"))
+    assert missing_licence(with_copy) is None
+    assert "texts that came with the base model: `LICENSE`, `USE_POLICY.md`." in render_card(with_copy)
+    assert missing_licence(changed(provenance=SCRATCH)) is None
+
+
+def test_an_adapter_on_weights_that_nobody_else_has():
+    for base in (None, "/home/me/tuned"):
+        facts = changed(adapter=True, base=base, base_model=None)
+        with pytest.raises(InputError, match='publish the whole model first, or say base_model="owner/name"'):
+            check_card(facts)
+    check_card(changed(adapter=True, base="modelhub:gemma3_tiny", base_model=None))
 
 
 # The body

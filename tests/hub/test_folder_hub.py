@@ -16,7 +16,7 @@ from modelhub.hub.sources import folder as hub
 from modelhub.hub.sources.folder import read_sums
 
 MODEL = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": bytes(range(256)) * 10_000}
-EXTRAS = {"LICENSE": b"# A model", "NOTICE": b"terms"}
+EXTRAS = {"notes.txt": b"# A model", "setup.py": b""}
 
 
 def publish(folder, content):

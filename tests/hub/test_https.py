@@ -16,12 +16,12 @@ from stand_ins.faults import Fault
 from stand_ins.https import serve
 
 from modelhub.errors import DownloadError, InputError, PresetNotFound
-from modelhub.hub.preset import resolve
+from modelhub.hub.preset import resolve, resolve_adapter
 from modelhub.hub.sources import HttpsSource, Options, Unreachable, archives, entry, source_of
 
 CONTENT = b"GGUF" + bytes(range(256)) * 20_000  # 5 MB: blocks of 1 MB are written
 MODEL = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": CONTENT[:3000]}
-EXTRAS = {"LICENSE": b"#", "onnx/model.onnx": b"", "training_args.bin": b"a pickle"}
+EXTRAS = {"setup.py": b"#", "onnx/model.onnx": b"", "training_args.bin": b"a pickle"}
 
 
 @pytest.fixture
@@ -98,6 +98,16 @@ def test_a_query_may_be_a_secret(site, options):
     with pytest.raises(PresetNotFound) as error:
         source_of(f"{site.url}/b.gguf?signature=secret#sha256={sha256(b'')}").fetch(options)
     assert "secret" not in str(error.value)
+    address = f"{site.url}/a/model.gguf?signature=secret#sha256={sha256(CONTENT)}"
+    preset = resolve(address, cache_dir=options.cache_dir)  # its name is shown, and written into records
+    assert preset.name == preset.source == address.replace("?signature=secret", "")
+    for more in ({"offline": True}, {"revision": "v1"}):
+        with pytest.raises((DownloadError, InputError)) as refused:
+            resolve(address.replace(sha256(CONTENT), "0" * 64), cache_dir=options.cache_dir, **more)
+        assert "secret" not in str(refused.value)
+    with pytest.raises(DownloadError) as missing:
+        resolve_adapter(address.replace("model", "none"), offline=True, cache_dir=options.cache_dir / "none")
+    assert "secret" not in str(missing.value)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from stand_ins.hf_client import start, use_only
 from stand_ins.hf_hub import ACCEPTED, Repo, commit_of, serve
 
 from modelhub.errors import CheckpointError, DownloadError, InputError, PresetNotFound
-from modelhub.hub.preset import cached, resolve, resolve_adapter
-from modelhub.hub.sources import huggingface, source_of
+from modelhub.hub.preset import resolve, resolve_adapter
+from modelhub.hub.sources import Options, huggingface, source_of
 
 MODEL = {
     "config.json": b"{}",
@@ -59,10 +59,14 @@ def hub(tmp_path, monkeypatch):
     hub.repos["me/pickles"] = Repo({"main": {"config.json": b"{}", "pytorch_model.bin": b"pickle"}})
     hub.repos["me/gguf"] = Repo({"main": {"a-Q4.gguf": LARGE[:5000], "F16/b.gguf": b"GGUF", "README.md": b"#"}})
     hub.repos["me/lora"] = Repo({"main": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"lora"}})
-    hub.repos["keras/tiny"] = Repo({"main": {**KERAS, "task.weights.h5": b"h5"}})
+    hub.repos["keras/tiny"] = Repo({"main": {**KERAS, "other.weights.h5": b"h5"}})
     use_only(hub, tmp_path, monkeypatch)
     yield hub
     hub.close()
+
+
+def cached(name):
+    return source_of(name).find(Options())
 
 
 def files(path):
@@ -243,6 +247,72 @@ def test_a_snapshot_of_transformers_is_checked_once_and_not_fetched_again(hub):
     assert str(resolve("hf://google/tiny").path) == path
     assert hub.asked("GET", "/resolve/") == asked
     assert str(resolve("hf://google/tiny", offline=True).path) == path
+
+
+@pytest.fixture
+def no_network(hub):
+    """Takes it away."""
+
+    def cut():
+        hub.close()
+        close_session()  # its connections outlive the server
+
+    return cut
+
+
+@pytest.mark.parametrize("way", ["offline=True", "no network", "a commit and no network"])
+def test_what_transformers_has_fetched_loads_without_a_network(hub, no_network, monkeypatch, way):
+    path = Path(snapshot_download("google/big"))
+    no_network()
+    read = []
+    checksum_of = huggingface.checksum_of
+    monkeypatch.setattr(huggingface, "checksum_of", lambda path, like: read.append(path) or checksum_of(path, like))
+    name = f"hf://google/big@{path.name}" if "commit" in way else "hf://google/big"
+    for _ in range(2):
+        assert resolve(name, offline=way == "offline=True").path == path
+    assert len(read) == len(BIG)  # checked once
+    assert cached("hf://google/big") is None  # the Hub may have more, such as a tokenizer
+
+
+def test_what_transformers_has_fetched_in_part_is_completed(hub):
+    path = Path(snapshot_download("google/big"))
+    hub.repos["google/big"].revisions["main"] = newer = BIG | {"tokenizer.json": b"{}"}
+    partial = Path(snapshot_download("google/big", ignore_patterns=["tokenizer.json"]))
+    assert partial != path and resolve("hf://google/big", offline=True).path == partial
+    assert files(resolve("hf://google/big").path) == newer
+    assert cached("hf://google/big") == partial
+
+
+@pytest.mark.parametrize("damage", ["a shard is missing", "changed", "a copy"])
+def test_what_transformers_has_not_fetched_whole_does_not_load(hub, damage):
+    index = b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+    hub.repos["google/tiny"].revisions["main"] = MODEL | {"model.safetensors.index.json": index}
+    second = "model-00002-of-00002.safetensors"
+    path = Path(snapshot_download("google/tiny", ignore_patterns=second if "missing" in damage else None))
+    if damage == "changed":
+        (path / second).resolve().write_bytes(b"SECOND")
+    if damage == "a copy":  # as on systems without links: nothing tells its checksum
+        (path / second).unlink()
+        (path / second).write_bytes(b"second")
+    with pytest.raises(DownloadError, match="hf://google/tiny is not complete in the cache and offline=True"):
+        resolve("hf://google/tiny", offline=True)
+    assert resolve("hf://google/tiny", weights=False, offline=True).path == path
+
+
+@pytest.mark.parametrize("mover", ["modelhub", "transformers"])
+def test_a_look_at_a_newer_config_leaves_the_older_model_usable(hub, no_network, mover):
+    older = resolve("hf://google/big").path
+    hub.repos["google/big"].revisions["main"] = BIG | {"config.json": b'{"newer": true}'}
+    if mover == "modelhub":
+        newer = resolve("hf://google/big", weights=False).path
+    else:
+        newer = Path(snapshot_download("google/big", allow_patterns=["config.json"]))
+    assert newer != older and (newer / "config.json").read_bytes() == b'{"newer": true}'
+    assert resolve("hf://google/big", offline=True).path == older
+    no_network()
+    assert resolve("hf://google/big").path == older
+    with pytest.raises(DownloadError):  # another branch, of which nothing was fetched, is not that one
+        resolve("hf://google/big@older", offline=True)
 
 
 def test_a_file_that_lost_its_end_is_fetched_again(hub):

@@ -16,8 +16,8 @@ from stand_ins.hf_client import start, use_only
 from stand_ins.hf_hub import Repo, serve
 
 from modelhub.errors import DownloadError, PresetNotFound
-from modelhub.hub.preset import cached, resolve
-from modelhub.hub.sources import Options, Unreachable, entry
+from modelhub.hub.preset import resolve
+from modelhub.hub.sources import Options, Unreachable, entry, source_of
 
 BIG = {"config.json": b"{}", "model.safetensors": random.Random(0).randbytes(3_000_000)}
 RESOLVE = "from modelhub.hub.preset import resolve; import sys; sys.stdin.readline(); print(resolve({!r}).path)"
@@ -57,7 +57,7 @@ def test_a_killed_transfer_goes_on_in_the_next_process(hub, tmp_path, monkeypatc
             assert time.monotonic() < deadline
             time.sleep(0.05)
         first.send_signal(signal.SIGKILL)
-    assert cached("hf://google/big") is None
+    assert source_of("hf://google/big").find(Options()) is None
     arrived = max(file.stat().st_size for file in blobs.glob("*.incomplete"))
     asked = []
     http_get = file_download.http_get
@@ -96,7 +96,7 @@ def test_wrong_bytes_are_refused_and_removed(hub, tmp_path, name):
     with pytest.raises(DownloadError, match=f"{name} has the wrong bytes.*was removed") as error:
         resolve("hf://google/big")
     assert not isinstance(error.value, Unreachable)
-    assert cached("hf://google/big") is None
+    assert source_of("hf://google/big").find(Options()) is None
     assert not list(tmp_path.rglob(name))
     assert files(resolve("hf://google/big").path) == BIG
 
@@ -108,7 +108,7 @@ def test_of_two_processes_one_fetches_and_the_other_waits(hub, tmp_path):
         one.stdin.write("go\n")
         one.stdin.flush()
     answers = {one.communicate(timeout=60)[0].strip() for one in both}
-    assert answers == {str(cached("hf://google/big"))}
+    assert answers == {str(source_of("hf://google/big").find(Options()))}
     assert hub.asked("GET", "/objects/") == 1
     assert hub.asked("GET", "/config.json") == 1
 

@@ -28,7 +28,7 @@ MODEL = {
     "assets/tokenizer/vocabulary.spm": b"pieces",
     "model.weights.h5": WEIGHTS,
 }
-EXTRAS = {"LICENSE": b"#", "more/model.safetensors": b"", "model.bin": b"a pickle"}
+EXTRAS = {"setup.py": b"#", "more/model.safetensors": b"", "model.bin": b"a pickle"}
 ADDRESS = "kaggle://me/tiny/keras/base"
 TOKEN = "KGAT_a_secret"
 
@@ -132,9 +132,36 @@ def test_a_cached_version_needs_no_network(kaggle, options):
     assert source_of(ADDRESS).fetch(options) == folder
     assert kaggle.requests == ["POST GetModelInstance"]
     kaggle.close()
-    assert source_of(ADDRESS).fetch(options) == folder
     with pytest.raises(Unreachable, match="Check the network"):
         source_of("kaggle://me/other/keras/base").fetch(options)
+
+
+@pytest.mark.parametrize("trouble", ["no network", "no login", "gone", "busy"])
+def test_a_cached_model_serves_whatever_kaggle_says(kaggle, options, monkeypatch, trouble):
+    """Asked once, as nothing depends on it: pauses between attempts would take half a minute."""
+    folder = source_of(ADDRESS).fetch(options)
+    monkeypatch.setattr(entry.time, "sleep", lambda seconds: pytest.fail("it waited"))
+    match trouble:
+        case "no network":
+            kaggle.close()
+        case "no login":
+            kaggle.models["me/tiny"].private = True
+        case "gone":
+            del kaggle.models["me/tiny"]
+        case "busy":
+            kaggle.faults.append(Fault("GetModelInstance", "status", method="POST", status=503))
+    with pytest.warns(UserWarning, match=f"{ADDRESS}.*Taken as it is in the cache: {ADDRESS}/2"):
+        assert source_of(ADDRESS).fetch(options) == folder
+
+
+def test_files_of_another_length_than_kaggle_lists(kaggle, options, monkeypatch):
+    listing = KaggleSource._listing
+    monkeypatch.setattr(KaggleSource, "_listing", lambda *args: listing(*args) | {"tokenizer.json": 7})
+    with pytest.raises(DownloadError, match="tokenizer.json has 2 bytes, and Kaggle lists it with 7; it was removed"):
+        source_of(ADDRESS).fetch(options)
+    assert source_of(ADDRESS).find(options) is None
+    monkeypatch.setattr(KaggleSource, "_listing", lambda *args: listing(*args) | {"tokenizer.json": 0})  # not said
+    assert files(source_of(ADDRESS).fetch(options)) == MODEL
 
 
 def test_resolving(kaggle, options):

@@ -8,7 +8,9 @@ import pytest
 from stand_ins.wheels import make_wheel, use_only
 
 from modelhub.errors import DownloadError, InputError, PresetNotFound
-from modelhub.hub.preset import cached, resolve, resolve_adapter, size_on_disk
+from modelhub.hub.preset import resolve, resolve_adapter
+from modelhub.hub.registry import find_card
+from modelhub.hub.sources import HubSource, source_of
 
 CONTENT = b"GGUF and the rest"
 CARD = f"""
@@ -48,16 +50,22 @@ def folder(path):
     return path
 
 
+def cached(name, **more):
+    """Where it is in the cache, or None."""
+    try:
+        return resolve(name, offline=True, **more).path
+    except DownloadError:
+        return None
+
+
 def test_a_registry_name_is_fetched_and_cached(place):
     assert cached("tiny_q4") is None
-    assert size_on_disk("tiny_q4") == 0
     preset = resolve("tiny_q4")
     assert preset.name == "tiny_q4"
     assert preset.card is not None and preset.card.name == "tiny_q4"
     assert preset.path.read_bytes() == CONTENT
     assert preset.source == "pypi:tiny==1.0"
     assert cached("tiny_q4") == preset.path
-    assert size_on_disk("tiny_q4") == len(CONTENT)
     assert resolve("tiny_q4", offline=True) == preset
 
 
@@ -91,6 +99,30 @@ def test_revisions_are_refused_where_there_are_none(place):
     folder(place / "mine")
     with pytest.raises(InputError, match="'main'.*local"):
         resolve("./mine", revision="main")
+
+
+def test_a_revision_goes_to_the_sources_that_it_can_be_meant_for(place):
+    """gemma_2b_en is on the Hub and on Kaggle, whose versions are numbers."""
+    with pytest.raises(DownloadError, match="gemma_2b_en is not complete"):
+        resolve("gemma_2b_en", revision="main", offline=True)
+    hub, wheel = HubSource("me/mine"), find_card("tiny_q4").sources[0]
+    kaggle, share = source_of("kaggle://me/tiny/keras/base"), source_of("file:///share/mine")
+    sources = [hub, kaggle, share, source_of("file:///share/mine@v1"), wheel]
+    assert [source.takes("v1") for source in sources] == [True, False, True, True, False]
+    assert [source.takes("3") for source in sources] == [True, True, True, False, False]
+    with pytest.raises(InputError, match="'main' was given; on Kaggle a revision is a version's number"):
+        resolve("kaggle://me/tiny/keras/base", revision="main")
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_the_hub_clients_variable_forbids_the_network(place, monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(DownloadError, match=f"tiny_q4 is not complete in the cache and {variable}=1. "):
+        resolve("tiny_q4")
+    monkeypatch.setenv(variable, "0")
+    path = resolve("tiny_q4").path
+    monkeypatch.setenv(variable, "ON")
+    assert resolve("tiny_q4").path == path
 
 
 @pytest.mark.parametrize(
@@ -128,6 +160,15 @@ def test_a_saved_preset_wins_over_a_registry_name_and_other_folders_do_not(place
     assert resolve("tiny_q4").card is not None
     (place / "tiny_q4" / "config.json").write_text("{}")
     assert resolve("tiny_q4").path == place / "tiny_q4"
+
+
+@pytest.mark.parametrize("name", ["C#/what?/a b", "100%/ü@home/m"])
+def test_folders_whose_names_mean_something_in_addresses(place, name):
+    """As a shell writes file://$PWD/..., and as_uri()."""
+    folder(place / name)
+    for address in (f"file://{place}/{name}", (place / name).as_uri()):
+        preset = resolve(address)
+        assert (preset.path, preset.name) == (place / name, Path(name).name)
 
 
 @pytest.mark.parametrize(

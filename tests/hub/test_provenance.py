@@ -37,6 +37,7 @@ def from_card(folder, header):
         WHOLE,
         Provenance(),
         Provenance(from_scratch=True, runs=(RUN, RUN)),
+        Provenance("hf://me/a@b", "me/a", "mit", base_licence="gemma"),
         WHOLE.with_run(dataclasses.replace(RUN, data="Käse \ud800 \n---\n", adapter=None, examples=None, seconds=None)),
     ],
 )
@@ -64,6 +65,26 @@ def test_values_that_json_does_not_have(tmp_path):
     assert run.metrics == {"loss": 1.5} and run.losses == [(2, 3.0)] and run.adapter == {"alpha": 2.0}
     write_provenance(tmp_path, Provenance(runs=(run,)))
     assert read_provenance(tmp_path).runs == (run,)
+
+
+def test_values_that_make_no_sense(tmp_path):
+    run = dataclasses.replace(
+        RUN, metrics={"loss": 1e305, "val_loss": -2.0}, losses=[(-1, 1.0), (1, 1e305), (2, 3.0)], examples=-1, tokens=2**64,
+        seconds=float("nan"), backend="b" * 3000, date="d" * 3000, data="x" * 3000,
+    )  # fmt: skip
+    assert (run.metrics, run.losses, run.examples, run.tokens, run.seconds) == (
+        {"val_loss": -2.0},
+        [(2, 3.0)],
+        None,
+        None,
+        None,
+    )
+    assert dataclasses.replace(RUN, seconds=np.float32(1.5), examples=np.int64(3)).seconds == 1.5
+    text = "x" * 3000
+    whole = Provenance(text, text, text, False, (run, dataclasses.replace(RUN, seconds=float("inf"))), text)
+    write_provenance(tmp_path, whole)
+    found = read_provenance(tmp_path)
+    assert found.runs == whole.runs and found.licence == found.base == found.base_licence == "x" * 2000
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 199, 200, 201, 5000])

@@ -58,6 +58,7 @@ def use_uv(monkeypatch):
 # Which files of a repository are needed
 
 TEXT = [
+    "LICENSE.txt",
     "README.md",
     "config.json",
     "generation_config.json",
@@ -73,7 +74,7 @@ KERAS = [
 KERAS_SHARDS = ["model.weights.json", "model_00000.weights.h5", "model_00001.weights.h5"]
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 OTHERS = [
-    ".gitattributes", "NOTICE", "consolidated.safetensors", "pytorch_model.bin", "original/config.json",
+    ".gitattributes", "notes.txt", "consolidated.safetensors", "pytorch_model.bin", "original/config.json",
     "onnx/model.safetensors", "tf_model.h5", "model.safetensors.bak", "assets/banner.png", "tokenizer.pkl", "q4.gguf",
 ]  # fmt: skip
 
@@ -85,6 +86,7 @@ OTHERS = [
         (TEXT, SHARDS),
         (KERAS, ["model.weights.h5"]),
         (KERAS, KERAS_SHARDS),
+        (KERAS, ["model.weights.h5", "task.weights.h5"]),
         ([*TEXT, *ADAPTER], ["model.safetensors"]),
         ([*TEXT, *ADAPTER], []),
         (ADAPTER, []),
@@ -105,12 +107,21 @@ def test_one_set_of_weights_is_enough():
     assert needed(everything, weights=True) == sorted({*TEXT, *KERAS, "model.weights.h5"})
 
 
+def test_variants_of_the_weights_are_left_out():
+    variants = ["model.fp32-00001-of-00002.safetensors", "model-extra.safetensors", "model_best.weights.h5"]
+    assert needed([*TEXT, *SHARDS, *variants], weights=True) == sorted([*TEXT, *SHARDS])
+    assert needed([*KERAS, *KERAS_SHARDS, *variants], weights=True) == sorted([*KERAS, *KERAS_SHARDS])
+    many = ["model-00001-of-000163.safetensors", "model.safetensors.index.json"]
+    assert needed([*TEXT, *many], weights=True) == sorted([*TEXT, *many])
+
+
 @pytest.mark.parametrize(
     ("listed", "error", "words"),
     [
         ([*TEXT, "pytorch_model.bin"], CheckpointError, r"hf://x.*only as pickles \(pytorch_model.bin\).*any code"),
         (["adapter_config.json", "adapter_model.bin"], CheckpointError, "only as pickles"),
         (TEXT, PresetNotFound, "hf://x has a config.json and no weights.*model.safetensors"),
+        ([*TEXT, "model.safetensors.index.json", "shard1.safetensors"], PresetNotFound, "model-00001-of-00002.*shard1"),
         (["NOTICE", "sub/config.json"], PresetNotFound, "hf://x has no config.json"),
         (["NOTICE", "a-Q4.gguf"], PresetNotFound, "give the path of one, such as a-Q4.gguf"),
         ([], PresetNotFound, "no config.json"),

@@ -1,7 +1,8 @@
 """Tiny KerasHub presets, made by keras-hub itself: python make_kerashub.py FOLDER
 
 Each preset lies in a folder of its name; beside it NAME.npz holds token ids (B, T) and keras-hub's float32 logits for
-them, and NAME.json the ids that its tokenizer gives for TEXTS.
+them, and NAME.json the ids that its tokenizer gives for TEXTS. Those of images: python make_kerashub.py FOLDER images;
+NAME.npz holds pixels (B, H, W, C), features (B, T, D), and with a head logits (B, classes).
 """
 
 import io
@@ -127,5 +128,52 @@ def main(folder: Path) -> None:
     bert.save_to_preset(str(folder / "bert"))
 
 
+def images(folder: Path) -> None:
+    import keras
+    import keras_hub.models as kh
+    from keras_hub.layers import ViTImageConverter
+
+    plain = {
+        "image_shape": (16, 16, 3), "patch_size": 4, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 48,
+        "dtype": "float32", "layer_norm_epsilon": 1e-3,
+    }  # fmt: skip
+    no_class_token = plain | {
+        "image_shape": (16, 24, 1),
+        "patch_size": (4, 8),
+        "use_class_token": False,
+        "num_layers": 1,
+    }
+
+    def make(name: str, arguments: dict, head: dict | None, shards: float = 10) -> None:
+        keras.utils.set_random_seed(0)
+        backbone = kh.ViTBackbone(**arguments)
+        model = backbone
+        height, width, channels = arguments["image_shape"]
+        if head is not None:
+            converter = ViTImageConverter(image_size=(height, width), scale=1 / 127.5, offset=-1.0)
+            preprocessor = kh.ViTImageClassifierPreprocessor(image_converter=converter)
+            model = kh.ViTImageClassifier(backbone=backbone, num_classes=3, preprocessor=preprocessor, **head)
+        randomise(model, len(name))
+        model.save_to_preset(str(folder / name), max_shard_size=shards)
+        if arguments["dtype"] != "float32":  # the stored weights, the maths in float32
+            model = type(model).from_preset(str(folder / name), dtype="float32")
+            backbone = getattr(model, "backbone", model)
+        pixels = np.random.default_rng(1).standard_normal((2, height, width, channels)).astype("float32")
+        found = {"pixels": pixels, "features": keras.ops.convert_to_numpy(backbone(pixels))}
+        if head is not None:
+            found["logits"] = keras.ops.convert_to_numpy(model(pixels))
+        np.savez(folder / f"{name}.npz", **found)
+
+    dropout = {"dropout_rate": 0.1, "attention_dropout": 0.2}
+    make("vit", plain | dropout, {"dropout": 0.5}, shards=2e-5)
+    make("vit_backbone", plain, None)
+    make("vit_bfloat16", plain | {"dtype": "bfloat16"}, {})
+    make("vit_no_class_token", no_class_token, {"pooling": "gap"})
+    make("vit_softmax", plain, {"activation": "softmax"})
+    make("vit_gap", plain, {"pooling": "gap"})
+    make("vit_pre_logits", plain, {"intermediate_dim": 8})
+    make("vit_no_bias", plain | {"use_mha_bias": False}, None)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    {"images": images, "texts": main}[(sys.argv[2:] or ["texts"])[0]](Path(sys.argv[1]))

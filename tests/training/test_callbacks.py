@@ -28,7 +28,7 @@ class Model:
 
     def __init__(self, has_adapter=True):
         self.stop_training = False
-        self.has_adapter = has_adapter
+        self.saves_adapter = has_adapter
         self.version = 0
 
     def save_adapter(self, folder):

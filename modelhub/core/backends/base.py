@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from modelhub.core.tree import bind
-from modelhub.errors import DeviceError, MixedBackends
+from modelhub.errors import ConfigError, DeviceError, MixedBackends
 
 Array = Any
 Shape = Sequence[int]
@@ -37,6 +37,7 @@ class Backend:
     dropout_keys: Array | None = None  # (B,) int32, one per row, while training with dropout
     training: bool = False
     remat: bool = False
+    own_attention: Callable | None = None  # the user's, in place of ours
 
     def __init__(self, device: str = "cpu"):
         self.device = device
@@ -96,6 +97,16 @@ class Backend:
         """
         changed = copy.copy(self)
         changed.training, changed.dropout_keys, changed.remat = True, dropout_keys, remat
+        return changed
+
+    def with_attention(self, fn: Callable) -> Self:
+        """This backend with fn(q, k, v, mask, scale=scale) -> (B, H, T, h) in place of its own `attention`.
+
+        Its arrays are those of `attention`. torch's F.scaled_dot_product_attention can be given as it is, for models
+        with as many key heads as query heads.
+        """
+        changed = copy.copy(self)
+        changed.own_attention = fn
         return changed
 
     def native_optimizer(self, optimizer: Any) -> Any:
@@ -418,14 +429,36 @@ class Backend:
         return self.where(self.reshape(kept, x.shape), x * (1.0 / (1.0 - rate)), x * 0.0)
 
     def attention(
-        self, q: Array, k: Array, v: Array, mask: Array | None = None, scale: float = 1.0, softcap: float | None = None
-    ) -> Array:
+        self, q: Array, k: Array, v: Array, mask: Array | None = None, scale: float = 1.0, softcap: float | None = None,
+        dropout: float = 0.0, salt: int = 0,
+    ) -> Array:  # fmt: skip
         """Scaled dot-product attention with grouped queries (Vaswani et al. 2017; Ainslie et al. 2023).
 
         q (B, H, T, h), k and v (B, K, S, h) with H a multiple of K; mask (B or 1, 1, T, S), True where a query may
         look; softcap c turns scores s into c * tanh(s / c) (Gemma 2). Scores and softmax in float32.
-        Returns (B, H, T, h) in the dtype of q.
+        dropout, salt: of the attention's weights, as in `dropout`.
+        Returns (B, H, T, h) in the dtype of q. Raises ConfigError for what the function of `with_attention` cannot do.
         """
+        dropout = dropout if self.dropout_keys is not None else 0.0
+        if self.own_attention is None:
+            return self._attention(q, k, v, mask, scale, softcap, dropout, salt)
+        if softcap:
+            raise ConfigError(
+                f"this model caps its attention scores at {softcap}, which a function given as attention= is not told: "
+                "its scores would be others. Leave attention out for this model"
+            )
+        if dropout:
+            raise ConfigError(
+                f"this model drops {dropout:g} of its attention weights while training, which a function given as "
+                "attention= does not show. Set attention_probs_dropout_prob to 0, or leave attention out"
+            )
+        return self.own_attention(q, k, v, mask, scale=scale)
+
+    def _attention(
+        self, q: Array, k: Array, v: Array, mask: Array | None, scale: float, softcap: float | None, dropout: float,
+        salt: int,
+    ) -> Array:  # fmt: skip
+        """What backends override of `attention`; dropout is 0 when there is none to do."""
         batch, heads, time, width = q.shape
         kv_heads, length = k.shape[1], k.shape[2]
         group = heads // kv_heads
@@ -438,7 +471,7 @@ class Backend:
             scores = self.reshape(scores, (batch, kv_heads, group, time, length))
             scores = self.where(self.expand_dims(mask, 2), scores, -1e30)
             scores = self.reshape(scores, (batch, kv_heads, group * time, length))
-        weights = self.cast(self.softmax(scores), self.dtype(q))
+        weights = self.dropout(self.cast(self.softmax(scores), self.dtype(q)), dropout, salt)
         return self.reshape(self.matmul(weights, v), (batch, heads, time, width))
 
 

@@ -373,12 +373,13 @@ class TensorflowBackend(Backend):
     def rotate(self, x: Array, cos: Array, sin: Array) -> Array:
         return _fused("rotate")(x, cos, sin) if self._fuses else super().rotate(x, cos, sin)
 
-    def attention(
-        self, q: Array, k: Array, v: Array, mask: Array | None = None, scale: float = 1.0, softcap: float | None = None
-    ) -> Array:
-        if self._fuses and mask is not None:
-            return _fused("attention", scale, softcap)(q, k, v, mask)
-        return super().attention(q, k, v, mask, scale, softcap)
+    def _attention(
+        self, q: Array, k: Array, v: Array, mask: Array | None, scale: float, softcap: float | None, dropout: float,
+        salt: int,
+    ) -> Array:  # fmt: skip
+        if not self._fuses or mask is None or dropout:
+            return super()._attention(q, k, v, mask, scale, softcap, dropout, salt)
+        return _fused("attention", scale, softcap)(q, k, v, mask)
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         y = tf.matmul(tf.reshape(x, (-1, x.shape[-1])), weight, transpose_b=True)

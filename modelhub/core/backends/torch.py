@@ -419,12 +419,13 @@ class TorchBackend(Backend):
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
         return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), bias.float(), eps).to(x.dtype)
 
-    def attention(
-        self, q: Array, k: Array, v: Array, mask: Array | None = None, scale: float = 1.0, softcap: float | None = None
-    ) -> Array:
+    def _attention(
+        self, q: Array, k: Array, v: Array, mask: Array | None, scale: float, softcap: float | None, dropout: float,
+        salt: int,
+    ) -> Array:  # fmt: skip
         one_product = k.shape[0] * k.shape[1] == 1 and 4 < q.shape[2] <= 512 and self._suits_onednn(q, k)
-        # No fused kernel caps the scores; for a single key head two plain products are faster (docs/decisions.md), as
-        # long as the scores are no burden on memory.
-        if softcap or one_product:
-            return super().attention(q, k, v, mask, scale, softcap)
+        # No fused kernel caps the scores or draws our random numbers; for a single key head two plain products are
+        # faster (docs/decisions.md), as long as the scores are no burden on memory.
+        if softcap or dropout or one_product:
+            return super()._attention(q, k, v, mask, scale, softcap, dropout, salt)
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])

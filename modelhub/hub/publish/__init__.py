@@ -13,15 +13,16 @@ from pathlib import Path
 from types import MappingProxyType
 
 from modelhub.errors import DownloadError, InputError
-from modelhub.hub.publish.base import OURS, Change, File, Shipment, Target, There, listed
+from modelhub.hub.files import GENERATED, WEIGHTS
+from modelhub.hub.publish.base import Change, File, Shipment, Target, There, kinds, listed
 from modelhub.hub.publish.huggingface import HubTarget
 from modelhub.hub.publish.kaggle import KaggleTarget
 from modelhub.hub.publish.shared_folder import FolderTarget
 from modelhub.hub.sources.base import progress, sha256_of
 from modelhub.hub.sources.folder import MANIFEST
 
-_LARGEST = 50_000_000_000  # bytes of one file that the Hugging Face Hub takes
-_PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
+# All that a card has which the Hub's page for new repositories makes.
+_FRONT_MATTER = re.compile(rb"\s*(---\r?\n.*?\n---)?\s*", re.DOTALL)
 _TARGETS: dict[str, type[HubTarget | KaggleTarget | FolderTarget]] = {
     "hf": HubTarget,
     "kaggle": KaggleTarget,
@@ -31,7 +32,7 @@ _TARGETS: dict[str, type[HubTarget | KaggleTarget | FolderTarget]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What publishing would do. remarks: what the hub cannot do and what is left out, in words."""
+    """What publishing would do. remarks: what the hub cannot do and what stays there, in words."""
 
     address: str
     files: tuple[Change, ...]
@@ -79,12 +80,13 @@ def plan(
 ) -> Plan:  # fmt: skip
     """What publish_folder would do. Writes nothing; where the hub cannot be reached, the files are not compared."""
     target = check_address(address, revision)
-    files, remarks = _collect(Path(folder))
+    files = _collect(Path(folder))
     try:
         there = target.look(Path(folder), token)
+        files, remarks = _prepare(files, there, target, token)
     except DownloadError as error:
-        changes = [Change(file.name, file.size, "not compared") for file in files]
-        return Plan(target.address, tuple(changes), (*remarks, f"not compared with what is there: {error}"))
+        changes = [Change(file.name, file.size, "not compared") for file in _with_sums(files)]
+        return Plan(target.address, tuple(changes), (f"not compared with what is there: {error}",))
     remarks += target.check(files, there, private, licence)
     return Plan(target.address, tuple(_compare(files, there, target)), tuple(remarks))
 
@@ -96,8 +98,8 @@ def publish_folder(
 ) -> Published:  # fmt: skip
     """Make what is at the address equal to the folder, in one step, and nothing if it is equal already.
 
-    SHA256SUMS, the checksums of all files, goes with them. Symbolic links, hidden files and pickles do not. In a
-    repository of the Hub, files of kinds that modelhub does not write stay.
+    SHA256SUMS, the checksums of all files, goes with them. In a repository of the Hub only weights that are out of date
+    are removed; a README that people have edited there stays.
 
     private: True refuses to publish where everybody can read; False leaves what is private private, and says so.
     revision: the Hub: a branch, made from main where it is missing; a shared folder: `name@revision` beside `name`.
@@ -108,8 +110,9 @@ def publish_folder(
     breaks off; what was published before is then as it was.
     """
     target = check_address(address, revision)
-    files, remarks = _collect(Path(folder), digests or {})
+    files = _collect(Path(folder), digests or {})
     there = target.look(Path(folder), token)
+    files, remarks = _prepare(files, there, target, token)
     remarks += target.check(files, there, private, licence)
     shipment = Shipment(files, _compare(files, there, target), private, message, licence, token)
     if removed := shipment.states("removed"):
@@ -126,56 +129,53 @@ def publish_folder(
 # --- what is sent ---------------------------------------------------------------------------------------------------
 
 
-def _collect(folder: Path, digests: Mapping[str, str] = MappingProxyType({})) -> tuple[list[File], list[str]]:
-    """The files to publish, SHA256SUMS among them, by name; and a remark on those that are not."""
-    found: list[tuple[str, Path]] = []
-    left_out: list[str] = []
-    for parent, folders, names in os.walk(folder):
-        for path in [Path(parent, name) for name in sorted([*folders, *names])]:
-            name = path.relative_to(folder).as_posix()
-            if reason := _unwanted(path, name):
-                if OURS.fullmatch(name):
-                    raise InputError(
-                        f"{folder / name} is {reason}, which is never published, and without it nothing would load. "
-                        "Save the model again with save_to_preset or save_adapter, and publish that folder"
-                    )
-                left_out.append(f"{name} ({reason})")
-                folders[:] = [item for item in folders if item != path.name]
-            elif path.is_file() and name != MANIFEST:
-                found.append((name, path))
-    names = [name for name, _ in found]
-    if not {"config.json", "adapter_config.json"} & {*names} or not any(x.endswith(".safetensors") for x in names):
-        raise InputError(
-            f"{folder} is no folder of a model or an adapter: expected config.json or adapter_config.json and "
-            f".safetensors, found {listed(names) or 'nothing to publish'}. Write one with save_to_preset or "
-            "save_adapter"
-        )
+def _collect(folder: Path, digests: Mapping[str, str] = MappingProxyType({})) -> list[File]:
+    """The files of a folder, by name, but for an old SHA256SUMS."""
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    paths.pop(MANIFEST, None)
     files: list[File] = []
     try:
-        with progress("checksums", sum(path.stat().st_size for _, path in found)) as show:
-            for name, path in sorted(found):
+        with progress("checksums", sum(path.stat().st_size for path in paths.values())) as show:
+            for name, path in sorted(paths.items()):
                 files.append(File(name, path.stat().st_size, digests.get(name) or sha256_of(path), path))
                 show(sum(file.size for file in files), 0)
     except OSError as error:
         raise InputError(f"{folder} could not be read: {error}") from error
+    return files
+
+
+def _with_sums(files: Sequence[File]) -> list[File]:
     sums = "".join(f"{file.sha256}  {file.name}\n" for file in files).encode()
-    files.append(File(MANIFEST, len(sums), hashlib.sha256(sums).hexdigest(), sums))
-    return files, [f"not sent: {listed(left_out)}"] if left_out else []
+    return [*files, File(MANIFEST, len(sums), hashlib.sha256(sums).hexdigest(), sums)]
 
 
-def _unwanted(path: Path, name: str) -> str | None:
-    """Why a file or folder is never sent."""
-    if path.is_symlink():
-        return "a symbolic link"
-    if path.name.startswith("."):
-        return "hidden"
-    if path.is_dir():
+def _prepare(files: list[File], there: There, target: Target, token: str | None) -> tuple[list[File], list[str]]:
+    """The files to publish, SHA256SUMS among them; and remarks on what stays as it is there."""
+    if not isinstance(target, HubTarget):
+        return _with_sums(files), []
+    remarks = []
+    if stays := kinds(there.files) - kinds([file.name for file in files]):
+        remarks.append(
+            f"{target.address} holds {stays.pop()}, which stays there. Where both are, transformers with PEFT loads "
+            "the adapter, on its base model; if that is not meant, remove one of them, or publish to another name"
+        )
+    if (card := _edited_card(files, there, target, token)) is not None:
+        files = [card if file.name == card.name else file for file in files]
+        remarks.append(
+            f"{card.name} was edited there and is kept; for one written anew remove it there and publish again"
+        )
+    return _with_sums(files), remarks
+
+
+def _edited_card(files: Sequence[File], there: There, target: HubTarget, token: str | None) -> File | None:
+    """The card that is there, where people have made it theirs and ours is only a generated one."""
+    ours, digest = next((file for file in files if file.name == "README.md"), None), there.files.get("README.md")
+    if ours is None or digest is None or ours.matches(digest) or GENERATED.encode() not in ours.read():
         return None
-    if path.suffix.lower() in _PICKLES:
-        return "a pickle"
-    if not path.is_file() or re.search(r"[\\\x00-\x1f]", name):
-        return "no plain file"
-    return "over 50 GB" if path.stat().st_size > _LARGEST else None
+    text = target.read(ours.name, there, token)
+    if GENERATED.encode() in text or _FRONT_MATTER.fullmatch(text):
+        return None
+    return File(ours.name, len(text), hashlib.sha256(text).hexdigest(), text)
 
 
 def _compare(files: Sequence[File], there: There, target: Target) -> list[Change]:
@@ -184,13 +184,11 @@ def _compare(files: Sequence[File], there: There, target: Target) -> list[Change
         digest = there.files.get(file.name)
         state = "new" if digest is None else "unchanged" if file.matches(digest) else "changed"
         changes.append(Change(file.name, file.size, state))
-    gone = sorted(there.files.keys() - {file.name for file in files})
-    # Beside a model people keep files of their own; old ones of the kinds written here would mislead loaders.
-    return changes + [
-        Change(name, 0, "removed")
-        for name in gone
-        if target.whole or (OURS.fullmatch(name) and name not in ("README.md", "NOTICE"))
-    ]
+    names = {file.name for file in files}
+    # People keep files of their own beside a model, or adapters; but its old weights would mislead loaders.
+    stale = WEIGHTS.fullmatch if "a model" in kinds(names) else lambda name: None
+    gone = sorted(there.files.keys() - names)
+    return changes + [Change(name, 0, "removed") for name in gone if target.whole or stale(name)]
 
 
 __all__ = ["Change", "Plan", "Published", "Target", "check_address", "plan", "publish_folder"]

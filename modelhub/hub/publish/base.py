@@ -2,17 +2,15 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from modelhub.errors import DownloadError, InputError
-from modelhub.hub.files import MODEL_FILES
+from modelhub.hub.files import WEIGHTS
 
-# What a model's or an adapter's folder is made of.
-OURS = re.compile(rf"adapter_config\.json|adapter_model\.safetensors|{MODEL_FILES.pattern}")
 _SECRET = re.compile(r"\b(hf_|KGAT_)\w{6,}|(?<=Bearer )\S+")
 
 
@@ -38,9 +36,12 @@ class File:
         """digest: the sha256, or git's sha1 of a blob, which the Hub gives for small files."""
         return digest == (self.sha256 if len(digest) == 64 else self._git_id)
 
+    def read(self) -> bytes:
+        return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+
     @cached_property
     def _git_id(self) -> str:
-        data = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+        data = self.read()
         return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
@@ -94,6 +95,12 @@ class Target(Protocol):
     def published(self, version: str) -> tuple[str, str | None]:
         """The address of a version, and the page to look at it."""
         ...
+
+
+def kinds(names: Collection[str]) -> set[str]:
+    """What files of these names are, in words."""
+    model = {"a model"} if any(map(WEIGHTS.fullmatch, names)) else set()
+    return model | ({"an adapter"} if "adapter_model.safetensors" in names else set())
 
 
 def listed(names: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """Repositories on the Hugging Face Hub, through huggingface_hub."""
 
 import re
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -60,6 +61,17 @@ class HubTarget:
             raise self._failed(error, token) from error
         files = {x.path: x.lfs.sha256 if x.lfs else x.blob_id for x in entries if isinstance(x, RepoFile)}
         return There(version, files, bool(info.private), base=base)
+
+    def read(self, name: str, there: There, token: str | None) -> bytes:
+        """A file that is there. Raises DownloadError."""
+        from huggingface_hub import hf_hub_download
+
+        try:
+            with tempfile.TemporaryDirectory() as work:
+                path = hf_hub_download(self.repo, name, revision=there.base, token=token, local_dir=work)
+                return Path(path).read_bytes()
+        except Exception as error:
+            raise self._failed(error, token) from error
 
     def check(self, files: Sequence[File], there: There, private: bool, licence: str | None) -> list[str]:
         if there.base is None:

@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from modelhub.errors import DownloadError, InputError
 from modelhub.hub.files import replacing
-from modelhub.hub.publish.base import File, Shipment, There, listed
+from modelhub.hub.publish.base import File, Shipment, There, kinds, listed
 from modelhub.hub.sources.base import progress, sha256_of
-from modelhub.hub.sources.folder import MANIFEST, read_sums
+from modelhub.hub.sources.folder import MANIFEST, path_of, read_sums
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,8 @@ class FolderTarget:
     @classmethod
     def parse(cls, address: str, place: str, revision: str | None) -> "FolderTarget":
         """place: what follows file://. Raises InputError."""
-        parts = urlsplit(f"file://{place}")
-        path = Path(url2pathname(parts.path))
-        if parts.netloc not in ("", "localhost") or not path.is_absolute() or not path.name or ".." in path.parts:
+        path = path_of(f"file://{place}")
+        if path is None or not path.name or ".." in path.parts:
             raise InputError(f"{address!r} is no folder's address; write file:///folder/name, with three slashes")
         return cls(path, revision)
 
@@ -65,18 +62,20 @@ class FolderTarget:
         return There("there" if files else None, files)
 
     def check(self, files: Sequence[File], there: There, private: bool, licence: str | None) -> list[str]:
+        ours = kinds([file.name for file in files])
+        if lost := kinds(there.files) - ours:
+            raise InputError(
+                f"{self.address} holds {lost.pop()}, whose place {' and '.join(ours)} would take; give another name, "
+                "or remove that folder first"
+            )
         return ["a shared folder has no private models: who can read the folder can read this"] if private else []
 
     def send(self, shipment: Shipment, there: There) -> str:
         """Write beside the folder and swap: readers see the old or the new one."""
-        from filelock import FileLock
-
         target = self.folder
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(target.with_name(f".{target.name}.lock"), mode=0o666)  # others may publish there too
             total = sum(file.size for file in shipment.files)
-            with lock, replacing(target) as work, progress(target.name, total) as show:
+            with replacing(target) as work, progress(target.name, total) as show:
                 written = 0
                 for file in shipment.files:
                     path = work / file.name

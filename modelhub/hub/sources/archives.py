@@ -52,7 +52,8 @@ def extract(archive: Path, name: str, work: Path, where: str) -> dict[str, str]:
         _check(members, limit, where)
         root = _root(members)
         files = {member.name.removeprefix(root): member for member in members if member.name.startswith(root)}
-        wanted = needed(files, True, where)
+        names = set(needed(files, True, where))
+        wanted = [path for path in files if path in names]  # as they lie there: in a .tar.gz going back takes long
         check_room(work, archive.stat().st_size + sum(files[path].size for path in wanted), where)
         return {path: _write(files[path], work / "files" / path, where) for path in wanted}
 

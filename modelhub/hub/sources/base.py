@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from modelhub.errors import CheckpointError, DownloadError, PresetNotFound
+from modelhub.hub import licences
 
 # An adapter is small, and PEFT's folders may hold one beside a model: it comes along.
 _TEXT_FILES = {
@@ -30,6 +32,9 @@ _TEXT_FILES = {
     "README.md",
 }
 _KERAS_FILES = {"metadata.json", "task.json", "preprocessor.json", "image_converter.json"}
+# Some write more digits than transformers, or fewer; names with something in between are variants (model.fp32-...).
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_KERAS_SHARD = re.compile(r"model_\d+\.weights\.h5")
 _PICKLE = re.compile(r"[^/]*\.(bin|pt|pth|ckpt|pkl)")
 
 
@@ -53,6 +58,21 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     return Path(os.path.abspath(os.path.expanduser(chosen)))
 
 
+def client_cache(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The cache of huggingface_hub that is in use, found without importing it.
+
+    Without a choice of the user's it is the Hub's own: what transformers has fetched is not fetched again.
+    """
+    if cache_dir or os.environ.get("MODELHUB_CACHE"):
+        return cache_root(cache_dir) / "hf"
+    if constants := sys.modules.get("huggingface_hub.constants"):
+        return Path(constants.HF_HUB_CACHE)
+    environment = os.environ
+    home = environment.get("HF_HOME") or os.path.join(environment.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    chosen = environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expanduser(os.path.expandvars(chosen)))
+
+
 class Source(Protocol):
     """A place that a preset is fetched from."""
 
@@ -60,10 +80,11 @@ class Source(Protocol):
     def verified(self) -> bool: ...  # whether somebody has seen that this address holds the preset
 
     @property
-    def has_revisions(self) -> bool: ...  # whether Options.revision means something here
-
-    @property
     def revision(self) -> str | None: ...  # the one in the address; Options.revision goes before it
+
+    def takes(self, revision: str) -> bool:
+        """Whether Options.revision can be meant for this source."""
+        raise NotImplementedError
 
     def find(self, options: Options) -> Path | None:
         """The files in the cache, complete, or None. No network."""
@@ -92,13 +113,13 @@ def needed(paths: Iterable[str], weights: bool, where: str = "the preset") -> li
     parts: list[str] = []
     if "model.safetensors" in top:
         parts = ["model.safetensors"]
-    elif index in top:
-        parts = [index, *(path for path in top if path.startswith("model") and path.endswith(".safetensors"))]
+    elif index in top and (shards := [path for path in top if _SHARD.fullmatch(path)]):
+        parts = [index, *shards]
     elif "model.weights.h5" in top:
         parts = ["model.weights.h5"]
-    elif keras_index in top:
-        parts = [keras_index, *(path for path in top if path.startswith("model_") and path.endswith(".weights.h5"))]
-    text = [path for path in top if path in _TEXT_FILES]
+    elif keras_index in top and (shards := [path for path in top if _KERAS_SHARD.fullmatch(path)]):
+        parts = [keras_index, *shards]
+    text = [path for path in top if path in _TEXT_FILES or licences.FILES.fullmatch(path)]
     if any(part.endswith(".h5") for part in parts):
         text += [path for path in paths if path in _KERAS_FILES or path.startswith("assets/tokenizer/")]
         parts += [path for path in top if path == "task.weights.h5"]  # a classifier's head
@@ -118,7 +139,7 @@ def needed(paths: Iterable[str], weights: bool, where: str = "the preset") -> li
     if weights and not parts and not adapter:
         raise PresetNotFound(
             f"{where} has a config.json and no weights that modelhub reads: expected model.safetensors, "
-            f"{index} or model.weights.h5, found {', '.join(top[:10])}"
+            f"model-00001-of-00002.safetensors and so on with {index}, or model.weights.h5; found {', '.join(top[:10])}"
         )
     return sorted({*text, *(parts if weights else ())})
 

@@ -15,8 +15,10 @@ class EmbeddedSource:
 
     folder: str
     verified: bool = True
-    has_revisions: ClassVar[bool] = False
     revision: ClassVar[None] = None
+
+    def takes(self, revision: str) -> bool:
+        return False
 
     def address(self, path: Path) -> str:
         return path.as_uri()

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
-from urllib.parse import urlsplit
 
 from modelhub.errors import DownloadError, InputError, PresetNotFound
 from modelhub.hub.sources.base import Options, Unreachable, cache_root, needed, progress, sha256_of
@@ -29,16 +27,11 @@ class FolderSource:
 
     path: Path
     verified: bool = False
-    has_revisions: ClassVar[bool] = True
 
     @classmethod
     def parse(cls, address: str, verified: bool = False) -> "FolderSource":
         """From file:///path/name[@revision]. Raises PresetNotFound for anything else."""
-        from urllib.request import url2pathname  # its import takes long
-
-        parts = urlsplit(address)
-        path = url2pathname(parts.path)
-        if parts.scheme != "file" or parts.netloc not in ("", "localhost") or not os.path.isabs(path):
+        if (path := path_of(address)) is None:
             raise PresetNotFound(f"{address!r} is no address of a folder; write file:///path/name[@revision]")
         return cls(Path(os.path.abspath(path)), verified)
 
@@ -47,10 +40,14 @@ class FolderSource:
         """What follows the @ in the folder's name."""
         return self.path.name.partition("@")[2] or None
 
+    def takes(self, revision: str) -> bool:
+        own = self.revision
+        return revision == own or (own is None and re.fullmatch(r"[\w.-]+", revision) is not None)
+
     def address(self, path: Path) -> str:
         """Where the files at `path` came from."""
         record = read_record(path)
-        return record["address"] if record else _address(path)
+        return record["address"] if record else address_of(path)
 
     def find(self, options: Options) -> Path | None:
         """The newest copy in the cache; else the folder itself, where it needs no copy."""
@@ -76,11 +73,11 @@ class FolderSource:
                 return cached
             if not os.path.exists(folder):
                 raise PresetNotFound(
-                    f"{_address(folder)} does not exist, and the cache holds no copy of it. Check the path, and that "
+                    f"{address_of(folder)} does not exist, and the cache holds no copy of it. Check the path, and that "
                     "the share is mounted"
                 )
             if os.path.isfile(folder) and not _in_place(folder):
-                raise PresetNotFound(f"{_address(folder)} is a file, but no .gguf file; give a model's folder")
+                raise PresetNotFound(f"{address_of(folder)} is a file, but no .gguf file; give a model's folder")
             return folder
         while True:
             try:
@@ -95,15 +92,29 @@ class FolderSource:
         asked = options.revision
         if asked is None or asked == self.revision:
             return self.path
-        if not re.fullmatch(r"[\w.-]+", asked) or self.revision:
+        if not self.takes(asked):
             raise InputError(
-                f"revision={asked!r} does not fit {_address(self.path)}: a revision v1 of a folder `name` is the "
+                f"revision={asked!r} does not fit {address_of(self.path)}: a revision v1 of a folder `name` is the "
                 "folder `name@v1` beside it"
             )
         return self.path.with_name(f"{self.path.name}@{asked}")
 
 
-def _address(folder: Path) -> str:
+def path_of(address: str) -> Path | None:
+    """The absolute path that a file:// address means, percent-encoded or plain; None where it means none.
+
+    `#` and `?` are parts of it: folders may have them in their names, and a shell's file://$PWD/... encodes nothing.
+    """
+    from urllib.request import url2pathname  # its import takes long
+
+    rest = address.removeprefix("file://").removeprefix("localhost")
+    if not address.startswith("file://") or not rest.startswith("/"):
+        return None
+    path = Path(url2pathname(rest))
+    return path if path.is_absolute() else None
+
+
+def address_of(folder: Path) -> str:
     return folder.as_uri().replace("%40", "@")
 
 
@@ -145,9 +156,9 @@ def _read_manifest(folder: Path) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise Unreachable(f"{_address(folder)} cannot be read ({error}). Check that the share is mounted") from error
+        raise Unreachable(f"{address_of(folder)} cannot be read ({error}). Check that the share is mounted") from error
     if len(text) > _MANIFEST_BYTES:
-        raise DownloadError(f"{_address(folder)}: {MANIFEST} is larger than {_MANIFEST_BYTES:,} bytes")
+        raise DownloadError(f"{address_of(folder)}: {MANIFEST} is larger than {_MANIFEST_BYTES:,} bytes")
     return text
 
 
@@ -165,7 +176,7 @@ def _cached(folder: Path, options: Options) -> Path | None:
 
 
 def _copy(folder: Path, manifest: bytes, options: Options) -> Path:
-    address = _address(folder)
+    address = address_of(folder)
     root, stem = _entries(folder, options)
     entry = root / (stem + hashlib.sha256(manifest).hexdigest()[:12])
 
@@ -201,9 +212,9 @@ def _inside(folder: Path, name: str) -> Path:
     """The file that a manifest names. Raises DownloadError where it is missing, or a link out of the folder."""
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise DownloadError(f"{_address(folder)}: {name} is a link to {path}, which is outside the folder")
+        raise DownloadError(f"{address_of(folder)}: {name} is a link to {path}, which is outside the folder")
     if not os.path.isfile(path):
-        raise DownloadError(f"{_address(folder)}: {MANIFEST} lists {name}, which is no file there; publish it again")
+        raise DownloadError(f"{address_of(folder)}: {MANIFEST} lists {name}, which is no file there; publish it again")
     return path
 
 

@@ -38,7 +38,6 @@ class HttpsSource:
     url: str
     sha256: str
     verified: bool = False
-    has_revisions: ClassVar[bool] = False
     revision: ClassVar[None] = None
 
     @classmethod
@@ -74,6 +73,9 @@ class HttpsSource:
         if match is None:
             raise PresetNotFound(f"{shown}#{fragment[:80]}: expected #sha256= and 64 hex digits after the address")
         return cls(url, match[1], verified)
+
+    def takes(self, revision: str) -> bool:
+        return False
 
     def address(self, path: Path) -> str:
         """The file's address with its sha256, without a query: that may be a signature which opens it."""

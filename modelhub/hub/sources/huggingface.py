@@ -14,17 +14,16 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from modelhub.errors import DownloadError, ModelhubError, PresetNotFound
-from modelhub.hub.sources.base import Options, Unreachable, cache_root, needed, sha256_of
+from modelhub.hub.sources.base import Options, Unreachable, client_cache, needed, sha256_of
 from modelhub.hub.sources.entry import RETRY_STATUS, is_inside, retry_after, with_retries
 
 RECORDS = "modelhub"  # our folder inside the client's folder of a repository
@@ -50,7 +49,6 @@ class HubSource:
     revision: str | None = None
     verified: bool = False
     file: str | None = None
-    has_revisions: ClassVar[bool] = True
 
     @classmethod
     def parse(cls, address: str, verified: bool = False) -> "HubSource":
@@ -60,20 +58,37 @@ class HubSource:
             raise PresetNotFound(f"{address!r} is no address on the Hub; write hf://owner/name[/file.gguf][@revision]")
         return cls(match["repo"], match["revision"], verified, match["file"])
 
+    def takes(self, revision: str) -> bool:
+        return True
+
     def address(self, path: Path) -> str:
         """Where the files at `path` came from; the folder of a snapshot has the commit's name."""
         folder = path if self.file is None else path.parents[self.file.count("/")]
         return f"{self._name}@{folder.name}"
 
     def find(self, options: Options) -> Path | None:
-        """The complete, verified snapshot in the cache, or None. Does not import the client."""
-        commit = self._wanted(options)
-        if not _COMMIT.fullmatch(commit):
-            try:
-                commit = (self._folder(options) / "refs" / commit).read_text().strip()
-            except (OSError, ValueError):
-                return None
-        return self._complete(commit, options) if _COMMIT.fullmatch(commit) else None
+        """The complete, verified snapshot in the cache, or None. Does not import the client.
+
+        Of a branch the newest one that is complete: transformers, or a look at the config alone, may have moved the
+        branch to a commit of which not all is here.
+        """
+        found = (self._complete(commit, options) for commit in self._commits(options))
+        return next(filter(None, found), None)
+
+    def adopt(self, options: Options) -> Path | None:
+        """For want of a network: the snapshot that transformers has fetched, its bytes checked; None if not whole.
+
+        The client names a file after the checksum that the Hub stated. But what else the Hub has, such as a tokenizer,
+        cannot be seen here: so this is recorded by itself, and `fetch` completes it.
+        """
+        for commit in self._commits(options):
+            folder = self._folder(options) / "snapshots" / commit
+            record = self._records(commit, options)[0].with_suffix(".adopted.json")
+            with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, ModelhubError):
+                if not _is_recorded(folder, record):
+                    _write(record, json.dumps(self._checked(folder, options.weights), indent=1))
+                return folder / self.file if self.file else folder
+        return None
 
     def fetch(self, options: Options) -> Path:
         """Download what is missing or out of date, compare it with the Hub's checksums, and return where it is.
@@ -95,7 +110,7 @@ class HubSource:
                 ask = functools.partial(api.model_info, self.repo, revision=wanted)
                 commit = (ask() if found else _patiently(ask)).sha or ""
         except Exception as error:
-            if found and not isinstance(error, errors.RevisionNotFoundError):
+            if not isinstance(error, errors.RevisionNotFoundError) and (found := found or self.adopt(options)):
                 return found
             raise self._explain(error, options) from error
         try:
@@ -103,9 +118,14 @@ class HubSource:
                 raise DownloadError(f"{self._name}: the Hub answers with {commit[:100]!r}, which is no commit")
             path = self._complete(commit, options) or self._download(api, commit, options)
         except Exception as error:
-            raise self._explain(error, options) from error
+            explained = self._explain(error, options)
+            if wanted == commit and isinstance(explained, Unreachable) and (found := self.adopt(options)):
+                return found
+            raise explained from error
         if wanted != commit:
             _write(self._folder(options) / "refs" / wanted, commit)
+            if self._complete(commit, options):  # else the cache is for reading only
+                _write(self._refs(wanted, options)[0], commit)
         return path
 
     @property
@@ -118,20 +138,47 @@ class HubSource:
     def _folder(self, options: Options) -> Path:
         return client_cache(options.cache_dir) / f"models--{self.repo.replace('/', '--')}"
 
+    def _kinds(self, options: Options) -> list[str]:
+        """What a record may be of, to be of use here; the first is what is asked for."""
+        return [quote(self.file, safe="")] if self.file else ["model"] if options.weights else ["config", "model"]
+
     def _records(self, commit: str, options: Options) -> list[Path]:
         """Any of them tells that what is asked for is complete; the first is the one to write."""
-        names = [quote(self.file, safe="")] if self.file else ["model"] if options.weights else ["config", "model"]
-        return [self._folder(options) / RECORDS / commit / f"{name}.json" for name in names]
+        return [self._folder(options) / RECORDS / commit / f"{kind}.json" for kind in self._kinds(options)]
+
+    def _refs(self, branch: str, options: Options) -> list[Path]:
+        """Files that hold the commit which was last fetched, from this branch, with all that is asked for."""
+        folder = self._folder(options) / RECORDS / "refs" / quote(branch, safe="")
+        return [folder / kind for kind in self._kinds(options)]
+
+    def _commits(self, options: Options) -> list[str]:
+        """Those in the cache that are meant: of a branch what the client takes for its head, then what we fetched."""
+        wanted = self._wanted(options)
+        if _COMMIT.fullmatch(wanted):
+            return [wanted]
+        commits = []
+        for ref in [self._folder(options) / "refs" / wanted, *self._refs(wanted, options)]:
+            with suppress(OSError, ValueError):
+                commits.append(ref.read_text().strip())
+        return [commit for commit in dict.fromkeys(commits) if _COMMIT.fullmatch(commit)]
 
     def _complete(self, commit: str, options: Options) -> Path | None:
         folder = self._folder(options) / "snapshots" / commit
-        for record in self._records(commit, options):
-            # Only what had the right checksum is recorded: its size is enough to know that it is still whole.
-            files = read_record(record)
-            with suppress(OSError):
-                if files and all(os.stat(folder / name).st_size == about["size"] for name, about in files.items()):
-                    return folder / self.file if self.file else folder
+        if any(_is_recorded(folder, record) for record in self._records(commit, options)):
+            return folder / self.file if self.file else folder
         return None
+
+    def _checked(self, folder: Path, weights: bool) -> dict[str, dict[str, Any]]:
+        """What to record of a snapshot that the client has made. Raises LookupError, or what `needed` does."""
+        paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        names = {self.file} if self.file else {*needed(paths, weights, self._name)}
+        if (index := "model.safetensors.index.json") in names:
+            names |= {*json.loads(paths[index].read_bytes())["weight_map"].values()}
+        blobs = {name: paths[name].resolve() for name in names}
+        for name, blob in blobs.items():
+            if not CHECKSUM.fullmatch(blob.name) or checksum_of(blob, blob.name) != blob.name:
+                raise LookupError(f"{name} has the wrong bytes, or nothing tells which are right")
+        return {name: {"size": blob.stat().st_size, "checksum": blob.name} for name, blob in blobs.items()}
 
     def _download(self, api: Any, commit: str, options: Options) -> Path:
         from concurrent.futures import ThreadPoolExecutor
@@ -258,21 +305,6 @@ class HubSource:
         )
 
 
-def client_cache(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The cache of huggingface_hub that is in use, found without importing it.
-
-    Without a choice of the user's it is the Hub's own: what transformers has fetched is not fetched again.
-    """
-    if cache_dir or os.environ.get("MODELHUB_CACHE"):
-        return cache_root(cache_dir) / "hf"
-    if constants := sys.modules.get("huggingface_hub.constants"):
-        return Path(constants.HF_HUB_CACHE)
-    environment = os.environ
-    home = environment.get("HF_HOME") or os.path.join(environment.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    chosen = environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
-    return Path(os.path.expanduser(os.path.expandvars(chosen)))
-
-
 def read_record(path: Path) -> dict[str, dict[str, Any]]:
     """{file: {"size": bytes, "checksum": hex digits}} of the files that a record says are right; empty without one."""
     try:
@@ -289,6 +321,15 @@ def checksum_of(path: Path, like: str) -> str:
     with open(path, "rb") as file:
         header = b"blob %d\0" % os.fstat(file.fileno()).st_size
         return hashlib.file_digest(file, lambda: hashlib.sha1(header, usedforsecurity=False)).hexdigest()
+
+
+def _is_recorded(folder: Path, record: Path) -> bool:
+    """Only what had the right checksum is recorded: its size is enough to know that it is still whole."""
+    files = read_record(record)
+    try:
+        return bool(files) and all(os.stat(folder / name).st_size == about["size"] for name, about in files.items())
+    except OSError:
+        return False
 
 
 def _checksum(file: Any) -> str:

@@ -4,12 +4,13 @@ import logging
 import os
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from modelhub.errors import DownloadError, InputError, PresetNotFound
 from modelhub.hub.sources.base import Options, Unreachable, cache_root, needed, sha256_of
@@ -25,6 +26,7 @@ from modelhub.hub.sources.entry import (
 from modelhub.hub.sources.folder import MANIFEST, check_sums, read_sums
 
 _ADDRESS = re.compile(r"kaggle://(?P<model>[\w-][\w.-]*(/[\w-][\w.-]*){3})(/(?P<version>[1-9]\d*))?", re.ASCII)
+_VERSION = re.compile(r"[1-9]\d*", re.ASCII)
 _PAGE = 200  # files in one answer of the listing
 
 _environment = threading.Lock()
@@ -41,7 +43,6 @@ class KaggleSource:
     model: str  # "owner/model/framework/variation"
     revision: str | None = None
     verified: bool = False
-    has_revisions: ClassVar[bool] = True
 
     @classmethod
     def parse(cls, address: str, verified: bool = False) -> "KaggleSource":
@@ -52,6 +53,9 @@ class KaggleSource:
                 f"{address!r} is no address on Kaggle; write kaggle://owner/model/framework/variation[/version]"
             )
         return cls(match["model"], match["version"], verified)
+
+    def takes(self, revision: str) -> bool:
+        return _VERSION.fullmatch(revision) is not None
 
     def address(self, path: Path) -> str:
         """Where the files at `path` came from, with the version."""
@@ -70,7 +74,10 @@ class KaggleSource:
         return None
 
     def fetch(self, options: Options) -> Path:
-        """Download what is needed of the version and return its folder. Without a network a cached version serves.
+        """Download what is needed of the version and return its folder.
+
+        Where Kaggle does not tell the newest version, for want of a network or a login, a cached one serves, with a
+        warning.
 
         What Kaggle's storage says of a file's MD5 is checked by kagglehub; where the version holds SHA256SUMS, the
         files are checked against that too. Raises PresetNotFound (no such model or version), DownloadError (licence
@@ -78,12 +85,14 @@ class KaggleSource:
         """
         version = self._version(options)
         if version is None:
+            found = self.find(options)
             try:
-                version = self._newest()
-            except Unreachable:
-                if found := self.find(options):
-                    return found
-                raise
+                version = self._newest(patient=found is None)
+            except (DownloadError, PresetNotFound) as error:
+                if found is None:
+                    raise
+                warnings.warn(f"{error}. Taken as it is in the cache: {self.address(found)}", stacklevel=2)
+                return found
         if found := self._cached(version, options):
             return found
         folder = self._entry(version, options)
@@ -93,7 +102,7 @@ class KaggleSource:
 
     def _version(self, options: Options) -> str | None:
         asked = options.revision
-        if asked is not None and not re.fullmatch(r"[1-9]\d*", asked, re.ASCII):
+        if asked is not None and not self.takes(asked):
             raise InputError(f"revision={asked!r} was given; on Kaggle a revision is a version's number, such as '3'")
         return asked or self.revision
 
@@ -106,13 +115,13 @@ class KaggleSource:
     def _cached(self, version: str, options: Options) -> Path | None:
         return find_entry(self._entry(version, options), options.weights)
 
-    def _newest(self) -> str:
+    def _newest(self, patient: bool) -> str:
         from kagglesdk.models.types.model_api_service import ApiGetModelInstanceRequest
 
         def ask(client: Any) -> int:
             return client.get_model_instance(self._request(ApiGetModelInstanceRequest)).version_number
 
-        return str(self._call(ask))
+        return str(self._call(ask, patient))
 
     def _listing(self, version: str) -> dict[str, int]:
         """{path: bytes} of a version's files. kagglehub lists the first 25 at most: this goes through the pages."""
@@ -144,6 +153,13 @@ class KaggleSource:
         with _client_settings(work):
             for name in wanted + listed:
                 paths[name] = Path(self._tried(partial(kagglehub.model_download, handle, name)))
+                size = paths[name].stat().st_size
+                if sizes[name] not in (size, 0):  # 0: Kaggle does not say
+                    paths[name].unlink()  # else the next attempt would take it for complete
+                    raise DownloadError(
+                        f"{address}: {name} has {size:,} bytes, and Kaggle lists it with {sizes[name]:,}; it was "
+                        "removed. Try again"
+                    )
         sums = {name: sha256_of(paths[name]) for name in wanted}
         if listed:
             try:
@@ -173,7 +189,7 @@ class KaggleSource:
             ) from None
         return request
 
-    def _call(self, ask: Callable[[Any], _T]) -> _T:
+    def _call(self, ask: Callable[[Any], _T], patient: bool = True) -> _T:
         from kagglehub.clients import build_kaggle_client
         from kagglehub.exceptions import handle_call
 
@@ -182,16 +198,16 @@ class KaggleSource:
                 return handle_call(lambda: ask(client.models.model_api_client))
 
         with _client_settings(None):
-            return self._tried(attempt)
+            return self._tried(attempt, patient)
 
-    def _tried(self, attempt: Callable[[], _T]) -> _T:
-        """attempt(), with its errors in words. kagglehub itself tries once."""
+    def _tried(self, attempt: Callable[[], _T], patient: bool = True) -> _T:
+        """attempt(), with its errors in words. kagglehub itself tries once; patient: again after errors that pass."""
         import requests
         from kagglehub.exceptions import DataCorruptionError
 
         address = f"kaggle://{self.model}"
         try:
-            return with_retries(attempt, _pause_after)
+            return with_retries(attempt, _pause_after) if patient else attempt()
         except DataCorruptionError as error:
             raise DownloadError(
                 f"{address} arrived with wrong bytes ({' '.join(str(error).split())}); the file was removed. Try again"

@@ -53,8 +53,10 @@ class PackageSource:
     sha256: str
     parts: tuple[Part, ...]
     verified: bool = False
-    has_revisions: ClassVar[bool] = False
     revision: ClassVar[None] = None
+
+    def takes(self, revision: str) -> bool:
+        return False
 
     def address(self, path: Path) -> str:
         """The packages that the file came from."""

@@ -1,0 +1,315 @@
+"""ImageClassifier: images in, labels out."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from modelhub.core.backends import get_backend
+from modelhub.core.backends.base import Array, Backend
+from modelhub.core.nn import Linear
+from modelhub.core.tree import Params, children, flatten, initial_value
+from modelhub.errors import InputError
+from modelhub.families import vit
+from modelhub.processing.image import ImageProcessor
+from modelhub.processing.image_reading import as_list
+from modelhub.tasks.backbone import Backbone, provenance_of
+from modelhub.tasks.image_training import ImageTraining
+from modelhub.tasks.loading import Source, choose_dtype, load_params, opened, random_params
+from modelhub.training.image_examples import as_array
+from modelhub.training.images import channels_first, filled, prefetched
+
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "image_converter.json", "preprocessor.json")
+ROWS = 32  # images that go through the model together outside of training
+
+
+class ImageClassifier(ImageTraining):
+    """An image encoder with a classification head, on one backend.
+
+    Made by `from_preset` or `from_config`. Attributes: config (the family's), preprocessor (an ImageProcessor; with
+    another size: `clf.preprocessor = clf.preprocessor.with_size(384)`), backbone, backend and device and dtype (names),
+    labels, preset (where it came from).
+    """
+
+    task = "image-classification"
+
+    def __init__(
+        self, backbone: Backbone, preprocessor: ImageProcessor | None, preset: str = "", new_head: bool = False
+    ):
+        if not backbone.config.num_labels:
+            raise InputError(
+                f"{preset or 'this model'} has no classification head: give num_classes= or labels= for a new one, or "
+                f"load it as a Backbone for its features"
+            )
+        self.backbone, self.preprocessor, self.preset = backbone, preprocessor, preset
+        self._new_head = new_head
+        self._program: tuple[Any, Callable] | None = None
+
+    @classmethod
+    def from_preset(
+        cls,
+        preset: str | os.PathLike[str],
+        *,
+        num_classes: int | None = None,
+        labels: Sequence[str] | None = None,
+        backend: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        revision: str | None = None,
+        offline: bool = False,
+        token: str | None = None,
+        cache_dir: str | None = None,
+        load_weights: bool = True,
+        attention: Callable | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Load a model; with a new head, drawn from `seed`, where num_classes or labels are given.
+
+        labels: the names of the classes, saved as id2label. attention: fn(q, k, v, mask, scale=scale) on the backend's
+        arrays (B, heads, T, width of a head), in place of ours, such as torch's scaled_dot_product_attention. The rest
+        as in CausalLM.from_preset, with the same errors; InputError for a preset without a head if none is asked for.
+        """
+        xp = _backend(backend, device, attention)
+        preset = os.fspath(preset)
+        with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
+            if not hasattr(source.model, "encode"):
+                raise InputError(
+                    f"{preset} is a {source.config.model_type}, which reads no images; load it as CausalLM"
+                )
+            told = any((source.preset.path / name).is_file() for name in _PROCESSORS)
+            processor = ImageProcessor.from_folder(source.preset.path) if told else None
+            count = _count(num_classes, labels)
+            if count is None:
+                backbone = Backbone.from_source(source, xp, dtype, load_weights, seed)
+            else:
+                backbone = _with_new_head(source, xp, dtype, load_weights, seed, count, labels)
+        return cls(backbone, processor, preset, new_head=count is not None or not load_weights)
+
+    @classmethod
+    def from_config(
+        cls,
+        num_classes: int | None = None,
+        *,
+        labels: Sequence[str] | None = None,
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        num_channels: int = 3,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        intermediate_size: int = 3072,
+        hidden_act: str = "gelu",
+        hidden_dropout_prob: float = 0.0,
+        attention_probs_dropout_prob: float = 0.0,
+        classifier_dropout: float = 0.0,
+        layer_norm_eps: float = 1e-12,
+        qkv_bias: bool = True,
+        class_token: bool = True,
+        pooling: str | None = None,
+        backend: str | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        attention: Callable | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """A ViT without a checkpoint, its weights drawn from `seed`, equal on all backends.
+
+        Parameters are Hugging Face's ViTConfig's, and three of ours: classifier_dropout (before the head), class_token,
+        and pooling: "cls" or "mean" (None: "cls" where there is a class token). Raises ConfigError.
+        """
+        xp = _backend(backend, device, attention)
+        count = _count(1000 if num_classes is None and labels is None else num_classes, labels)
+        assert count is not None
+        named = dict(enumerate(labels)) if labels else None
+        pooling = pooling or ("cls" if class_token else "mean")
+        config = vit.Config(
+            "vit", hidden_size, num_hidden_layers, num_attention_heads, hidden_act, hidden_dropout_prob,
+            attention_probs_dropout_prob, layer_norm_eps, image_size, patch_size, num_channels, qkv_bias,
+            named, None, count, class_token, pooling, classifier_dropout, intermediate_size=intermediate_size,
+        )  # fmt: skip
+        model = vit.Model.abstract(config)
+        backbone = Backbone(model, random_params(model, xp, dtype, seed), xp, config, dtype)
+        processor = None
+        if num_channels in (1, 3):
+            half = (0.5,) * num_channels
+            processor = ImageProcessor(size=image_size, image_mean=half, image_std=half)
+        return cls(backbone, processor, new_head=True)
+
+    @property
+    def backend(self) -> str:
+        return self.backbone.xp.name
+
+    @property
+    def device(self) -> str:
+        return self.backbone.xp.device
+
+    @property
+    def dtype(self) -> str:
+        return self.backbone.dtype
+
+    @property
+    def params(self) -> Params:
+        """{Hugging Face name: array of the backend}. Replace the dict to change weights; never change it in place."""
+        return self.backbone.params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        self.backbone.params = params
+
+    def __repr__(self) -> str:
+        return (
+            f"ImageClassifier({self.preset!r}, {self.config.num_labels} classes, backend={self.backend!r}, "
+            f"device={self.device!r}, dtype={self.dtype!r})"
+        )
+
+    def summary(self) -> None:
+        """Print what the model is made of: parts, parameters, memory."""
+        self.backbone.summary(title=repr(self))
+
+    # --- prediction ---------------------------------------------------------------------------------------------
+
+    def predict(self, images: Any, top: int = 5) -> Any:
+        """The likeliest labels of an image, [(label, probability), ...], or of each of several: a list of such lists.
+
+        images: one image or a list of them, each a path, bytes, a Pillow image or an array; see ImageProcessor. Or
+        {"pixel_values": floats (B, C, H, W)}, which are taken as they are. Raises InputError, which names the file, for
+        what is no image.
+        """
+        if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+            raise InputError(f"top must be a whole number, 1 or more, got {top!r}")
+        logits = self.logits(images).astype(np.float64)
+        shares = np.exp(logits - logits.max(1, keepdims=True))
+        shares /= shares.sum(1, keepdims=True)
+        names = self.labels
+        order = np.argsort(-shares, axis=1, kind="stable")[:, :top]
+        found = [
+            [(names[i], float(row[i])) for i in best] for row, best in zip(shares, order, strict=True)
+        ]  # fmt: skip
+        several = isinstance(images, list | tuple | Mapping) or len(getattr(images, "shape", ())) == 4
+        return found if several else found[0]
+
+    def logits(self, images: Any) -> np.ndarray:
+        """float32 (images, classes), before the softmax; images as for `predict`."""
+        return np.concatenate([logits for _, logits in self._outputs(self._pixels(images))])
+
+    def features(self, images: Any) -> np.ndarray:
+        """float32 (images, width): what the head sees of each; images as for `predict`."""
+        return np.concatenate([pooled for pooled, _ in self._outputs(self._pixels(images))])
+
+    def _pixels(self, images: Any) -> Iterator[np.ndarray]:
+        """The images, ROWS at a time, the next ones read while the model works."""
+        if isinstance(images, Mapping) and "pixel_values" in images:
+            ready = as_array(images["pixel_values"], "pixel_values")
+            if ready.ndim != 4 or not ready.size:
+                raise InputError(f"pixel_values must be (batch, channels, height, width), found {ready.shape}")
+            ready = channels_first(ready, self.config.num_channels, "pixel_values")
+            return (ready[i : i + ROWS] for i in range(0, len(ready), ROWS))
+        listed, processor = as_list(images), self._processor
+        if not listed:
+            raise InputError("no images were given")
+        return prefetched(processor(listed[i : i + ROWS]) for i in range(0, len(listed), ROWS))
+
+    def _outputs(self, batches: Iterable[np.ndarray], params: Params | None = None) -> Iterator[tuple[Any, np.ndarray]]:
+        """Pooled (B, D) and logits (B, classes) of pixels (B, C, H, W), batch after batch."""
+        xp, model = self.backbone.xp, self.backbone.model
+        # On a processor the products take all the time, and no compiler makes them faster.
+        hot = xp.device != "cpu"
+        if self._program is None or self._program[0] is not model:
+            self._program = model, xp.compile(functools.partial(_classified, xp), model, hot=hot)
+        params = self.params if params is None else params
+        for pixels in batches:
+            count = len(pixels)
+            if hot or not xp.eager:  # few shapes are compiled
+                pixels = filled(pixels, np.zeros(count), 1 << (count - 1).bit_length())["pixels"]
+            pooled, logits = self._program[1](params, xp.put(pixels))
+            yield np.array(xp.get(pooled)[:count]), np.array(xp.get(logits)[:count])
+
+    # --- saving -------------------------------------------------------------------------------------------------
+
+    def _save_adapter(self, target: Path, **facts: Any) -> None:
+        if self._new_head:
+            raise InputError(
+                "an adapter's folder cannot hold the new head, without which the adapter is of no use: "
+                "save_to_preset(), or publish() without adapter_only, writes the whole model, the adapter merged in"
+            )
+        super()._save_adapter(target, **facts)
+
+    def _write_processors(self, folder: Path) -> None:
+        if self.preprocessor is not None:
+            self.preprocessor.save(folder)
+
+    def _probe(self) -> np.ndarray:
+        shape = (
+            2,
+            self.config.num_channels,
+            *(n * p for n, p in zip(self.config.grid, self.config.patch, strict=True)),
+        )
+        pixels = np.sin(np.arange(np.prod(shape), dtype=np.float64) * 0.37).astype(np.float32).reshape(shape)
+        return next(self._outputs([pixels]))[1]
+
+
+def _classified(xp: Backend, model: Any, pixels: Array) -> tuple[Array, Array]:
+    """float32 pooled (B, D) and logits (B, classes)."""
+    dtype = xp.dtype(next(iter(flatten(model).values())))
+    pooled = model.pooled(xp, model.encode(xp, xp.cast(pixels, dtype)))
+    return xp.cast(pooled, "float32"), model.head(xp, pooled)
+
+
+def _backend(name: str | None, device: str | None, attention: Callable | None) -> Backend:
+    xp = get_backend(name, device)
+    return xp if attention is None else xp.with_attention(attention)
+
+
+def _count(num_classes: int | None, labels: Sequence[str] | None) -> int | None:
+    """How many classes a new head has; None: there is to be none."""
+    if labels is not None:
+        if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+            raise InputError(f"labels must be a list of texts, got {labels!r:.100}")
+        if len(set(labels)) < len(labels):
+            raise InputError("labels must all be different: what is predicted is told by its label")
+        if num_classes not in (None, len(labels)):
+            raise InputError(f"num_classes={num_classes} was given beside {len(labels)} labels; give one of them")
+        num_classes = len(labels)
+    if num_classes is not None and (
+        isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2
+    ):
+        raise InputError(f"num_classes must be a whole number, 2 or more, got {num_classes!r}")
+    return num_classes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Headless:
+    """A NameMap that passes over what belongs to a head."""
+
+    names: Any
+    heads: tuple[str, ...]
+
+    def to_ours(self, name: str) -> Any:
+        found = self.names.to_ours(name)
+        return None if found is not None and found[0].startswith(self.heads) else found
+
+
+def _with_new_head(
+    source: Source, xp: Backend, dtype: str | None, load_weights: bool, seed: int, count: int,
+    labels: Sequence[str] | None,
+) -> Backbone:  # fmt: skip
+    """The source's encoder under a head of its own kind, for other classes."""
+    named = {"id2label": dict(enumerate(labels)) if labels else None, "label2id": None}
+    config = dataclasses.replace(source.config, num_labels=count, **named)
+    model = type(source.model).abstract(config)
+    dtype = choose_dtype(dtype, xp, source)
+    if not load_weights:
+        return Backbone(model, random_params(model, xp, dtype, seed), xp, config, dtype)
+    heads = {name for whole in (source.model, model) for name, part in children(whole) if isinstance(part, Linear)}
+    encoder: Any = dataclasses.replace(model, **dict.fromkeys(heads))
+    names: Any = _Headless(source.names, tuple(f"{name}." for name in heads))
+    params = load_params(dataclasses.replace(source, model=encoder, names=names), xp, dtype)
+    for name, spec in flatten(model).items():
+        if name not in params:
+            params[name] = xp.put(initial_value(name, spec, seed).astype(dtype, copy=False))
+    origin = dataclasses.replace(provenance_of(source.preset), identity=None)  # with this head they are nowhere else
+    return Backbone(model, params, xp, config, dtype, origin)

@@ -1,0 +1,284 @@
+"""What an image classifier needs to be trained: compile, fit, evaluate, the confusion matrix."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from modelhub.core.head import Loss
+from modelhub.core.tree import Params
+from modelhub.errors import ConfigError, DataError, InputError
+from modelhub.processing.augment import Augment
+from modelhub.processing.image import ImageProcessor
+from modelhub.processing.image_reading import OnError
+from modelhub.tasks.training import Trainable, called, check_batch_size
+from modelhub.training.batches import BatchSource
+from modelhub.training.callbacks import Callback, optional_package
+from modelhub.training.engine import Engine, Settings
+from modelhub.training.history import History
+from modelhub.training.image_examples import Examples, read_examples
+from modelhub.training.images import ImageBatches, ReadyImages
+from modelhub.training.objectives import ImageObjective
+
+
+class ImageTraining(Trainable):
+    """Mixed into tasks that have a backbone with a classification head and an image processor."""
+
+    preprocessor: ImageProcessor | None
+    backbone_frozen = False
+    _new_head: bool  # an adapter alone would be trained under a head that knows nothing
+    _learning: dict[str, Any] = {}  # what ImageObjective is told
+
+    @property
+    def config(self) -> Any:
+        return self.backbone.config
+
+    @property
+    def saves_adapter(self) -> bool:
+        return self.has_adapter and not self._new_head
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the classes, in their order."""
+        return [self.config.id2label.get(index, f"LABEL_{index}") for index in range(self.config.num_labels)]
+
+    @property
+    def _processor(self) -> ImageProcessor:
+        """Gives all images one size."""
+        if self.preprocessor is None:
+            raise InputError(
+                "this model has no preprocessor_config.json, which would say how it takes images: set clf.preprocessor "
+                "= ImageProcessor(...) of modelhub.processing.image"
+            )
+        found = self.preprocessor
+        return found if found.output_size else found.with_size(self.config.image_size)
+
+    def _outputs(self, batches: Iterable[np.ndarray], params: Params | None = None) -> Iterator[tuple[Any, np.ndarray]]:
+        """Pooled (B, D) and logits (B, classes) of pixels (B, C, H, W), batch after batch."""
+        raise NotImplementedError
+
+    def enable_lora(
+        self, rank: int = 4, alpha: float | None = None, dropout: float = 0.0,
+        targets: str | Sequence[str] | None = None, use_rslora: bool = False, use_dora: bool = False,
+        *, name: str = "default", seed: int = 0,
+    ) -> None:  # fmt: skip
+        """Add a low-rank adapter, which `fit` then trains, with the head if that is new; see Backbone.enable_lora.
+
+        targets: None: the projections of queries and values.
+        """
+        super().enable_lora(rank, alpha, dropout, targets, use_rslora, use_dora, name=name, seed=seed)
+
+    def freeze_backbone(self, frozen: bool = True) -> None:
+        """From now on `fit` trains the head alone; frozen=False: everything again."""
+        self.backbone_frozen = frozen
+
+    def compile(
+        self, optimizer: Any = "adamw", learning_rate: float | None = None, schedule: Any = None,
+        weight_decay: float = 0.0, clip_norm: float | None = None, loss: Loss | None = None,
+        metrics: Sequence[str] = ("accuracy", "top5_accuracy"), mixed_precision: str | None = None,
+        matmul_precision: str | None = None, remat: bool = False, jit: bool | None = None,
+        *, label_smoothing: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Say how to train; see CausalLM.compile for what is not said here. Raises ConfigError.
+
+        loss: loss(logits, labels) -> one loss per image, logits (B, classes) float32, labels (B,) int32, or where they
+            are soft (B, classes). metrics: "accuracy", and "top5_accuracy" with any number in place of 5.
+        label_smoothing: the share of each label that is spread over all classes.
+        """
+        learning: dict[str, Any] = {"label_smoothing": label_smoothing, "metrics": tuple(metrics)}
+        ImageObjective(self.config, **learning)  # raises for what makes no sense
+        if loss is not None and label_smoothing:
+            raise ConfigError(
+                "label_smoothing belongs to cross entropy: put it into the loss, or leave one of them out"
+            )
+        self._compile(
+            optimizer, learning_rate, schedule, weight_decay, clip_norm, loss, mixed_precision, matmul_precision, remat,
+            jit, label_smoothing=label_smoothing,
+        )  # fmt: skip
+        self._learning = learning
+
+    def fit(
+        self, data: Any, epochs: int = 1, batch_size: int = 32, steps: int | None = None, validation_data: Any = None,
+        grad_accum: int = 1, augment: Augment | bool | None = None, freeze_backbone: bool | None = None,
+        callbacks: Sequence[Callback] = (), checkpoint_dir: str | os.PathLike[str] | None = None,
+        resume: str | bool = "auto", seed: int = 0,
+        *, validation_split: float = 0.0, on_error: OnError = "raise", save_steps: int | None = None,
+        verbose: bool = True,
+    ) -> History:  # fmt: skip
+        """Train on data: all weights, the head alone, or the active adapter. Returns what was measured.
+
+        Without a call of `compile`: with AdamW, and a learning rate of 5e-5, or 1e-3 for a head alone.
+
+        data: a folder with a folder per class; a .csv, .jsonl, .json or .parquet file of image paths and labels; arrays
+            (images, labels); a list of dicts with image and label; a Hugging Face Dataset; or an iterable of ready
+            batches, such as a torch DataLoader or a tf.data pipeline: pairs (images, labels), or dicts. Their floats
+            are taken as they are, and their integers go through the preprocessor, as all other images do.
+        batch_size: images in one step; ready batches have their own. grad_accum: batches in one optimizer step.
+        steps: optimizer steps in all; None: as many as `epochs` have.
+        validation_data: like data, or validation_split: a share of each class to hold out; measured after each epoch.
+        augment: an Augment, or True for its defaults (a random part of the image, mirrored half of the time).
+        freeze_backbone: True: the head alone; without `augment` the encoder then sees each image only once, in however
+            many epochs. None: what `freeze_backbone()` said, else False. With an adapter, that is what is trained, and
+            the head if it is new.
+        on_error: what to do about images that cannot be read: "raise", or "skip" with a warning that names them.
+        checkpoint_dir, resume, save_steps, seed, callbacks, verbose: as in CausalLM.fit.
+
+        Raises DataError and InputError (which name the file), ConfigError, NoGradients (numpy), ResumeError,
+        TrainingError (a loss that is not a number).
+        """
+        frozen = self.backbone_frozen if freeze_backbone is None else freeze_backbone
+        if self._compiled is None:
+            self.compile(learning_rate=1e-3 if frozen else None)
+        compiled, plan = self._ready(
+            epochs, steps, grad_accum, checkpoint_dir, resume, save_steps, callbacks, seed
+        )  # fmt: skip
+        check_batch_size(batch_size)
+        augment = Augment(seed=seed) if augment is True else augment or None
+        if not isinstance(augment, Augment | None):
+            raise InputError(f"augment must be an Augment, True or False, got {augment!r}")
+        name = called(data)
+        examples, data = self._examples(data, training=True)
+        held_out, held_data = None, validation_data
+        if validation_split:
+            if validation_data is not None or not 0.0 < validation_split < 1.0:
+                raise InputError("give validation_data, or a validation_split between 0 and 1, not both")
+            if examples is None:
+                raise InputError("validation_split takes examples; of ready batches give some as validation_data")
+            examples, held_out = examples.split(validation_split, seed)
+        elif validation_data is not None:
+            held_out, held_data = self._examples(validation_data)
+        train = self._batches(data, examples, batch_size, augment=augment, seed=seed, on_error=on_error)
+        validation = None
+        if held_out is not None or held_data is not None:
+            validation = self._batches(held_data, held_out, batch_size, shuffle=False, on_error=on_error)
+        self.backbone.keep_merged()
+        frozen = frozen and not self.has_adapter
+        total = plan.total_steps(train)
+        if frozen and augment is None and isinstance(train, ImageBatches) and (total or 0) > train.steps(0):
+            train = self._pooled(train, compiled.settings, verbose)
+            if isinstance(validation, ImageBatches):
+                validation = self._pooled(validation, compiled.settings, verbose)
+        positions = int(np.prod(self.config.grid)) + self.config.tokens_before
+        return self._train(
+            train, validation, compiled, plan, ImageObjective(self.config, **self._learning, frozen=frozen),
+            self._trained_names(frozen), seed=seed, dropout=True, shape=(batch_size, positions), callbacks=callbacks,
+            settings={
+                "batch_size": batch_size, "seed": seed, "freeze_backbone": frozen, "on_error": on_error,
+                "augment": augment and dataclasses.asdict(augment),
+                "preprocessor": self.preprocessor and self.preprocessor.to_config(),
+            },
+            called=name, verbose=verbose,
+        )  # fmt: skip
+
+    def evaluate(self, data: Any, batch_size: int = 32, *, on_error: OnError = "raise") -> dict[str, float]:
+        """loss, accuracy and top5_accuracy (the metrics of `compile`), means over images, and their number: images.
+
+        data, batch_size, on_error: as in `fit`.
+        """
+        settings = self._compiled.settings if self._compiled else Settings()
+        objective = ImageObjective(self.config, **self._learning or {"metrics": ("accuracy", "top5_accuracy")})
+        engine = Engine(self.backbone.xp, self.backbone.model, self.params, (), settings, objective)
+        return engine.evaluate(self._in_order(data, batch_size, on_error))
+
+    def confusion_matrix(
+        self, data: Any, path: str | os.PathLike[str] | None = None, batch_size: int = 32,
+        *, on_error: OnError = "raise",
+    ) -> np.ndarray:  # fmt: skip
+        """How many images of each class (rows) were taken for each class (columns): int64 (classes, classes).
+
+        data, batch_size, on_error: as in `fit`. path: a picture of it, .png, .svg or .pdf, which takes matplotlib.
+        """
+        figure = optional_package("matplotlib.figure", "a picture of the confusion matrix") if path else None
+        matrix = np.zeros((self.config.num_labels,) * 2, np.int64)
+        for batch in self._in_order(data, batch_size, on_error):
+            (_, logits), *_ = self._outputs([batch["pixels"]])
+            meant = batch["weights"] > 0
+            labels = batch["labels"] if batch["labels"].ndim == 1 else batch["labels"].argmax(1)
+            np.add.at(matrix, (labels[meant], logits.argmax(1)[meant]), 1)
+        if figure is not None:
+            _draw(figure, matrix, self.labels, Path(path or ""))
+        return matrix
+
+    def _examples(self, data: Any, training: bool = False) -> tuple[Examples | None, Any]:
+        """read_examples, with labels as the model counts them; a model without names takes those of its first data."""
+        examples, data = read_examples(data)
+        if examples is None:
+            return None, data
+        unnamed = self.labels == [f"LABEL_{index}" for index in range(self.config.num_labels)]
+        examples = examples.numbered(self.config.num_labels, None if unnamed else self.labels)
+        if training and len(found := np.unique(examples.kinds)) < 2:
+            raise DataError(f"{examples.origin} has images of one class only ({found[0]}): nothing can be told apart")
+        if training and unnamed and examples.classes:
+            self._name(examples.classes)
+        return examples, data
+
+    def _name(self, labels: Sequence[str]) -> None:
+        named = {"id2label": dict(enumerate(labels)), "label2id": None}
+        self.backbone.config = dataclasses.replace(self.config, **named)
+
+    def _batches(
+        self, data: Any, examples: Examples | None, batch_size: int, *, augment: Augment | None = None,
+        seed: int = 0, shuffle: bool = True, on_error: OnError = "raise",
+    ) -> BatchSource:  # fmt: skip
+        if examples is not None:
+            rows = min(batch_size, len(examples))
+            return ImageBatches(
+                examples, self._processor, self.config.num_labels, rows, augment, seed, shuffle, on_error
+            )
+        if augment is not None:
+            raise InputError("ready batches are taken as they come: augment the images where the batches are made")
+        return ReadyImages(data, self.preprocessor and self._processor, self.config.num_channels)
+
+    def _in_order(self, data: Any, batch_size: int, on_error: OnError) -> Iterator[Any]:
+        check_batch_size(batch_size)
+        examples, data = self._examples(data)
+        return self._batches(data, examples, batch_size, shuffle=False, on_error=on_error).epoch(0)
+
+    def _pooled(self, batches: ImageBatches, settings: Settings, verbose: bool) -> ImageBatches:
+        """The same with what the encoder makes of the images, which were all read once; broken ones are left out."""
+        xp, params = self.backbone.xp, self.params
+        if settings.compute_dtype:
+            params = {name: xp.cast(x, settings.compute_dtype) for name, x in params.items()}
+        kept: list[np.ndarray] = []
+
+        def pixels() -> Iterator[np.ndarray]:
+            in_order = dataclasses.replace(batches, shuffle=False)
+            for batch in tqdm(
+                in_order.epoch(0), "features", in_order.steps(0), leave=False, disable=None if verbose else True
+            ):  # fmt: skip
+                kept.append(batch["weights"] > 0)
+                yield batch["pixels"]
+
+        found = np.concatenate([pooled for pooled, _ in self._outputs(pixels(), params)])
+        read = np.flatnonzero(np.concatenate(kept))
+        return dataclasses.replace(batches, examples=batches.examples.only(read), pooled=found[read])
+
+    def _trained_names(self, frozen: bool) -> list[str]:
+        encoder = f"{self.config.model_type}."
+        head = [name for name in self.params if not name.startswith(encoder)]
+        if self.has_adapter:
+            adapter = self.backbone.trainable_names()
+            return adapter + [name for name in head if self._new_head and name not in adapter]
+        return head if frozen else list(self.params)
+
+
+def _draw(matplotlib_figure: Any, matrix: np.ndarray, labels: Sequence[str], path: Path) -> None:
+    size = min(3 + 0.35 * len(labels), 16)
+    figure = matplotlib_figure.Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.add_subplot()
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=1), label="share of the class")
+    axes.set(xlabel="taken for", ylabel="is")
+    if len(labels) <= 40:  # more would not be legible
+        axes.set_xticks(range(len(labels)), labels, rotation=90)
+        axes.set_yticks(range(len(labels)), labels)
+    if len(labels) <= 20:
+        for (row, column), count in np.ndenumerate(matrix):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

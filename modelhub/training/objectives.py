@@ -1,0 +1,277 @@
+"""What is learnt: the parts of a training step that depend on the kind of data.
+
+An objective turns a user's batch into the arrays of the compiled programs and says what their loss is. The engine cuts,
+adds up, divides and updates, whatever the objective.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from modelhub.core import head, lora
+from modelhub.core.backends.base import Array, Backend
+from modelhub.core.head import Loss
+from modelhub.core.tree import Module, Params, bind
+from modelhub.errors import ConfigError, DataError, InputError
+from modelhub.training.batches import NO_LABEL
+
+Batch = Mapping[str, np.ndarray]
+
+# Tokens in one piece on a processor: more do not make its products faster, only the memory larger. Narrow models take
+# more of them: tokens times width.
+_CPU_TOKENS, _CPU_SIZE = 512, 2**19
+_CPU_PATCHES = 2048  # where weights are wide and rows long, pieces of a few images would add up gradients too often
+
+
+class Objective(Protocol):
+    @property
+    def unit(self) -> str:
+        """What losses are means over, as the logs call it."""
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """The names of what is added up, "loss" first."""
+
+    def shape(self, batch: Batch) -> tuple[int, int]:
+        """How many rows a batch has, and how many positions a row goes through the model with."""
+
+    def check(self, batch: Batch) -> None:
+        """Raise DataError for what some backends would take for something else, without a word."""
+
+    def rows_at_once(self, positions: int) -> int:
+        """How many rows of that many positions go through the model together on a processor."""
+
+    def piece(self, batch: Batch, first: int, rows: int) -> tuple[dict[str, np.ndarray], int]:
+        """`rows` rows from `first` on, also where the batch has fewer, as the programs get them; and their count."""
+
+    def size(self, batch: Batch) -> int:
+        """How many units there are to compute, those without a loss included."""
+
+    def loss(
+        self, xp: Backend, forward: Backend, skeleton: Module, params: Params, batch: Mapping[str, Array],
+        trainable: frozenset[str] | None, own: Loss | None,
+    ) -> tuple[Array | None, Params]:  # fmt: skip
+        """What to differentiate by the parameters in `trainable` (None: nothing), and the sums.
+
+        forward: xp as the model gets it; see Backend.for_training. own: the user's loss.
+        """
+
+    def most(self, batch: Mapping[str, Array]) -> float:
+        """The largest count that a piece of this shape can have."""
+
+    def activations(self, rows: int, positions: int, item: int, remat: bool) -> int:
+        """Bytes that `rows` rows need until the backward pass, `item` of them a number: a rough count."""
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+_ARRAYS = {"input_ids": 0, "labels": NO_LABEL, "position_ids": 0, "segment_ids": 0}  # and what fills missing rows
+
+
+@dataclass(frozen=True)
+class TextObjective:
+    """The next token, by a vocabulary head that is done in pieces; batches are those of modelhub.training.batches."""
+
+    config: Any
+    unit = "tokens"
+    sums = ("loss", "accuracy")
+
+    def shape(self, batch: Batch) -> tuple[int, int]:
+        rows, time = batch["input_ids"].shape
+        return rows, time
+
+    def check(self, batch: Batch) -> None:
+        config = self.config
+        largest = int(max(batch["input_ids"].max(), batch["labels"].max()))
+        if largest >= config.vocab_size:
+            raise DataError(
+                f"token id {largest} is outside the vocabulary: 0 to {config.vocab_size - 1}; were the batches made "
+                f"with another model's tokenizer?"
+            )
+        if (length := int(batch["position_ids"].max()) + 1) > config.max_position_embeddings:
+            raise DataError(
+                f"an example has {length} tokens and the model's context holds {config.max_position_embeddings}: cut it"
+            )
+
+    def rows_at_once(self, positions: int) -> int:
+        return max(1, max(_CPU_TOKENS, _CPU_SIZE // self.config.hidden_size) // positions)
+
+    def piece(self, batch: Batch, first: int, rows: int) -> tuple[dict[str, np.ndarray], int]:
+        arrays = _with_places({name: _part(batch[name], first, rows, fill) for name, fill in _ARRAYS.items()})
+        return arrays, int(arrays["count"])
+
+    def size(self, batch: Batch) -> int:
+        return int((batch["segment_ids"] > 0).sum())
+
+    def loss(
+        self, xp: Backend, forward: Backend, skeleton: Module, params: Params, batch: Mapping[str, Array],
+        trainable: frozenset[str] | None, own: Loss | None,
+    ) -> tuple[Array | None, Params]:  # fmt: skip
+        model: Any = bind(skeleton, params)
+        hidden = model.model(
+            forward, batch["input_ids"], positions=batch["position_ids"], segments=batch["segment_ids"]
+        )
+        hidden = xp.reshape(hidden, (-1, hidden.shape[-1]))  # B * T, D
+        found, gradients = head.loss_and_gradients(
+            xp, skeleton, params, hidden, batch, trainable or frozenset(), own, gradients=trainable is not None
+        )
+        sums = {"loss": found["loss"], "accuracy": found["correct"]}
+        return None if trainable is None else head.surrogate(xp, params | {"hidden": hidden}, gradients), sums
+
+    def most(self, batch: Mapping[str, Array]) -> float:
+        return float(batch["places"].shape[0])
+
+    def activations(self, rows: int, positions: int, item: int, remat: bool) -> int:
+        config, time = self.config, positions
+        width, heads = config.hidden_size, config.num_attention_heads
+        block = (12 * width + 6 * config.intermediate_size + 8 * heads * config.head_dim) * item + 3 * heads * time * 4
+        layers = config.num_hidden_layers
+        kept = block + layers * width * item if remat else layers * block
+        return rows * time * kept + min(head.ROWS, rows * time) * config.vocab_size * 4
+
+
+def _part(array: np.ndarray, first: int, rows: int, fill: int) -> np.ndarray:
+    """`rows` rows from `first` on, also where the batch has fewer: shapes stay the same."""
+    part = array[first : first + rows]
+    if len(part) == rows:
+        return part
+    return np.pad(part, ((0, rows - len(part)), *((0, 0),) * (array.ndim - 1)), constant_values=fill)
+
+
+def _with_places(batch: Batch) -> dict[str, np.ndarray]:
+    """The batch as the programs get it: which positions have loss, and the labels there.
+
+    A position predicts the label of the next one, if that belongs to the same example.
+    """
+    labels, segments = batch["labels"], batch["segment_ids"]
+    targets = np.full_like(labels, NO_LABEL)
+    targets[:, :-1] = np.where(segments[:, 1:] == segments[:, :-1], labels[:, 1:], NO_LABEL)
+    targets = targets.reshape(-1)
+    places = np.flatnonzero(targets != NO_LABEL)
+    room = -(-len(targets) // head.ROWS) * head.ROWS if len(targets) > head.ROWS else len(targets)
+    padded = np.zeros((2, room), np.int32)
+    padded[0, : len(places)], padded[1, : len(places)] = places, targets[places]
+    return {
+        "input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "segment_ids": segments,
+        "places": padded[0], "labels": padded[1], "count": np.int32(len(places)),
+    }  # fmt: skip
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageObjective:
+    """The class of an image; batches are those of modelhub.training.images.
+
+    label_smoothing: the share of each label that is spread over all classes (Szegedy et al. 2015, arXiv:1512.00567).
+    metrics: "accuracy", or "top5_accuracy" with any number: the share of images whose label is among the 5 likeliest.
+    frozen: only the head is trained, on what the encoder gives outside of training.
+    """
+
+    config: Any
+    label_smoothing: float = 0.0
+    metrics: tuple[str, ...] = ("accuracy",)
+    frozen: bool = False
+    unit = "images"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.label_smoothing, int | float) or not 0.0 <= self.label_smoothing < 1.0:
+            raise ConfigError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing!r}")
+        wrong = [metric for metric in self.metrics if _places_of(metric) is None]
+        if wrong:
+            raise ConfigError(f'metrics can be "accuracy" and "top5_accuracy" (or another number), got {wrong}')
+
+    @functools.cached_property
+    def sums(self) -> tuple[str, ...]:
+        return "loss", *dict.fromkeys(self.metrics)
+
+    def shape(self, batch: Batch) -> tuple[int, int]:
+        if "pooled" in batch:
+            return len(batch["pooled"]), 1
+        (rows, _, height, width), (high, wide) = batch["pixels"].shape, self.config.patch
+        return rows, max(1, height // high) * max(1, width // wide) + self.config.tokens_before
+
+    def check(self, batch: Batch) -> None:
+        labels, classes = batch["labels"], self.config.num_labels
+        if labels.ndim == 2 and labels.shape[1] != classes:
+            raise DataError(f"soft labels must be (batch, {classes} classes), found {labels.shape}")
+        meant = labels[batch["weights"] > 0]
+        if labels.ndim == 1 and meant.size and not 0 <= meant.min() <= meant.max() < classes:
+            wrong = int(meant[(meant < 0) | (meant >= classes)][0])
+            raise DataError(f"label {wrong} is out of range: the model has {classes} classes, 0 to {classes - 1}")
+
+    def rows_at_once(self, positions: int) -> int:
+        return max(1, _CPU_PATCHES // positions)
+
+    def piece(self, batch: Batch, first: int, rows: int) -> tuple[dict[str, np.ndarray], int]:
+        arrays = {name: _part(array, first, rows, 0) for name, array in batch.items()}
+        return arrays, int((arrays["weights"] > 0).sum())
+
+    def size(self, batch: Batch) -> int:
+        return int((batch["weights"] > 0).sum())
+
+    def loss(
+        self, xp: Backend, forward: Backend, skeleton: Module, params: Params, batch: Mapping[str, Array],
+        trainable: frozenset[str] | None, own: Loss | None,
+    ) -> tuple[Array | None, Params]:  # fmt: skip
+        model: Any = bind(skeleton, params)
+        dtype = compute_dtype(xp, params)
+        if "pooled" in batch:
+            pooled = xp.cast(batch["pooled"], dtype)
+        else:
+            encoder = xp if self.frozen else forward
+            pooled = model.pooled(encoder, model.encode(encoder, xp.cast(batch["pixels"], dtype)))
+        logits, labels, weights = model.head(forward, pooled), batch["labels"], batch["weights"]  # B, classes
+        soft = len(labels.shape) == 2
+        likeliest = xp.argmax(labels, 1) if soft else labels
+        own_logit = xp.take_along_axis(logits, xp.expand_dims(likeliest, 1), 1)
+        if own is not None:
+            losses = own(logits, labels)
+            if tuple(losses.shape) != tuple(weights.shape):
+                raise InputError(
+                    f"loss(logits, labels) must return one loss for each image, shape {tuple(weights.shape)}; it "
+                    f'returned shape {tuple(losses.shape)}. Leave out the mean or sum (reduction="none")'
+                )
+        else:
+            total = xp.logsumexp(logits, axis=1)
+            meant = xp.sum(logits * labels, axis=1) if soft else own_logit[:, 0]
+            if self.label_smoothing:
+                meant = meant + self.label_smoothing * (xp.mean(logits, axis=1) - meant)
+            losses = total - meant
+        value = xp.sum(losses * weights)
+        logits, own_logit = xp.stop_gradient(logits), xp.stop_gradient(own_logit)
+        # Of NaN nothing is at most as large: such a row is not among the correct ones.
+        place = logits.shape[1] - xp.sum(xp.cast(logits <= own_logit, "float32"), axis=1)
+        sums = {"loss": xp.stop_gradient(value)}
+        for metric in self.sums[1:]:
+            sums[metric] = xp.sum(xp.cast(place < float(_places_of(metric) or 1), "float32") * weights)
+        return None if trainable is None else value, sums
+
+    def most(self, batch: Mapping[str, Array]) -> float:
+        return float(batch["weights"].shape[0])
+
+    def activations(self, rows: int, positions: int, item: int, remat: bool) -> int:
+        config = self.config
+        if self.frozen:
+            return rows * positions * (8 * config.hidden_size + 2 * config.intermediate_size) * item
+        block = (12 * config.hidden_size + 4 * config.intermediate_size) * item
+        block += 3 * config.num_attention_heads * positions * 4
+        layers = config.num_hidden_layers
+        return rows * positions * (block + layers * config.hidden_size * item if remat else layers * block)
+
+
+def _places_of(metric: str) -> int | None:
+    """ "top5_accuracy" -> 5; None for what is no metric."""
+    match = re.fullmatch(r"(?:top([1-9]\d*)_)?accuracy", metric)
+    return None if match is None else int(match[1] or 1)
+
+
+def compute_dtype(xp: Backend, params: Mapping[str, Array]) -> str:
+    """The dtype of the model's own parameters: an adapter's stay in float32."""
+    return xp.dtype(next(x for name, x in params.items() if lora.MARK not in name))
