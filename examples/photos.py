@@ -20,16 +20,17 @@ parser.add_argument("--output", default="my_classifier")
 parser.add_argument("--preset", default="vit_base_patch16_224_imagenet")
 parser.add_argument("--backend")
 parser.add_argument("--epochs", type=int, default=20)
+parser.add_argument("--learning-rate", type=float, default=1e-3)
 args = parser.parse_args()
 
 labels = sorted(folder.name for folder in args.photos.iterdir() if folder.is_dir())
 clf = ImageClassifier.from_preset(args.preset, labels=labels, backend=args.backend)
-clf.compile(learning_rate=1e-3, schedule="cosine")
+clf.compile(learning_rate=args.learning_rate, schedule="cosine")
 history = clf.fit(
     args.photos,
     epochs=args.epochs,
     batch_size=16,
-    freeze_backbone=True,  # False, and a learning_rate of 3e-5, trains everything
+    freeze_backbone=True,  # False, and a learning rate of 3e-5, trains everything
     validation_split=0.2,
     on_error="skip",  # broken files are named and left out
 )

@@ -151,7 +151,9 @@ def test_photos(run_script, tmp_path):
             picture.save(tmp_path / "photos" / name / f"{number}.jpg")
     (tmp_path / "photos" / "sky" / "broken.jpg").write_bytes(b"no picture")
     with pytest.warns(UserWarning, match="broken.jpg is not an image"):
-        names, out = run_script("photos.py", "photos", "--preset", "vit_tiny_fashion", "--backend", "torch")
+        names, out = run_script(
+            "photos.py", "photos", "--preset", "vit_tiny_fashion", "--backend", "torch", "--learning-rate", 0.02
+        )
     assert "held out: 100%" in out and re.search(r"^ *\d+\.\d%  leaf$", out, re.MULTILINE)
     assert out.rstrip().endswith("transformers says leaf")
     assert len(names["history"].epoch) == 20

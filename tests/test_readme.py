@@ -14,7 +14,8 @@ def test_the_python_of_the_readme(gemma3_gguf, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 2
     names: dict = {}
-    (tmp_path / "finetune").symlink_to(Path(__file__).parents[1] / "finetune")
+    for folder in ("finetune", "examples"):
+        (tmp_path / folder).symlink_to(Path(__file__).parents[1] / folder)
     monkeypatch.chdir(tmp_path)  # the README saves an adapter
     for block in blocks:
         exec(block, names)
@@ -27,5 +28,6 @@ def test_every_command_of_the_readme_exists():
     from modelhub.cli.commands import app
 
     known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    known |= {group.name or group.typer_instance.info.name for group in app.registered_groups}
     used = set(re.findall(r"^(?:\.venv/bin/)?modelhub (\w+)", README, re.MULTILINE))
     assert used and used <= known

@@ -1,6 +1,7 @@
 """The `modelhub` command. Results go to standard output, progress and remarks to standard error."""
 
 import sys
+import warnings
 
 
 def main() -> None:
@@ -8,6 +9,7 @@ def main() -> None:
     from modelhub.cli.commands import app
     from modelhub.errors import ModelhubError
 
+    warnings.formatwarning = lambda message, *_: f"modelhub: {message}\n"  # for people, not for programmers
     try:
         app()
     except ModelhubError as error:

@@ -207,7 +207,7 @@ def in_bytes(size: int) -> str:
     """A number of bytes, for people."""
     if size >= 1e9:
         return f"{size / 1e9:,.2f} GB"
-    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
 
 
 def _count(parameters: int) -> str:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from modelhub.cli import options
 from modelhub.cli.options import option
+from modelhub.cli.presets import in_bytes
 from modelhub.errors import InputError
 
 out = Console()
@@ -63,7 +64,7 @@ def publish(
     if done.unchanged:
         err.print("nothing has changed: nothing was sent")
     else:
-        err.print(f"sent {_size(done.bytes_sent)} in {len(done.sent)} files: {', '.join(done.sent)}")
+        err.print(f"sent {in_bytes(done.bytes_sent)} in {len(done.sent)} files: {', '.join(done.sent)}")
     if done.url:
         err.print(done.url)
     print(done.address)
@@ -90,9 +91,5 @@ def _show(plan: Any) -> None:
     table.columns[0].no_wrap = True
     table.columns[1].justify = "right"
     for change in plan.files:
-        table.add_row(change.name, "" if change.state == "removed" else _size(change.size), change.state)
+        table.add_row(change.name, "" if change.state == "removed" else in_bytes(change.size), change.state)
     out.print(table)
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"

@@ -55,6 +55,7 @@ class AdapterFiles:
     alpha_pattern: dict[str, float]
     base: str
     tensors: dict[str, np.ndarray]
+    task_type: str | None = "CAUSAL_LM"  # PEFT's; None: a model of any kind
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
@@ -128,7 +129,7 @@ def write_adapter(
         "rank_pattern": files.rank_pattern,
         "alpha_pattern": {module: _whole(alpha) for module, alpha in files.alpha_pattern.items()},
         "target_modules": sorted(files.targets),
-        "task_type": "CAUSAL_LM",
+        "task_type": files.task_type,
         "use_dora": files.use_dora,
         "use_rslora": files.use_rslora,
     }

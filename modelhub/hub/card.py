@@ -73,8 +73,8 @@ def check_card(facts: CardFacts | Provenance) -> None:
         )
     elif not base_model and not _origin(provenance) and isinstance(facts, CardFacts) and facts.adapter:
         problems.append(
-            "the adapter goes on weights that nobody else can get (a folder of this machine, or trained since): publish "
-            'the whole model first, or say base_model="owner/name", the repository on the Hub that holds them'
+            "the adapter goes on weights that nobody else can get (a folder of this machine, or trained since): "
+            'publish the whole model first, or say base_model="owner/name", the repository on the Hub that holds them'
         )
     elif not base_model and not _origin(provenance) and not provenance.from_scratch:
         problems.append(
@@ -220,7 +220,7 @@ def _link(repo: str) -> str:
 def _summary(facts: CardFacts) -> list[str]:
     provenance, kind = facts.provenance, _KINDS.get(facts.task, "model")
     base_model, origin = _base_model(provenance), _origin(provenance)
-    what = f"An adapter (LoRA) for a {kind}" if facts.adapter else f"A {kind}"
+    what = f"An adapter (LoRA) for a {kind}" if facts.adapter else f"{'An' if kind[0] in 'aeiou' else 'A'} {kind}"
     size = f"{facts.parameters:,} parameters, {escaped(facts.dtype, 20)}"
     text = f"{what} of the {code(facts.model_type)} architecture: {size}."
     how = "Goes on top of" if facts.adapter else "Fine-tuned from" if provenance.runs else "Saved from"
@@ -355,7 +355,7 @@ def _losses(run: TrainingRun) -> list[str]:
         return []
     shown = min(_LOSSES_SHOWN, len(losses))
     chosen = [losses[i * (len(losses) - 1) // max(shown - 1, 1)] for i in range(shown)]
-    return [table(("step", "loss per token"), [(str(step), f"{loss:.4g}") for step, loss in chosen])]
+    return [table(("step", "loss"), [(str(step), f"{loss:.4g}") for step, loss in chosen])]
 
 
 def _results(runs: Sequence[TrainingRun]) -> list[str]:

@@ -115,6 +115,8 @@ def read(source: Any, channels: int, name: str) -> Image.Image:
         raise
     except FileNotFoundError:
         raise InputError(f"{name}: there is no such file") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name} has more pixels than a photo has, and is not opened: {error}") from None
     except IsADirectoryError:
         raise InputError(f"{name} is a folder, not an image: name the images in it") from None
     except UnidentifiedImageError:

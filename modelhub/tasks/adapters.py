@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class Adapters:
         """Add a new low-rank adapter and make it the active one; from now on `fit` trains it alone.
 
         rank, alpha (None: equal to rank), dropout, use_rslora, use_dora: as in PEFT. targets: names of linear layers
-        ("q_proj", "mlp.up_proj"), patterns ("model.layers.1?.*"), or "all-linear"; None: q_proj and v_proj.
+        ("q_proj", "mlp.up_proj"), patterns ("model.layers.1?.*"), or "all-linear"; None: queries and values.
 
         Raises ConfigError for values that make no sense and for targets that match nothing; InputError for a name that
         is taken.
@@ -144,6 +145,7 @@ class Adapters:
             alpha_pattern={theirs[module]: alpha for module, alpha in config.alpha_pattern.items()},
             base=base,
             tensors={_renamed(key, theirs.__getitem__): self.xp.get(arrays[key]) for key in adapter.params},
+            task_type="CAUSAL_LM" if hasattr(self.base_model, "lm_head") else None,
         )
         write_adapter(Path(folder), files, beside)
 
@@ -157,11 +159,10 @@ class Adapters:
         Raises CheckpointError for files that are damaged, of an unknown kind, or made for another base model;
         PresetNotFound and DownloadError for addresses.
         """
-        called = (
-            os.fspath(folder).rstrip("/").rpartition("/")[2].partition("@")[0] if "://" in os.fspath(folder) else ""
-        )
+        address = os.fspath(folder)
         folder = resolve_adapter(folder, revision=revision, offline=offline, token=token)
-        name = name or called or folder.resolve().name
+        if name is None:  # in a cache the folder is called after a commit
+            name = re.split("[@?#]", Path(address).name)[0] if "://" in address else folder.resolve().name
         if name in self.adapters:
             raise InputError(f"there is an adapter {name!r} already; give this one another name=")
         files = self._with_our_names(read_adapter(Path(folder)))

@@ -130,6 +130,11 @@ class CausalLM(FineTuning):
         xp = get_backend(backend, device)
         preset = os.fspath(preset)
         with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
+            if hasattr(source.model, "encode"):
+                raise InputError(
+                    f"{preset} is a {source.config.model_type}, which reads images; load it as ImageClassifier, or as "
+                    "Backbone for its features"
+                )
             tokenizer = source.tokenizer()
             backbone = Backbone.from_source(source, xp, dtype, load_weights, seed)
         return cls(backbone, tokenizer, source.generation_config, preset)

@@ -208,10 +208,11 @@ class ImageTraining(Trainable):
         examples, data = read_examples(data)
         if examples is None:
             return None, data
+        if training and len(found := np.unique(examples.kinds)) < 2:
+            name = examples.classes[int(found[0])] if examples.classes else found[0]
+            raise DataError(f"{examples.origin} has images of one class only ({name}): nothing can be told apart")
         unnamed = self.labels == [f"LABEL_{index}" for index in range(self.config.num_labels)]
         examples = examples.numbered(self.config.num_labels, None if unnamed else self.labels)
-        if training and len(found := np.unique(examples.kinds)) < 2:
-            raise DataError(f"{examples.origin} has images of one class only ({found[0]}): nothing can be told apart")
         if training and unnamed and examples.classes:
             self._name(examples.classes)
         return examples, data

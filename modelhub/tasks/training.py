@@ -225,6 +225,8 @@ def called(data: Any) -> str:
     """What to call the data in a model card."""
     if isinstance(data, str | os.PathLike):
         return os.path.basename(os.path.abspath(data))
+    if isinstance(data, tuple) and len(data) == 2:  # (images, labels)
+        return f"{len(data[0])} rows from memory"
     if name := getattr(getattr(data, "info", None), "dataset_name", None):  # a Hugging Face Dataset
         return str(name)
     return f"{len(data)} rows from memory" if isinstance(data, Sequence) else "batches from a program"

@@ -93,6 +93,10 @@ def read_examples(data: Any) -> tuple[Examples | None, Any]:
     """
     if isinstance(data, str | Path):
         path = Path(data)
+        if not path.exists():
+            raise DataError(
+                f"{path}: no such file or folder; give one with a folder per class, or a file of paths and labels"
+            )
         return (_of_folder(path) if path.is_dir() else _of_rows(rows_of(path), str(path), path.parent)), data
     if isinstance(data, tuple) and len(data) == 2 and not isinstance(data[1], Mapping | tuple):
         return _of_arrays(*data), data

@@ -80,7 +80,12 @@ class ImageBatches:
         if self.shuffle:
             rows = np.random.default_rng([self.seed, epoch]).permutation(len(rows))
         numbers = range(start, self.steps(epoch))
-        return prefetched(self._batch(rows[n * size : (n + 1) * size], epoch, n) for n in numbers)
+        seen = start
+        for batch in prefetched(self._batch(rows[n * size : (n + 1) * size], epoch, n) for n in numbers):
+            seen += int(batch["weights"].any())
+            yield batch
+        if not seen:
+            raise DataError(f"none of the {len(rows)} images of {self.examples.origin} can be read")
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: (seed, epoch, start) say it all."""
@@ -168,7 +173,11 @@ class ReadyImages(ReadyBatches):
                 f"{where} must be a pair (images, labels), or a dict with image and label; found {type(batch).__name__}"
             )
         pixels = self._pixels(images, where)
-        examples = labelled(None, list(as_array(labels, f"{where}: labels")), where, None)
+        array = as_array(labels, f"{where}: labels")
+        soft = array.ndim == 2 and array.shape[1] > 1
+        if soft and not ((array >= 0).all() and (abs(array.sum(1) - 1) < 1e-2).all()):  # NaN fails both
+            raise DataError(f"{where}: soft labels must be shares from 0 to 1 that sum to 1 in each row")
+        examples = labelled(None, list(array), where, None)
         if examples.classes is not None:
             raise DataError(f"{where}: labels must be numbers, found {examples.classes[0]!r}")
         if len(found := examples.labels) != len(pixels):

@@ -53,7 +53,7 @@ def test_a_model(tiny_preset, calls):
     done = run(tiny_preset, "hf://me/tiny", "--backend", "numpy")
     assert calls == [{
         "address": "hf://me/tiny", "adapter": None, "private": True, "adapter_only": False, "revision": None,
-        "message": None, "licence": None, "dry_run": False, "base_model": None, "from_scratch": False,
+        "message": None, "licence": None, "dry_run": False, "base_model": None, "from_scratch": False, "dtype": None,
     }]  # fmt: skip
     assert done.stdout == "hf://me/tiny@abc\n"
     assert done.stderr == ("a remark\nsent 2.5 MB in 2 files: config.json, model.safetensors\nhttps://hub/me/tiny\n")
@@ -82,6 +82,29 @@ def test_an_adapter(tiny_preset, adapter, calls):
     with pytest.raises(CheckpointError, match="holds no adapter"):
         run(broken, "hf://me/tiny", "--preset", tiny_preset)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "base, written, advice",
+    [
+        ("gemma3_tiny", None, "--preset gemma3_tiny$"),
+        (None, "google/gemma-3-270m", "--preset hf://google/gemma-3-270m$"),
+        (None, "modelhub:gemma3_tiny", "--preset gemma3_tiny$"),
+        (None, "/models/base", "--preset /models/base$"),
+        (None, None, "--preset PRESET$"),
+    ],
+)
+def test_the_advice_names_what_from_preset_takes(tmp_path, base, written, advice):
+    lm = CausalLM.from_preset(base or "gemma3_tiny", backend="numpy")
+    lm.enable_lora(rank=2)
+    lm.save_adapter(tmp_path)
+    if base is None:  # as PEFT writes it
+        (tmp_path / "modelhub.json").unlink()
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": written}))
+        (tmp_path / "README.md").unlink()
+    with pytest.raises(InputError, match=advice):
+        run(tmp_path, "hf://me/tiny")
 
 
 def test_a_dry_run_prints_a_table(tiny_preset, calls):

@@ -15,6 +15,7 @@ from modelhub.hub import cache
 CONTENT = b"GGUF and the rest"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 WEIGHTS, CONFIG = b"w" * 5000, b'{"model_type": "gemma"}'
+KAGGLE = "kaggle://me/tiny/keras/base/12"
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 CARD = """
 family = "gemma"
@@ -83,6 +84,12 @@ def place(tmp_path, monkeypatch):
     sums = {"config.json": hashlib.sha256(CONFIG).hexdigest()}
     record = {"address": "file:///share/mine", "files": sums, "weights": True}
     write(copy / "source.json", json.dumps(record).encode())
+    for address in (KAGGLE, "file:///share/a%20b@v1", "file:///share/a%20b/inside"):
+        record = {"address": address, "files": {"config.json": sums["config.json"]}, "weights": True}
+        entry = root / ("kaggle" if address is KAGGLE else "folder") / hashlib.sha256(address.encode()).hexdigest()
+        write(entry / "config.json", CONFIG)
+        write(entry / "source.json", json.dumps(record).encode())
+    write(root / "publishing" / "tmp123" / "tuned" / "model.safetensors", b"half")
     write(root / "jax" / "program", b"p" * 100)
     write(root / "of somebody else" / "file", b"0")
     repository(tmp_path / "hub", "google/tiny")
@@ -96,6 +103,10 @@ def run(*args, **kwargs):
 
 
 ADDRESSES = {
+    KAGGLE,
+    "file:///share/a%20b@v1",
+    "file:///share/a%20b/inside",
+    "unfinished:publishing/tmp123",
     "hf://google/tiny",
     "hf://of/transformers",
     "pypi:tiny.gguf",
@@ -123,7 +134,7 @@ def test_the_command_lists(place):
     result = run()
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    assert any(line.split() == ["0.0", "MB", *line.split()[2:3], "pypi:tiny.gguf", "tiny_q4"] for line in lines)
+    assert any(line.split() == ["0.0", "kB", *line.split()[2:3], "pypi:tiny.gguf", "tiny_q4"] for line in lines)
     assert lines[-1].split()[-2:] == ["in", "all"]
     listed = json.loads(run("--json").stdout)
     assert {entry["address"] for entry in listed} == ADDRESSES
@@ -133,7 +144,7 @@ def test_the_command_lists(place):
 def test_an_empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MODELHUB_CACHE", str(tmp_path / "nothing"))
     assert cache.entries() == []
-    assert run().stdout.split() == ["0.0", "MB", "in", "all"]
+    assert run().stdout.split() == ["0.0", "kB", "in", "all"]
 
 
 def test_an_own_cache_holds_its_repositories_too(place, monkeypatch):
@@ -152,6 +163,11 @@ def test_an_own_cache_holds_its_repositories_too(place, monkeypatch):
         ("hf://google/tiny/a.gguf", "hf://google/tiny"),
         ("file:///share/mine", "file:///share/mine"),
         ("unfinished:half", "unfinished:half"),
+        ("unfinished:publishing/tmp123", "unfinished:publishing/tmp123"),
+        (KAGGLE, KAGGLE),
+        ("kaggle://me/tiny/keras/base", KAGGLE),
+        ("file:///share/a%20b", "file:///share/a%20b@v1"),
+        ("file:///share/a b@v1", "file:///share/a%20b@v1"),
         ("programs", "programs"),
     ],
 )
@@ -168,13 +184,29 @@ def test_what_is_not_there_is_said_before_anything_is_removed(place):
     assert {entry.address for entry in cache.entries()} == ADDRESSES
 
 
+@pytest.mark.parametrize(
+    "name", ["kaggle://me/tiny/keras", "kaggle://me/tiny/keras/base/1", "file:///share", "hf://google"]
+)
+def test_names_that_only_begin_like_an_entry_mean_none(place, name):
+    with pytest.raises(InputError, match="not in the cache"):
+        cache.select([name])
+
+
+def test_cards_that_cannot_be_read_do_not_hide_the_cache(place, monkeypatch):
+    write(place / "cards" / "bad.toml", b"family = ?")
+    with pytest.warns(UserWarning, match=r"bad\.toml"):
+        assert {entry.address for entry in cache.entries()} == ADDRESSES
+    monkeypatch.setenv("MODELHUB_PRESETS", str(place / "nothing"))
+    assert {entry.address for entry in cache.entries()} == ADDRESSES
+
+
 def test_the_command_asks_before_it_removes(place):
     refused = run("remove", "tiny_q4", input="n\n")
     assert refused.exit_code == 1
     assert "pypi:tiny.gguf" in refused.output
     assert len(cache.entries()) == len(ADDRESSES)
     assert run("remove", "tiny_q4", "tiny_q4", input="y\n").exit_code == 0
-    assert "0.0 MB freed" in run("remove", "hf://google/tiny", "programs", "--yes").stdout
+    assert "5.5 kB freed" in run("remove", "hf://google/tiny", "programs", "--yes").stdout
     assert {entry.address for entry in cache.entries()} == ADDRESSES - {
         "pypi:tiny.gguf",
         "hf://google/tiny",
@@ -186,14 +218,17 @@ def test_the_command_asks_before_it_removes(place):
     ("pattern", "address", "file"),
     [
         ("home/.cache/modelhub/pypi/*/tiny.gguf", "pypi:tiny.gguf", "tiny.gguf"),
-        ("home/.cache/modelhub/folder/*/config.json", "file:///share/mine", "config.json"),
+        ("home/.cache/modelhub/folder/mine*/config.json", "file:///share/mine", "config.json"),
         ("hub/models--google--tiny/snapshots/*/model.safetensors", "hf://google/tiny", "model.safetensors"),
         ("hub/models--of--transformers/snapshots/*/config.json", "hf://of/transformers", "config.json"),
     ],
 )
 @pytest.mark.parametrize("damage", ["changed", "gone"])
 def test_verifying(place, pattern, address, file, damage):
-    assert all(cache.verify(entry) == [] for entry in cache.entries())
+    nothing = {"programs", "unfinished:half", "unfinished:publishing/tmp123"}
+    assert {entry.address: cache.verify(entry) for entry in cache.entries()} == {
+        address: None if address in nothing else [] for address in ADDRESSES
+    }
     assert run("verify").exit_code == 0
     (path,) = place.glob(pattern)
     path = path.resolve()
@@ -207,4 +242,4 @@ def test_verifying(place, pattern, address, file, damage):
     result = run("verify", address)
     assert result.exit_code == 1
     assert f"{address}: damaged: {file}" in result.output
-    assert "ok" in run("verify", "programs").stdout
+    assert run("verify", "programs").stdout == "programs: nothing to check\n"

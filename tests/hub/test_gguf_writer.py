@@ -101,6 +101,25 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+def test_an_impossible_place_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="x.gguf could not be written.*ile exists"):
+        write(tmp_path / "file" / "x.gguf", tensors())
+
+
+def test_two_at_once_do_not_mix(tmp_path):
+    path, inner = tmp_path / "a.gguf", {"w": np.full((4, 32), 2, np.float32)}
+
+    def read(name):
+        write(path, inner)  # another one, while this one is being written
+        return np.ones((4, 32), np.float32)
+
+    write_gguf(path, ARCH, {"v": (4, 32)}, read)
+    with open_gguf(path) as file:
+        np.testing.assert_array_equal(file.read("v"), np.ones((4, 32)))
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = write(tmp_path / "a.gguf", tensors())
     before = path.read_bytes()

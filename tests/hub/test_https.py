@@ -104,10 +104,10 @@ def test_a_query_may_be_a_secret(site, options):
     for more in ({"offline": True}, {"revision": "v1"}):
         with pytest.raises((DownloadError, InputError)) as refused:
             resolve(address.replace(sha256(CONTENT), "0" * 64), cache_dir=options.cache_dir, **more)
-        assert "secret" not in str(refused.value)
+        assert "signature" not in str(refused.value)
     with pytest.raises(DownloadError) as missing:
         resolve_adapter(address.replace("model", "none"), offline=True, cache_dir=options.cache_dir / "none")
-    assert "secret" not in str(missing.value)
+    assert "signature" not in str(missing.value)
 
 
 @pytest.mark.parametrize(

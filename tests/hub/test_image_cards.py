@@ -19,7 +19,7 @@ SIZES = {
 CARDS = [
     card
     for card in list_presets()
-    if card.task.startswith("image-") and card.name.startswith(("vit_", "deit_", "dinov2_"))
+    if card.task.startswith("image-") and card.name.startswith(("vit_", "deit_", "dinov2_")) and "tiny" not in card.name
 ]
 
 

@@ -17,6 +17,7 @@ from stand_ins.faults import Fault
 from stand_ins.hf_hub import READ_ONLY, Repo, commit_of
 
 from modelhub.errors import DownloadError, InputError
+from modelhub.hub.files import GENERATED
 from modelhub.hub.preset import resolve
 from modelhub.hub.publish import Change, HubTarget, check_address, plan, publish_folder, shared_folder
 
@@ -29,6 +30,8 @@ TEXTS = {
     "tokenizer.json": b"{}",
 }
 MODEL = SHARDS | TEXTS
+ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"lora", "modelhub.json": b"{}"}
+EDITED = b"---\nlicense: mit\n---\n# What people should know\n"
 
 
 def write(folder, files):
@@ -60,7 +63,12 @@ def model(tmp_path):
     return write(tmp_path / "model", MODEL)
 
 
-# --- addresses and folders ------------------------------------------------------------------------------------------
+@pytest.fixture
+def adapter(tmp_path):
+    return write(tmp_path / "adapter", ADAPTER)
+
+
+# --- addresses ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -98,51 +106,12 @@ def test_addresses_that_cannot_be_published_to(address, revision, words):
         ("kaggle://me/tiny/transformers/base", None, "kaggle://me/tiny/transformers/base"),
         ("file:///folder/a%20name/", "v1", "file:///folder/a%20name@v1"),
         ("file://localhost/folder/name", None, "file:///folder/name"),
+        ("file:///C#/what?/a name@v1", None, "file:///C%23/what%3F/a%20name@v1"),
+        ("file:///C%23/what%3F/a%20name", None, "file:///C%23/what%3F/a%20name"),
     ],
 )
 def test_addresses(address, revision, canonical):
     assert check_address(address, revision).address == canonical
-
-
-@pytest.mark.parametrize(
-    "files", [{}, {"notes.txt": b""}, {"config.json": b"{}"}, {"a/config.json": b"{}", "a/m.safetensors": b""}]
-)
-def test_a_folder_that_is_no_model_is_not_sent(tmp_path, files):
-    folder = write(tmp_path / "home", files)
-    folder.mkdir(exist_ok=True)
-    with pytest.raises(InputError, match="no folder of a model"):
-        publish_folder(folder, f"file://{tmp_path}/there")
-    assert not (tmp_path / "there").exists()
-
-
-def test_what_is_never_sent(model, tmp_path):
-    write(model, {".git/config": b"", ".env": b"secret", "optimizer.pt": b"", "notes/why.txt": b"because"})
-    (model / "elsewhere.txt").symlink_to(__file__)
-    (model / "all").symlink_to("/etc")
-    done = publish_folder(model, f"file://{tmp_path}/there", private=False)
-    assert contents(tmp_path / "there").keys() == MODEL.keys() | {"SHA256SUMS", "notes/why.txt"}
-    (remark,) = done.remarks
-    for name in (
-        ".git (hidden)",
-        ".env (hidden)",
-        "optimizer.pt (a pickle)",
-        "elsewhere.txt (a symbolic link)",
-        "all (",
-    ):
-        assert name in remark
-
-
-def test_a_model_that_would_lack_a_part_is_not_sent(model, tmp_path):
-    shard = model / next(iter(SHARDS))
-    shard.rename(tmp_path / "blob")
-    shard.symlink_to(tmp_path / "blob")
-    with pytest.raises(InputError, match="is a symbolic link.*nothing would load"):
-        publish_folder(model, f"file://{tmp_path}/there")
-    shard.unlink()
-    with open(shard, "wb") as file:
-        file.truncate(50_000_000_001)  # takes no room: it is all hole
-    with pytest.raises(InputError, match="is over 50 GB"):
-        plan(model, f"file://{tmp_path}/there")
 
 
 # --- a shared folder ------------------------------------------------------------------------------------------------
@@ -216,6 +185,26 @@ def test_other_peoples_folders_are_not_replaced(model, tmp_path):
         with pytest.raises(InputError, match="is inside"):
             publish_folder(model, f"file://{inside}")
     assert contents(model) == MODEL
+
+
+def test_folders_whose_names_mean_something_in_addresses(model, tmp_path):
+    """As a shell writes file://$PWD/..."""
+    for name in ("C#/one", "what?/one", "C#/two"):
+        done = publish_folder(model, f"file://{tmp_path}/{name}")
+        assert contents(tmp_path / name).items() >= MODEL.items()
+        for address in (done.address, f"file://{tmp_path}/{name}"):
+            assert contents(resolve(address, cache_dir=tmp_path / "cache").path).items() >= SHARDS.items()
+    assert sorted(os.listdir(tmp_path)) == ["C#", "cache", "model", "what?"]
+
+
+def test_no_adapter_takes_the_place_of_a_model_or_the_other_way_round(model, adapter, tmp_path):
+    publish_folder(model, f"file://{tmp_path}/hub/tiny")
+    publish_folder(adapter, f"file://{tmp_path}/hub/lora")
+    for folder, name, words in [(adapter, "tiny", "tiny holds a model"), (model, "lora", "lora holds an adapter")]:
+        before = contents(tmp_path / "hub" / name)
+        with pytest.raises(InputError, match=f"{words}.*another name"):
+            publish_folder(folder, f"file://{tmp_path}/hub/{name}")
+        assert contents(tmp_path / "hub" / name) == before
 
 
 def test_a_full_disk_leaves_what_was_published(model, tmp_path, monkeypatch):
@@ -374,6 +363,48 @@ def test_what_is_out_of_date_goes_and_what_people_added_stays(hub, model):
     kept = {".gitattributes", "README.md", "notes.txt", "gguf/model.safetensors", "flax_model.msgpack"}
     assert head(hub).keys() == contents(model).keys() | {"SHA256SUMS"} | kept
     assert "model-00001-of-00003.safetensors" in done.remarks[-1]
+
+
+def test_a_card_that_was_edited_on_the_hub_is_kept(hub, model, tmp_path):
+    generated = f"# tiny\n\n{GENERATED}\n".encode()
+    write(model, {"README.md": generated})
+    publish_folder(model, "hf://me/tiny")
+    head(hub)["README.md"] = EDITED
+    write(model, {"config.json": b'{"new": 1}', "README.md": generated + b"newer"})
+    assert states(plan(model, "hf://me/tiny").files)["README.md"] == "unchanged"
+    done = publish_folder(model, "hf://me/tiny")
+    assert set(done.sent) == {"config.json", "SHA256SUMS"} and head(hub)["README.md"] == EDITED
+    assert "README.md was edited there and is kept" in done.remarks[0]
+    assert publish_folder(model, "hf://me/tiny").unchanged
+    check_sums(write(tmp_path / "fetched", {k: v for k, v in head(hub).items() if k != ".gitattributes"}))
+
+
+@pytest.mark.parametrize(
+    ("there", "ours"),
+    [
+        (b"# tiny\n" + GENERATED.encode(), b"# newer\n" + GENERATED.encode()),  # nobody has touched it
+        (b"---\nlicense: mit\n---\n", b"# newer\n" + GENERATED.encode()),  # as the page for new repositories makes it
+        (EDITED, b"# Written here by hand\n"),
+    ],
+)
+def test_a_card_that_holds_nothing_of_peoples_own_is_replaced(hub, model, there, ours):
+    publish_folder(write(model, {"README.md": there}), "hf://me/tiny")
+    publish_folder(write(model, {"README.md": ours}), "hf://me/tiny")
+    assert head(hub)["README.md"] == ours
+
+
+def test_a_model_and_an_adapter_leave_each_others_files(hub, model, adapter):
+    publish_folder(model, "hf://me/tiny")
+    planned = plan(adapter, "hf://me/tiny")
+    assert "removed" not in states(planned.files).values()
+    done = publish_folder(adapter, "hf://me/tiny")
+    assert done.remarks == planned.remarks and "holds a model, which stays there" in done.remarks[0]
+    assert head(hub).items() >= {**SHARDS, **ADAPTER}.items()
+    for shard in SHARDS:
+        (model / shard).unlink()
+    done = publish_folder(write(model, {"model.safetensors": b"one file now"}), "hf://me/tiny")
+    assert "holds an adapter, which stays there" in done.remarks[0]
+    assert head(hub).items() >= ADAPTER.items() and not SHARDS.keys() & head(hub).keys()
 
 
 def test_a_branch(hub, model):

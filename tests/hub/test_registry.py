@@ -150,10 +150,33 @@ def test_own_cards_join_the_built_in_ones(own):
     assert find_card("mine").sources == (HubSource("me/newer"),)
 
 
-def test_own_cards_may_not_shadow_built_in_ones(own):
+def test_a_built_in_card_wins_over_an_own_one_of_its_name(own):
+    """Which may be older: a release brings new cards."""
     own(CARD, "gemma_2b_en")
-    with pytest.raises(ConfigError, match="gemma_2b_en"):
-        find_card("gemma3_270m")
+    own(CARD)
+    with pytest.warns(UserWarning, match="names of other presets and are left out: gemma_2b_en.*rename them"):
+        card = find_card("gemma_2b_en")
+    assert HubSource("me/mine") not in card.sources
+    with pytest.warns(UserWarning, match="gemma_2b_en"):
+        cards = list_presets()
+    assert card in cards and find_card("mine") in cards
+
+
+def test_a_bad_card_stops_no_other(own):
+    own(CARD)
+    own("family = ?", "bad")
+    own(CARD.replace("licence", "license"), "worse")
+    with pytest.warns(UserWarning, match=r"left out: .*bad\.toml is not valid TOML.*worse\.toml: licence is missing"):
+        cards = list_presets()
+    assert {"mine", "gemma_2b_en"} <= {card.name for card in cards}
+    with pytest.raises(ConfigError, match=r"bad\.toml"):
+        find_card("bad")
+
+
+def test_a_query_in_a_card_is_not_shown(own):
+    own(CARD.replace("hf://me/mine", f"https://host/a.gguf?signature=secret#sha256={'0' * 64}"))
+    card = find_card("mine")
+    assert card.addresses == (f"https://host/a.gguf#sha256={'0' * 64}",) and "signature" in card.sources[0].url
 
 
 def test_a_missing_folder_of_own_cards_is_said(tmp_path, monkeypatch):
@@ -312,11 +335,11 @@ def test_cards_of_other_packages(package):
 
 def test_packages_that_are_wrong_are_named_and_harm_no_built_in_preset(package):
     package("theirs", "[modelhub.presets]\nx = their_wrong_cards\n", {"their_wrong_cards/gemma_2b_en.toml": CARD})
-    with pytest.raises(ConfigError, match=r"their_wrong_cards have the names of other presets: gemma_2b_en"):
+    with pytest.warns(UserWarning, match=r"their_wrong_cards have the names of other presets.*: gemma_2b_en"):
         list_presets()
     package("broken", "[modelhub.presets]\nx = no.such.folder\n")
-    with pytest.raises(ConfigError, match=r"the package broken says that no\.such\.folder"):
-        list_presets()
-    with pytest.raises(ConfigError, match="the package broken"):
+    with pytest.warns(UserWarning, match=r"the package broken says that no\.such\.folder"):
+        assert find_card("gemma_2b_en") in list_presets()
+    with pytest.warns(UserWarning, match="the package broken"), pytest.raises(PresetNotFound, match="an_unknown_name"):
         find_card("an_unknown_name")
     assert read_card(resource("presets") / "gemma_2b_en.toml") == find_card("gemma_2b_en")

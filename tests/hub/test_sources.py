@@ -98,6 +98,13 @@ def test_needed(text, weights):
     assert needed(listed, weights=False) == sorted(text)
 
 
+def test_licences_come_along():
+    texts = ["LICENSE", "LICENSE.txt", "LICENCE.md", "USE_POLICY.md", "NOTICE"]
+    others = ["LICENSE.py", "LICENSE.bin", "sub/LICENSE", "MY_LICENSE", "NOTICEBOARD.html"]
+    listed = ["config.json", "model.safetensors", *texts, *others]
+    assert needed(listed, weights=False) == sorted(["config.json", *texts])
+
+
 def test_one_set_of_weights_is_enough():
     everything = {*TEXT, *KERAS, "model.safetensors", *SHARDS, "model.weights.h5", *KERAS_SHARDS}
     assert [path for path in needed(everything, weights=True) if path not in TEXT] == ["model.safetensors"]

@@ -14,11 +14,12 @@ from tiny_preset import LINES
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 
 from modelhub import CausalLM
-from modelhub.errors import ConfigError, InputError, TokenizerError
+from modelhub.errors import ConfigError, DownloadError, InputError, TokenizerError
 from modelhub.families import family_of
 from modelhub.hub.checkpoint import open_folder
 from modelhub.hub.gguf import open_gguf
 from modelhub.processing.tokenizer import Tokenizer as OurTokenizer
+from modelhub.tasks import loading
 from modelhub.tasks.convert import convert
 
 IDS = [[int(i) for i in np.random.default_rng(0).integers(4, 400, 40)]]
@@ -242,6 +243,99 @@ def test_the_dtype_is_the_sources_unless_asked(tmp_path):
     )
 
 
+def test_a_window_does_not_shorten_the_context(tmp_path):
+    """llama.cpp is told that the context is the window; we know better."""
+    config = CONFIGS["mistral"] | {"sliding_window": 16}
+    folder = write_preset(tmp_path / "mistral", config, "smollm")
+    again = load(convert(folder, tmp_path / "a.gguf", "float32"))
+    assert (again.config.sliding_window, again.config.max_position_embeddings) == (16, 128)
+    with open_gguf(tmp_path / "a.gguf") as file:
+        assert file.metadata["llama.context_length"] == 16
+    np.testing.assert_allclose(again.logits(IDS), load(folder).logits(IDS), atol=1e-3)
+
+
+ROPES = {
+    "low": LLAMA3_ROPE | {"low_freq_factor": 2.0},
+    "original": LLAMA3_ROPE | {"original_max_position_embeddings": 16},
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_a_rope_that_could_not_be_found_again_is_refused(tmp_path, name):
+    folder = write_preset(tmp_path / "llama", CONFIGS["llama3"] | {"rope_scaling": ROPES[name]}, "llama-bpe")
+    with pytest.raises(ConfigError, match="modelhub reads again.*low_freq_factor=.*Hugging Face folder"):
+        convert(folder, tmp_path / "a.gguf")
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def metadata(**changes):
+    """Of a small Llama, with other values under keys whose dots are __."""
+    config = family_of("llama").Config.from_hf(SIZES | {"model_type": "llama", "tie_word_embeddings": True})
+    data, tensors = config.to_gguf()
+    data |= {f"llama.{key.replace('__', '.')}": value for key, value in changes.items()}
+    return family_of("llama").Config.from_gguf(SimpleNamespace(metadata=data, tensors=tensors, read=None))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope__dimension_count": 16}, {"attention__value_length": 16}, {"attention__scale": 0.01}, {"logit_scale": 0.1},
+        {"expert_count": 8}, {"attention__causal": False}, {"final_logit_softcapping": 30.0}, {"rope__dimension_count": 32.0},
+        {"some__array": np.array([0, 1])}, {"rope__dimension_count": np.array([32, 32])}, {"rope__freq_base_swa": 1e4},
+    ],
+)  # fmt: skip
+def test_keys_of_gguf_that_change_the_maths(changes):
+    (key,) = changes
+    with pytest.raises(ConfigError, match=f"may change the maths.*llama.{key.replace('__', '.')}="):
+        metadata(**changes)
+
+
+def test_keys_of_gguf_that_change_nothing():
+    plain = metadata()
+    assert metadata(
+        expert_count=0, attention__causal=True, rope__scaling__finetuned=True, logit_scale=0.0, other="", rope__scale_linear=0.0,
+        tensor_data_layout="Meta AI original pth", array=np.zeros(3),
+    ) == plain  # fmt: skip
+    for scaled in (
+        {"rope__scale_linear": 4.0},
+        {"rope__scaling__factor": 4.0},
+    ):  # an older key, and no type: llama.cpp's rules
+        assert metadata(**scaled).rope == metadata(rope__scaling__type="linear", rope__scaling__factor=4.0).rope
+        assert metadata(**scaled).rope.factor == 4.0
+    assert metadata(rope__scaling__type="none", rope__scaling__factor=4.0).rope == plain.rope
+    with pytest.raises(ConfigError, match="factor must be a number above 0"):
+        metadata(rope__scaling__factor=np.array([1.0, 2.0]))
+
+
+@pytest.mark.parametrize(("template", "end"), [(True, "<|end|>"), (False, "<|turn|>")])
+def test_the_end_of_a_turn_is_the_templates(tmp_path, template, end):
+    """Without one, the first at which generation stops besides the end of the text."""
+    folder = write_preset(tmp_path / "llama", CONFIGS["llama"], "smollm")
+    tokenizer = load(folder).tokenizer
+    stops = [tokenizer.token_to_id(token) for token in ("<eos>", "<|turn|>", "<unk>")]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    if not template:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        del config["chat_template"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with open_gguf(convert(folder, tmp_path / "a.gguf")) as file:
+        assert file.metadata["tokenizer.ggml.eot_token_id"] == tokenizer.token_to_id(end)
+
+
+def test_what_the_source_is_asked_for(tmp_path, monkeypatch):
+    calls = []
+
+    def resolve(name, **options):
+        calls.append((name, options))
+        raise DownloadError("no network here")
+
+    monkeypatch.setattr(loading, "resolve", resolve)
+    options = {"revision": "v1", "offline": True, "token": "t", "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(DownloadError):
+        convert("hf://me/a", tmp_path / "a.gguf", **options)
+    assert calls == [("hf://me/a", options | {"weights": True})]
+
+
 def test_an_adapter_is_merged(tmp_path):
     folder = write_preset(tmp_path / "gemma3", CONFIGS["gemma3"])
     lm = load(folder)
@@ -262,6 +356,13 @@ def test_targets_that_are_there(tmp_path):
             convert(folder, target)
     assert convert(folder, path, "float32", force=True) == path
     assert open_gguf(path).tensors["token_embd.weight"].dtype == "F32"
+    (tmp_path / "plain.txt").write_text("mine")
+    for force in (False, True):
+        with pytest.raises(InputError, match="plain.txt is a file; give a folder"):
+            convert(folder, tmp_path / "plain.txt", force=force)
+        with pytest.raises(InputError, match="x.gguf cannot be written.*another place"):
+            convert("no such preset", tmp_path / "plain.txt" / "x.gguf", force=force)  # before anything is loaded
+    assert (tmp_path / "plain.txt").read_text() == "mine"
     (tmp_path / "folder.gguf").mkdir()
     with pytest.raises(InputError, match="is a folder"):
         convert(folder, tmp_path / "folder.gguf")
@@ -286,3 +387,5 @@ def test_the_command(tmp_path):
     again = run(folder, target)
     assert again.returncode == 1 and "is there already" in again.stderr and "Traceback" not in again.stderr
     assert run(folder, target, "--force").returncode == 0
+    assert "has no revisions" in run(folder, target, "--force", "--revision", "v1").stderr
+    assert run(folder, target, "--force", "--offline").returncode == 0

@@ -44,9 +44,7 @@ def test_pictures_are_named_right_and_alike_on_every_backend(pictures):
 
 def test_photos_need_not_be_grey_nor_light_on_black(pictures):
     """Larger, in colour, on white: as from a shop."""
-    images = [
-        ImageOps.colorize(Image.open(path).resize((240, 200)), "white", "navy") for path, _ in pictures
-    ]  # fmt: skip
+    images = [ImageOps.colorize(Image.open(path).resize((240, 200)), "white", "navy") for path, _ in pictures]
     assert share_right(load(), images, [label for _, label in pictures]) >= 0.7
 
 
@@ -83,7 +81,9 @@ def test_its_card_is_true():
 
 def test_the_command_line(pictures, monkeypatch, capsys):
     path, label = pictures[0]
-    monkeypatch.setattr("sys.argv", ["modelhub", "classify", str(path), "--preset", PRESET, "--backend", "numpy", "--json"])
+    monkeypatch.setattr(
+        "sys.argv", ["modelhub", "classify", str(path), "--preset", PRESET, "--backend", "numpy", "--json"]
+    )
     with pytest.raises(SystemExit) as stop:
         cli.main()
     (row,) = json.loads(capsys.readouterr().out)
@@ -98,3 +98,24 @@ def test_a_new_head_in_a_moment(pictures):
     rows = [{"image": str(path), "label": "shoe" if label in shoes else "other"} for path, label in pictures]
     clf.fit(rows[::2], epochs=20, freeze_backbone=True, verbose=False)
     assert clf.evaluate(rows[1::2])["accuracy"] >= 0.9
+
+
+def test_mistakes_are_told(tmp_path):
+    from modelhub import CausalLM
+    from modelhub.errors import DataError, InputError
+
+    with pytest.raises(InputError, match="reads images; load it as ImageClassifier"):
+        CausalLM.from_preset(PRESET, backend="numpy")
+    clf = ImageClassifier.from_preset(PRESET, labels=["red", "blue"], backend="torch", device="cpu")
+    for name in ("red", "blue"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(b"no picture")
+    for frozen in (True, False):
+        with pytest.raises(DataError, match="none of the 2 images of .* can be read"):
+            clf.fit(tmp_path, freeze_backbone=frozen, on_error="skip", verbose=False)
+    with pytest.raises(DataError, match="none of the 2 images"):
+        clf.evaluate(tmp_path, on_error="skip")
+    pixels = np.zeros((2, 3, 28, 28), np.float32)
+    for shares in ([[2.0, 0.0], [0.5, 0.5]], [[-0.5, 1.5], [1.0, 0.0]], [[np.nan, 1.0], [1.0, 0.0]]):
+        with pytest.raises(DataError, match="soft labels must be shares"):
+            clf.fit([(pixels, np.array(shares, np.float32))], verbose=False)
