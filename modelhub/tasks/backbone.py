@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +16,7 @@ import numpy as np
 from modelhub.core.backends import get_backend, of
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.lora import MARK
-from modelhub.core.tree import Params
+from modelhub.core.tree import Params, bind
 from modelhub.errors import CheckpointError, InputError, MixedBackends
 from modelhub.generation.decode import hidden_states
 from modelhub.hub.card import inherited
@@ -90,10 +90,11 @@ class Backbone(Adapters):
         token: str | None = None,
         cache_dir: str | None = None,
         load_weights: bool = True,
+        attention: Callable | None = None,
         seed: int = 0,
     ) -> Self:
         """As CausalLM.from_preset, without the tokenizer."""
-        xp = get_backend(backend, device)
+        xp = backend_with(backend, device, attention)
         with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
             return cls.from_source(source, xp, dtype, load_weights, seed)
 
@@ -133,6 +134,19 @@ class Backbone(Adapters):
         if hasattr(self.model, "encode"):
             return self._hidden(self.params, self.xp.array(inputs, self.dtype))
         return self._hidden(self.params, self.xp.array(self.check_ids(inputs), "int32"))
+
+    def collect(self, pixels: Any) -> dict[str, list[Array]]:
+        """What an image encoder computes on its way, as transformers' output_hidden_states and output_attentions do.
+
+        "hidden_states": (batch, tokens, width) before each block and after the last; "attentions": (batch, heads,
+        tokens, tokens) of each block. Not compiled. Raises InputError for models of text.
+        """
+        if not hasattr(self.model, "encode"):
+            kind = self.config.model_type
+            raise InputError(f"hidden states and attention maps are there for image encoders, not for {kind}")
+        collected: dict[str, list[Array]] = {"hidden_states": [], "attentions": []}
+        bind(self.model, self.params).encode(self.xp, self.xp.array(pixels, self.dtype), collected)
+        return collected
 
     def check_ids(self, token_ids: Any) -> np.ndarray:
         """int32 (batch, time). Raises InputError for another shape or type, and for ids outside the vocabulary."""
@@ -186,6 +200,12 @@ class Backbone(Adapters):
     @staticmethod
     def _count(array: Array) -> int:
         return int(np.prod(array.shape))
+
+
+def backend_with(name: str | None, device: str | None, attention: Callable | None) -> Backend:
+    """A backend, with the user's own attention function if there is one."""
+    xp = get_backend(name, device)
+    return xp if attention is None else xp.with_attention(attention)
 
 
 def _encoded(xp: Backend, model: Any, pixels: Array) -> Array:

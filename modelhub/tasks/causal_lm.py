@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from modelhub.core.backends import get_backend
 from modelhub.core.tree import Params
 from modelhub.errors import InputError, ModelhubError
 from modelhub.generation.beam import BeamOptions
@@ -21,7 +20,7 @@ from modelhub.generation.sampling import Sampler
 from modelhub.generation.text import TextRow
 from modelhub.processing.chat_template import ChatTemplate
 from modelhub.processing.tokenizer import Tokenizer
-from modelhub.tasks.backbone import Backbone
+from modelhub.tasks.backbone import Backbone, backend_with
 from modelhub.tasks.finetuning import FineTuning, Preprocessor
 from modelhub.tasks.loading import opened
 from modelhub.tasks.saving import write_json
@@ -113,6 +112,7 @@ class CausalLM(FineTuning):
         token: str | None = None,
         cache_dir: str | None = None,
         load_weights: bool = True,
+        attention: Callable | None = None,
         seed: int = 0,
     ) -> Self:
         """Load a model.
@@ -123,11 +123,13 @@ class CausalLM(FineTuning):
         device: "cpu", "gpu", "gpu:1", "tpu", "mps"; None: the best present.
         dtype: "float32", "bfloat16" or "float16"; None: float32 on CPU, the checkpoint's own elsewhere.
         load_weights: False gives random weights drawn from `seed`, equal on all backends.
+        attention: fn(q, k, v, mask, scale=scale) on arrays of the backend, in place of ours; q (B, heads, T, h), k and
+            v (B, key heads, S, h), mask None or bool (B, 1, T, S).
 
         Raises PresetNotFound, CheckpointError, ConfigError, TokenizerError, BackendNotInstalled, DeviceError,
         DownloadError; whatever fails, nothing half-loaded is left.
         """
-        xp = get_backend(backend, device)
+        xp = backend_with(backend, device, attention)
         preset = os.fspath(preset)
         with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
             if hasattr(source.model, "encode"):

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from modelhub.core.backends import get_backend
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.nn import Linear
 from modelhub.core.tree import Params, children, flatten, initial_value
@@ -17,7 +16,7 @@ from modelhub.errors import InputError
 from modelhub.families import vit
 from modelhub.processing.image import ImageProcessor
 from modelhub.processing.image_reading import as_list
-from modelhub.tasks.backbone import Backbone, provenance_of
+from modelhub.tasks.backbone import Backbone, backend_with, provenance_of
 from modelhub.tasks.image_training import ImageTraining
 from modelhub.tasks.loading import Source, choose_dtype, load_params, opened, random_params
 from modelhub.training.image_examples import as_array
@@ -73,7 +72,7 @@ class ImageClassifier(ImageTraining):
         arrays (B, heads, T, width of a head), in place of ours, such as torch's scaled_dot_product_attention. The rest
         as in CausalLM.from_preset, with the same errors; InputError for a preset without a head if none is asked for.
         """
-        xp = _backend(backend, device, attention)
+        xp = backend_with(backend, device, attention)
         preset = os.fspath(preset)
         with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
             if not hasattr(source.model, "encode"):
@@ -121,7 +120,7 @@ class ImageClassifier(ImageTraining):
         Parameters are Hugging Face's ViTConfig's, and three of ours: classifier_dropout (before the head), class_token,
         and pooling: "cls" or "mean" (None: "cls" where there is a class token). Raises ConfigError.
         """
-        xp = _backend(backend, device, attention)
+        xp = backend_with(backend, device, attention)
         count = _count(1000 if num_classes is None and labels is None else num_classes, labels)
         assert count is not None
         named = dict(enumerate(labels)) if labels else None
@@ -257,11 +256,6 @@ def _classified(xp: Backend, model: Any, pixels: Array) -> tuple[Array, Array]:
     dtype = xp.dtype(next(iter(flatten(model).values())))
     pooled = model.pooled(xp, model.encode(xp, xp.cast(pixels, dtype)))
     return xp.cast(pooled, "float32"), model.head(xp, pooled)
-
-
-def _backend(name: str | None, device: str | None, attention: Callable | None) -> Backend:
-    xp = get_backend(name, device)
-    return xp if attention is None else xp.with_attention(attention)
 
 
 def _count(num_classes: int | None, labels: Sequence[str] | None) -> int | None:

@@ -250,3 +250,20 @@ def test_damaged_folders(tiny_preset, tmp_path):
         file.unlink()
     with pytest.raises(TokenizerError, match="tokenizer"):
         CausalLM.from_preset(str(silent), backend="numpy")
+
+
+def test_an_attention_function_of_the_users_own(tiny_preset):
+    import torch
+
+    calls = []
+
+    def own(q, k, v, mask, scale):
+        calls.append(q.shape)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+
+    ids = [[2, 5, 9, 17, 33, 6]]
+    plain = CausalLM.from_preset(tiny_preset, backend="torch", device="cpu")
+    mine = CausalLM.from_preset(tiny_preset, backend="torch", device="cpu", attention=own)
+    np.testing.assert_allclose(mine.logits(ids), plain.logits(ids), atol=1e-4)
+    assert len(calls) >= plain.config.num_hidden_layers
+    assert mine.generate("the cat", max_new_tokens=6) == plain.generate("the cat", max_new_tokens=6)

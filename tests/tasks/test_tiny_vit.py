@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from modelhub import Backbone, ImageClassifier, cli
@@ -119,3 +120,18 @@ def test_mistakes_are_told(tmp_path):
     for shares in ([[2.0, 0.0], [0.5, 0.5]], [[-0.5, 1.5], [1.0, 0.0]], [[np.nan, 1.0], [1.0, 0.0]]):
         with pytest.raises(DataError, match="soft labels must be shares"):
             clf.fit([(pixels, np.array(shares, np.float32))], verbose=False)
+
+
+def test_hidden_states_and_attention_maps():
+    import transformers
+
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 28, 28), np.float32)
+    encoder = Backbone.from_preset(PRESET, backend="jax", device="cpu")
+    found = encoder.collect(pixels)
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(
+        resource("presets") / PRESET, attn_implementation="eager"
+    )(torch.from_numpy(pixels), output_hidden_states=True, output_attentions=True)
+    for name in ("hidden_states", "attentions"):
+        assert len(found[name]) == len(theirs[name])
+        for ours, other in zip(found[name], theirs[name], strict=True):
+            np.testing.assert_allclose(np.asarray(ours), other.detach().numpy(), atol=1e-4)
