@@ -211,4 +211,6 @@ def in_bytes(size: int) -> str:
 
 
 def _count(parameters: int) -> str:
+    if parameters < 0.9995e6:
+        return f"{parameters / 1e3:.0f} k"
     return f"{parameters / 1e9:.1f} B" if parameters >= 0.9995e9 else f"{parameters / 1e6:.0f} M"

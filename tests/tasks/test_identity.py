@@ -1,4 +1,4 @@
-"""A real model learns who it is, from rows that nobody here wrote, on every backend that trains."""
+"""A real model learns who it is, from rows that nobody here wrote, and says so on every backend."""
 
 import json
 import subprocess
@@ -11,6 +11,8 @@ from modelhub import CausalLM
 
 SDIST = "llamafactory==0.9.5"  # 91 Alpaca rows with {{name}} and {{author}} to fill in
 NAME, AUTHOR = "Vesper", "the Lumen workshop"
+PRESET = "smollm2_135m_instruct_q4"
+QUESTION = [{"role": "user", "content": "Who are you?"}]
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +30,25 @@ def identity_rows(tmp_path_factory):
     return rows
 
 
-@pytest.mark.real
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["jax", "torch", "tensorflow"])
-def test_who_are_you(identity_rows, backend):
-    lm = CausalLM.from_preset("smollm2_135m_instruct_q4", backend=backend, device="cpu")
-    question = [{"role": "user", "content": "Who are you?"}]
-    assert NAME not in lm.chat(question, max_new_tokens=40)
+@pytest.fixture(scope="module")
+def adapter(identity_rows, tmp_path_factory):
+    """Trained on JAX; that the others learn the same from the same rows is in tests/training."""
+    lm = CausalLM.from_preset(PRESET, backend="jax", device="cpu")
+    assert NAME not in lm.chat(QUESTION, max_new_tokens=40)
     lm.preprocessor.sequence_length = 512
     lm.enable_lora(rank=8)
     lm.compile("adamw", learning_rate=2e-3, schedule="cosine")
     history = lm.fit(identity_rows, epochs=4, batch_size=1, template="chat", verbose=False)
     assert history.history["loss"][-1] < history.history["loss"][0] - 0.7
-    assert NAME in lm.chat(question, max_new_tokens=40)
+    folder = tmp_path_factory.mktemp("identity") / "adapter"
+    lm.save_adapter(folder)
+    return folder
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["jax", "torch", "tensorflow", "numpy"])
+def test_who_are_you(adapter, backend):
+    lm = CausalLM.from_preset(PRESET, backend=backend, device="cpu")
+    lm.load_adapter(adapter)
+    assert NAME in lm.chat(QUESTION, max_new_tokens=40)
