@@ -74,8 +74,9 @@ class Backbone(Adapters):
         self.model, identity = model, self.identity
         self.params = params
         self.identity = identity  # the same weights, with or without an adapter
-        forward = _encoded if hasattr(model, "encode") else hidden_states
-        self._hidden = self.xp.compile(functools.partial(forward, self.xp), model, hot=False)
+        image = hasattr(model, "encode")  # images mostly have one size, texts have any
+        forward = _encoded if image else hidden_states
+        self._hidden = self.xp.compile(functools.partial(forward, self.xp), model, hot=None if image else False)
 
     @classmethod
     def from_preset(

@@ -215,14 +215,14 @@ class ImageClassifier(ImageTraining):
     def _outputs(self, batches: Iterable[np.ndarray], params: Params | None = None) -> Iterator[tuple[Any, np.ndarray]]:
         """Pooled (B, D) and logits (B, classes) of pixels (B, C, H, W), batch after batch."""
         xp, model = self.backbone.xp, self.backbone.model
-        # On a processor the products take all the time, and no compiler makes them faster.
-        hot = xp.device != "cpu"
+        # On a processor the products take nearly all the time, and a compiler makes them little faster.
+        hot = True if xp.device != "cpu" else None
         if self._program is None or self._program[0] is not model:
             self._program = model, xp.compile(functools.partial(_classified, xp), model, hot=hot)
         params = self.params if params is None else params
         for pixels in batches:
             count = len(pixels)
-            if hot or not xp.eager:  # few shapes are compiled
+            if hot or xp.traced:  # few shapes are compiled
                 pixels = filled(pixels, np.zeros(count), 1 << (count - 1).bit_length())["pixels"]
             pooled, logits = self._program[1](params, xp.put(pixels))
             yield np.array(xp.get(pooled)[:count]), np.array(xp.get(logits)[:count])

@@ -33,6 +33,7 @@ class Backend:
 
     name: ClassVar[str]
     eager: ClassVar[bool]  # True where programs compiled with hot=False take any new shape at no cost
+    traced: ClassVar[bool]  # True where those compiled with hot=None are made anew for each shape
     device: str  # "cpu", "gpu:0", "tpu:0", "mps:0"
     dropout_keys: Array | None = None  # (B,) int32, one per row, while training with dropout
     training: bool = False
@@ -56,7 +57,7 @@ class Backend:
         raise NotImplementedError
 
     def compile(
-        self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True,
+        self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool | None = True,
         training: bool = False, jit: bool | None = None,
     ) -> Callable:  # fmt: skip
         """A fast version of `fn`, whose arguments and results are (dicts of) arrays.
@@ -64,7 +65,7 @@ class Backend:
         With a skeleton, fn's first argument is a Module, and the result is called with a params dict in its place: the
         dict is what crosses the framework's boundary. A params dict is never changed in place, only replaced.
         Arguments at the positions in `donate` are consumed: their memory may be reused for the results.
-        hot: it will run many times with the same shapes, so seconds of compilation pay.
+        hot: True: it will run many times with the same shapes, so seconds of compilation pay; None: a second pays.
         training: it takes gradients (see `value_and_grad`), or its results will be differentiated by. jit: whether such
         a program is compiled by XLA or torch.compile; None: what is usual for the backend and device.
         """

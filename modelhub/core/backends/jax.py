@@ -66,6 +66,7 @@ class Optax:
 class JaxBackend(Backend):
     name = "jax"
     eager = False
+    traced = True
 
     def __init__(self, device: str = "cpu"):
         super().__init__(device)
@@ -93,7 +94,7 @@ class JaxBackend(Backend):
         return np.asarray(x)
 
     def compile(
-        self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True,
+        self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool | None = True,
         training: bool = False, jit: bool | None = None,
     ) -> Callable:  # fmt: skip
         if jit is False:

@@ -37,6 +37,7 @@ def _wide(x: Array) -> Array:
 class NumpyBackend(Backend):
     name = "numpy"
     eager = True
+    traced = False
 
     @classmethod
     def devices(cls) -> list[str]:
@@ -53,7 +54,7 @@ class NumpyBackend(Backend):
         return np.asarray(x)
 
     def compile(
-        self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True,
+        self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool | None = True,
         training: bool = False, jit: bool | None = None,
     ) -> Callable:  # fmt: skip
         return bound_once(fn, skeleton)

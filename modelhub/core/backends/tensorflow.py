@@ -104,6 +104,7 @@ def _fused(name: str, *options: Any) -> _Fused:
 class TensorflowBackend(Backend):
     name = "tensorflow"
     eager = True
+    traced = True
 
     def __init__(self, device: str = "cpu"):
         super().__init__(device)
@@ -129,7 +130,7 @@ class TensorflowBackend(Backend):
         return np.asarray(x.numpy())  # a scalar comes as a number
 
     def compile(
-        self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True,
+        self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool | None = True,
         training: bool = False, jit: bool | None = None,
     ) -> Callable:  # fmt: skip
         if training:
@@ -137,6 +138,8 @@ class TensorflowBackend(Backend):
             return tf.function(
                 bound(fn, skeleton), jit_compile=self.device != "cpu" if jit is None else jit, autograph=False
             )
+        if hot is None:
+            return tf.function(bound(fn, skeleton), autograph=False)
         if hot and skeleton is None:
             return tf.function(fn, jit_compile=True, autograph=False)
         if hot:

@@ -115,6 +115,7 @@ class TorchOptimizer:
 class TorchBackend(Backend):
     name = "torch"
     eager = True
+    traced = False
 
     def __init__(self, device: str = "cpu"):
         super().__init__(device)
@@ -148,7 +149,7 @@ class TorchBackend(Backend):
         return x.numpy()
 
     def compile(
-        self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True,
+        self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool | None = True,
         training: bool = False, jit: bool | None = None,
     ) -> Callable:  # fmt: skip
         # Eager: on CPU torch.compile needs a C++ compiler, and decoding is bound by memory, not by launches.
