@@ -273,7 +273,7 @@ def _draw(matplotlib_figure: Any, matrix: np.ndarray, labels: Sequence[str], pat
     axes = figure.add_subplot()
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=1), label="share of the class")
-    axes.set(xlabel="taken for", ylabel="is")
+    axes.set(xlabel="predicted label", ylabel="true label")
     if len(labels) <= 40:  # more would not be legible
         axes.set_xticks(range(len(labels)), labels, rotation=90)
         axes.set_yticks(range(len(labels)), labels)

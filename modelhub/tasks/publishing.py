@@ -167,7 +167,7 @@ class Publishing:
         # A folder that modelhub saved may have got a card by hand since, and is published with it.
         saved = self.backbone.untouched
         old = saved if saved and not adapter and (saved / "modelhub.json").is_file() else target
-        write_card(work, render_card(self._facts(adapter, curve=_draw(provenance, work), **facts)), old)
+        write_card(work, render_card(self._facts(adapter, curve=_draw(provenance, work, self.task), **facts)), old)
         if text := notice(provenance):
             ours, kept = text.encode(), texts.get("NOTICE", b"")
             if ours.splitlines()[0] not in kept:
@@ -254,13 +254,14 @@ def _check_equal(found: np.ndarray, expected: np.ndarray, folder: Path, dtype: s
         )
 
 
-def _draw(provenance: Provenance, folder: Path) -> str | None:
+def _draw(provenance: Provenance, folder: Path, task: str) -> str | None:
     """curve.png of the last run; its name, or None without a run or without matplotlib."""
     if not provenance.runs or not (losses := provenance.runs[-1].losses):
         return None
     history = History()
+    counted = {} if task == "causal-lm" else {"images": 0}  # what the loss is per
     history.load_state_dict({"history": {}, "epoch": [], "steps": [
-        {"step": step, "epoch": 0, "loss": loss} for step, loss in losses
+        {"step": step, "epoch": 0, "loss": loss} | counted for step, loss in losses
     ]})  # fmt: skip
     try:
         return history.plot(folder / "curve.png").name
