@@ -135,3 +135,26 @@ def test_hidden_states_and_attention_maps():
         assert len(found[name]) == len(theirs[name])
         for ours, other in zip(found[name], theirs[name], strict=True):
             np.testing.assert_allclose(np.asarray(ours), other.detach().numpy(), atol=1e-4)
+
+
+def test_an_adapter_goes_through_peft(tmp_path):
+    import peft
+    import transformers
+
+    clf = ImageClassifier.from_preset(PRESET, backend="torch", device="cpu")
+    pixels = np.random.default_rng(0).standard_normal((4, 3, 28, 28), np.float32)
+    plain = clf.logits({"pixel_values": pixels})
+    clf.enable_lora(rank=4, targets="all-linear")
+    clf.compile("sgd", learning_rate=1.0)
+    clf.fit([(pixels, np.array([1, 2, 3, 4]))], epochs=3, verbose=False)
+    tuned = clf.logits({"pixel_values": pixels})
+    assert np.abs(tuned - plain).max() > 0.01
+    clf.save_adapter(tmp_path / "adapter")
+    base = transformers.AutoModelForImageClassification.from_pretrained(resource("presets") / PRESET)
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    with torch.no_grad():
+        np.testing.assert_allclose(theirs(torch.from_numpy(pixels)).logits.numpy(), tuned, atol=1e-4)
+    theirs.save_pretrained(str(tmp_path / "again"))
+    again = ImageClassifier.from_preset(PRESET, backend="numpy")
+    again.load_adapter(tmp_path / "again")
+    np.testing.assert_allclose(again.logits({"pixel_values": pixels}), tuned, atol=1e-4)
