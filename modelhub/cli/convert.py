@@ -1,6 +1,5 @@
 """`modelhub convert`: from one file format to another."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,6 +7,7 @@ from rich.console import Console
 
 from modelhub.cli import options
 from modelhub.cli.options import option
+from modelhub.cli.presets import size_of
 
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -30,10 +30,5 @@ def convert(
     written, before = converted(
         source, target, dtype, adapter=adapter, force=force, revision=revision, offline=offline
     )  # fmt: skip
-    err.print(f"{source}: {_size(before) / 1e6:,.1f} MB; {written.name}: {_size(written) / 1e6:,.1f} MB")
+    err.print(f"{source}: {size_of(before) / 1e6:,.1f} MB; {written.name}: {size_of(written) / 1e6:,.1f} MB")
     print(written)
-
-
-def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)

@@ -107,7 +107,7 @@ def _about(name: str) -> dict[str, Any]:
     except DownloadError:  # it is not in the cache
         card, path = None if "://" in name else find_card(name), None
     about: dict[str, Any] = {"name": name} if card is None else _of_card(card)
-    about |= {"path": path and str(path), "bytes_on_disk": path and _size(path)}
+    about |= {"path": path and str(path), "bytes_on_disk": path and size_of(path)}
     if card is not None:
         about["memory_for_weights"] = _memory(card.parameters)
     if path is not None:
@@ -180,7 +180,8 @@ def _memory(numbers: int) -> dict[str, int]:
     return {dtype: numbers * size for dtype, size in _BYTES.items()}
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all that a folder holds."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
 

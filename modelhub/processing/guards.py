@@ -1,4 +1,4 @@
-"""Bounds on what a stranger's tokenizer may do: to the libraries that read it, to memory, and to a text."""
+"""Bounds on what a stranger's files and tokenizer may do: to the libraries that read it, to memory, and to a text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modelhub.errors import TokenizerError
+from modelhub.errors import ModelhubError, TokenizerError
 
 # Bytes. Gemma's tokenizer.json has 33 million; in memory JSON can take 30 times as much as on disk.
 LARGEST_TOKENIZER = 64_000_000
@@ -43,21 +43,21 @@ def guarded(what: str) -> Iterator[None]:
         raise TokenizerError(f"{what}: {error!r:.1000}. Download the tokenizer again.") from error
 
 
-def check_size(path: Path, most: int) -> None:
-    """Raises TokenizerError for a file that is larger."""
+def check_size(path: Path, most: int, kind: type[ModelhubError] = TokenizerError) -> None:
+    """Raises an error of that kind for a file that is larger."""
     if path.is_file() and (size := path.stat().st_size) > most:
-        raise TokenizerError(f"{path} has {size} bytes; a tokenizer's file of this kind has {most} at most.")
+        raise kind(f"{path} has {size} bytes; a tokenizer's or processor's file of this kind has {most} at most.")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a config file. Raises TokenizerError for one of over 10 MB, and for anything else."""
-    check_size(path, LARGEST_CONFIG)
+def read_json(path: Path, kind: type[ModelhubError] = TokenizerError) -> dict[str, Any]:
+    """The object in a config file. Raises an error of that kind for one of over 10 MB, and for anything else."""
+    check_size(path, LARGEST_CONFIG, kind)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} cannot be read as JSON: {error}. Download it again.") from error
+        raise kind(f"{path} cannot be read as JSON: {error}. Download it again.") from error
     if not isinstance(content, dict):
-        raise TokenizerError(f"{path} holds {type(content).__name__}, not an object. Download it again.")
+        raise kind(f"{path} holds {type(content).__name__}, not an object. Download it again.")
     return content
 
 

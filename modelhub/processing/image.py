@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from modelhub.errors import ConfigError, InputError
+from modelhub.processing.guards import read_json
 from modelhub.processing.image_keras import interpolate, keras_settings, largest_part
 from modelhub.processing.image_reading import OnError, as_list, each, name_of, read
 from modelhub.processing.image_reading import read_image as read_image
@@ -126,17 +127,17 @@ class ImageProcessor:
         folder = Path(folder)
         for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
             if (folder / name).is_file():
-                content = _read_json(folder / name)
+                content = read_json(folder / name, ConfigError)
                 data = content.get(key) if key else content
                 if isinstance(data, dict):
                     model = folder / "config.json"
-                    model_type = _read_json(model).get("model_type") if model.is_file() else None
+                    model_type = read_json(model, ConfigError).get("model_type") if model.is_file() else None
                     with _naming(folder / name):
                         return cls.from_config(data, model_type)
         for name in ("image_converter.json", "preprocessor.json"):
             if (folder / name).is_file():
                 with _naming(folder / name):
-                    return cls.from_keras(_read_json(folder / name))
+                    return cls.from_keras(read_json(folder / name, ConfigError))
         raise ConfigError(f"{folder} has no preprocessor_config.json, which says how its model takes images")
 
     @classmethod
@@ -336,16 +337,6 @@ def _size(value: Any) -> dict[str, int] | None:
     if any(pixels != int(pixels) or not 1 <= pixels <= _LONGEST_EDGE for pixels in value.values()):
         raise ValueError
     return {key: int(pixels) for key, pixels in value.items()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}. Download it again.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds {type(content).__name__}, not an object. Download it again.")
-    return content
 
 
 @contextmanager

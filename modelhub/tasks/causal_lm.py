@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from modelhub.core.tree import Params
 from modelhub.errors import InputError, ModelhubError
 from modelhub.generation.beam import BeamOptions
 from modelhub.generation.decode import Engine
@@ -148,37 +147,8 @@ class CausalLM(FineTuning):
             self._generator = Engine(self.backbone.xp, self.backbone.model, self.backbone.dtype)
         return self._generator
 
-    @property
-    def config(self) -> Any:
-        return self.backbone.config
-
-    @property
-    def backend(self) -> str:
-        return self.backbone.xp.name
-
-    @property
-    def device(self) -> str:
-        return self.backbone.xp.device
-
-    @property
-    def dtype(self) -> str:
-        return self.backbone.dtype
-
-    @property
-    def params(self) -> Params:
-        """{Hugging Face name: array of the backend}. Replace the dict to change weights; never change it in place."""
-        return self.backbone.params
-
-    @params.setter
-    def params(self, params: Params) -> None:
-        self.backbone.params = params
-
     def __repr__(self) -> str:
         return f"CausalLM({self.preset!r}, backend={self.backend!r}, device={self.device!r}, dtype={self.dtype!r})"
-
-    def summary(self) -> None:
-        """Print what the model is made of: parts, parameters, memory."""
-        self.backbone.summary(title=repr(self))
 
     def logits(self, token_ids: Any) -> np.ndarray:
         """float32 logits (batch, time, vocabulary) of token ids (batch, time): lists, or an array of any framework."""

@@ -11,7 +11,7 @@ import numpy as np
 from modelhub.core import head
 from modelhub.errors import ConfigError, InputError, ModelhubError
 from modelhub.processing.tokenizer import Tokenizer
-from modelhub.tasks.training import Trainable, called, check_batch_size
+from modelhub.tasks.training import Trainable, called, check_batch_size, check_split
 from modelhub.training.batches import BatchSource, prepare
 from modelhub.training.callbacks import Callback
 from modelhub.training.engine import Engine, Settings
@@ -94,8 +94,7 @@ class FineTuning(Trainable):
         )  # fmt: skip
         name, held_out = called(data), validation_data
         if validation_split:
-            if validation_data is not None or not 0.0 < validation_split < 1.0:
-                raise InputError("give validation_data, or a validation_split between 0 and 1, not both")
+            check_split(validation_split, validation_data)
             data, held_out = _split(data, kind, validation_split, seed)
         options = {"packing": packing, "loss_on": loss_on, "template": template, "kind": kind, "seed": seed}
         train = self._prepare(data, batch_size, **options)

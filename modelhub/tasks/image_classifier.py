@@ -138,36 +138,11 @@ class ImageClassifier(ImageTraining):
             processor = ImageProcessor(size=image_size, image_mean=half, image_std=half)
         return cls(backbone, processor, new_head=True)
 
-    @property
-    def backend(self) -> str:
-        return self.backbone.xp.name
-
-    @property
-    def device(self) -> str:
-        return self.backbone.xp.device
-
-    @property
-    def dtype(self) -> str:
-        return self.backbone.dtype
-
-    @property
-    def params(self) -> Params:
-        """{Hugging Face name: array of the backend}. Replace the dict to change weights; never change it in place."""
-        return self.backbone.params
-
-    @params.setter
-    def params(self, params: Params) -> None:
-        self.backbone.params = params
-
     def __repr__(self) -> str:
         return (
             f"ImageClassifier({self.preset!r}, {self.config.num_labels} classes, backend={self.backend!r}, "
             f"device={self.device!r}, dtype={self.dtype!r})"
         )
-
-    def summary(self) -> None:
-        """Print what the model is made of: parts, parameters, memory."""
-        self.backbone.summary(title=repr(self))
 
     # --- prediction ---------------------------------------------------------------------------------------------
 

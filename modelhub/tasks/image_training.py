@@ -15,7 +15,7 @@ from modelhub.errors import ConfigError, DataError, InputError
 from modelhub.processing.augment import Augment
 from modelhub.processing.image import ImageProcessor
 from modelhub.processing.image_reading import OnError
-from modelhub.tasks.training import Trainable, called, check_batch_size
+from modelhub.tasks.training import Trainable, called, check_batch_size, check_split
 from modelhub.training.batches import BatchSource
 from modelhub.training.callbacks import Callback, optional_package
 from modelhub.training.engine import Engine, Settings
@@ -32,10 +32,6 @@ class ImageTraining(Trainable):
     backbone_frozen = False
     _new_head: bool  # an adapter alone would be trained under a head that knows nothing
     _learning: dict[str, Any] = {}  # what ImageObjective is told
-
-    @property
-    def config(self) -> Any:
-        return self.backbone.config
 
     @property
     def saves_adapter(self) -> bool:
@@ -144,8 +140,7 @@ class ImageTraining(Trainable):
         examples, data = self._examples(data, training=True)
         held_out, held_data = None, validation_data
         if validation_split:
-            if validation_data is not None or not 0.0 < validation_split < 1.0:
-                raise InputError("give validation_data, or a validation_split between 0 and 1, not both")
+            check_split(validation_split, validation_data)
             if examples is None:
                 raise InputError("validation_split takes examples; of ready batches give some as validation_data")
             examples, held_out = examples.split(validation_split, seed)

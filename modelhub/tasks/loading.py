@@ -203,10 +203,16 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return data
 
 
+def stored_dtype(config: Any) -> str | None:
+    """What the config says of the files' weights."""
+    stored: str | None = config.extra.get("dtype") or config.extra.get("torch_dtype")
+    return stored
+
+
 def choose_dtype(dtype: str | None, xp: Backend, source: Source) -> str:
     """None: float32 on CPU, the checkpoint's own elsewhere."""
     if dtype is None:
-        stored = source.config.extra.get("dtype") or source.config.extra.get("torch_dtype") or "bfloat16"
+        stored = stored_dtype(source.config) or "bfloat16"
         dtype = "float32" if xp.device == "cpu" or stored not in DTYPES else stored
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")

@@ -18,7 +18,7 @@ from modelhub.hub.files import licence_files
 from modelhub.hub.provenance import Provenance, TrainingRun, write_provenance
 from modelhub.hub.sources import cache_root
 from modelhub.tasks.backbone import Backbone, at_address
-from modelhub.tasks.loading import DTYPES
+from modelhub.tasks.loading import DTYPES, stored_dtype
 from modelhub.tasks.saving import MAX_SHARD_SIZE, model_folder, write_backbone, write_card
 from modelhub.training.history import History
 
@@ -138,7 +138,7 @@ class Publishing:
 
     def _stored_dtype(self) -> str | None:
         """Of the files that the model was loaded from, if it is still what was loaded."""
-        stored = self.backbone.config.extra.get("dtype") or self.backbone.config.extra.get("torch_dtype")
+        stored = stored_dtype(self.backbone.config)
         return stored if self.backbone.untouched and stored in DTYPES else None
 
     def _save(

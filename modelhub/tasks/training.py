@@ -45,9 +45,37 @@ class Trainable(Publishing):
 
     backbone: Backbone
     preset: str
-    params: Params
     stop_training = False  # set by callbacks, as in Keras
     _compiled: Compiled | None = None
+
+    @property
+    def config(self) -> Any:
+        return self.backbone.config
+
+    @property
+    def backend(self) -> str:
+        return self.backbone.xp.name
+
+    @property
+    def device(self) -> str:
+        return self.backbone.xp.device
+
+    @property
+    def dtype(self) -> str:
+        return self.backbone.dtype
+
+    @property
+    def params(self) -> Params:
+        """{Hugging Face name: array of the backend}. Replace the dict to change weights; never change it in place."""
+        return self.backbone.params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        self.backbone.params = params
+
+    def summary(self) -> None:
+        """Print what the model is made of: parts, parameters, memory."""
+        self.backbone.summary(title=repr(self))
 
     # --- adapters -----------------------------------------------------------------------------------------------
 
@@ -214,6 +242,11 @@ class Trainable(Publishing):
             )  # fmt: skip
 
     _smaller = ""  # what else makes a batch smaller
+
+
+def check_split(validation_split: float, validation_data: Any) -> None:
+    if validation_data is not None or not 0.0 < validation_split < 1.0:
+        raise InputError("give validation_data, or a validation_split between 0 and 1, not both")
 
 
 def check_batch_size(batch_size: int) -> None:
