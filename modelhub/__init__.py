@@ -15,9 +15,19 @@ _PUBLIC = {
     "ImageClassifier": "modelhub.tasks.image_classifier",
     "Tokenizer": "modelhub.tasks.tokenizer",
     "list_presets": "modelhub.hub.registry",
+    "register": "modelhub.core.custom",
     "set_backend": "modelhub.core.backends",
+    "to_jax": "modelhub.interop",
+    "to_litert": "modelhub.interop",
+    "to_onnx": "modelhub.interop",
+    "to_saved_model": "modelhub.interop",
+    "to_tensorflow": "modelhub.interop",
+    "to_torch": "modelhub.interop",
 }
-_MODULES = {"optim": "modelhub.core.optim", "training": "modelhub.training"}
+_MODULES = {
+    "losses": "modelhub.core.losses", "metrics": "modelhub.core.metrics", "nn": "modelhub.core.nn",
+    "optim": "modelhub.core.optim", "training": "modelhub.training",
+}  # fmt: skip
 __all__ = [
     "Augment",
     "Backbone",
@@ -26,16 +36,28 @@ __all__ = [
     "Tokenizer",
     "__version__",
     "list_presets",
+    "losses",
+    "metrics",
+    "nn",
     "optim",
+    "register",
     "set_backend",
+    "to_jax",
+    "to_litert",
+    "to_onnx",
+    "to_saved_model",
+    "to_tensorflow",
+    "to_torch",
     "training",
 ]
 
 if TYPE_CHECKING:
     from modelhub import training
-    from modelhub.core import optim
+    from modelhub.core import losses, metrics, nn, optim
     from modelhub.core.backends import set_backend
+    from modelhub.core.custom import register
     from modelhub.hub.registry import list_presets
+    from modelhub.interop import to_jax, to_litert, to_onnx, to_saved_model, to_tensorflow, to_torch
     from modelhub.processing.augment import Augment
     from modelhub.tasks.backbone import Backbone
     from modelhub.tasks.causal_lm import CausalLM

@@ -115,6 +115,26 @@ def quickly_compiled():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@example("torch_loop.py", "jax_loop.py", "tensorflow_loop.py")
+def test_loops_of_the_frameworks_own(run, tiny_preset, quickly_compiled):
+    """They learn the same, and the same as fit; afterwards the task is what was trained."""
+    lm = CausalLM.from_preset(str(tiny_preset), backend="jax")
+    curves = {}
+    for name in ("torch", "jax", "tensorflow"):
+        names, out = run(f"{name}_loop.py", "--steps", 10)
+        assert out.startswith("mean loss of the first and of the last ten steps")
+        curves[name], trained, rows = names["curve"], names["lm"], names["rows"]
+        ids = rows[0]["input_ids"][None]
+        assert trained.backend == name and np.abs(trained.logits(ids) - lm.logits(ids)).max() > 0.1
+    lm.compile("adamw", learning_rate=1e-3, weight_decay=0.01)
+    parts = [rows[first : first + 4] for first in range(0, 40, 4)]
+    batches = [{key: np.stack([row[key] for row in part]) for key in rows[0]} for part in parts]
+    fit = [step["loss"] for step in lm.fit(batches, verbose=False).steps]
+    assert len(fit) == 10
+    for name, curve in curves.items():
+        assert curve == pytest.approx(fit, rel=1e-3), name
+
+
 @example("vit_from_scratch.py")
 def test_vit_from_scratch(run_script, quickly_compiled):
     tiny, near = ["--tiny", "--steps", 4, "--workers", 0], 0.02  # of a loss in bfloat16

@@ -20,7 +20,7 @@ ALLOWED = {
     "interop": LOWEST,
     "tasks": LOWEST | {"generation", "training", "interop"},
     "cli": LOWEST | {"generation", "training", "interop", "tasks", "modelhub"},
-    "modelhub": LOWEST | {"tasks", "training"},  # __init__.py: the lazy public names
+    "modelhub": LOWEST | {"tasks", "training", "interop"},  # __init__.py: the lazy public names
 }
 FRAMEWORKS = {"jax", "jaxlib", "optax", "flax", "torch", "torchvision", "tensorflow", "keras"}
 BACKENDS = {"jax", "torch", "tensorflow", "numpy"}

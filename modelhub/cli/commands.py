@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import modelhub
-from modelhub.cli import cache, classify, convert, options, presets, publish
+from modelhub.cli import bench, cache, classify, conformance, convert, options, presets, publish
 from modelhub.cli.options import DATA, option
 
 app = typer.Typer(
@@ -50,6 +50,8 @@ app.command()(presets.register)
 app.command()(convert.convert)
 app.command()(publish.publish)
 app.command()(classify.classify)
+app.command()(bench.bench)
+app.command()(conformance.conformance)
 app.add_typer(cache.app, name="cache")
 
 

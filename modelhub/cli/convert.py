@@ -1,5 +1,6 @@
 """`modelhub convert`: from one file format to another."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,17 +15,29 @@ err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 def convert(
     source: Annotated[str, typer.Argument(help="what to convert: all that from_preset loads")],
-    target: Annotated[str, typer.Argument(help="a .gguf file, or a folder for Hugging Face's format")],
+    target: Annotated[
+        str, typer.Argument(help="a .gguf, .onnx or .tflite file, or a folder for Hugging Face's format")
+    ],
     dtype: Annotated[
         str | None,
-        option("GGUF: float16 (default), bfloat16, float32 or q8_0; folder: the first three (default: the source's)"),
+        option(
+            "GGUF: float16 (default), bfloat16, float32 or q8_0; folder: the first three (default: the source's); "
+            "ONNX: float32 (default) or float16"
+        ),
     ] = None,
     adapter: options.Adapter = None,
     force: Annotated[bool, option("replace what is at TARGET", None, "--force")] = False,
     revision: Annotated[str | None, option("a branch, tag or commit of SOURCE on the Hub")] = None,
     offline: options.Offline = False,
 ) -> None:
-    """Write a model in another format: a GGUF file for llama.cpp, or a Hugging Face folder. An adapter is merged."""
+    """Write a model in another format: a GGUF file for llama.cpp, an ONNX or LiteRT file of its forward pass, or a
+    Hugging Face folder. An adapter is merged.
+    """
+    if Path(target).suffix.lower() in _WAYS_OUT:
+        file = _forward_pass(source, Path(target), dtype, adapter, force, revision, offline)
+        err.print(f"{file.name}: {size_of(file) / 1e6:,.1f} MB")
+        print(file)
+        return
     from modelhub.tasks.convert import converted
 
     written, before = converted(
@@ -32,3 +45,26 @@ def convert(
     )  # fmt: skip
     err.print(f"{source}: {size_of(before) / 1e6:,.1f} MB; {written.name}: {size_of(written) / 1e6:,.1f} MB")
     print(written)
+
+
+_WAYS_OUT = {".onnx": "to_onnx", ".tflite": "to_litert"}
+
+
+def _forward_pass(
+    source: str, target: Path, dtype: str | None, adapter: str | None, force: bool, revision: str | None, offline: bool
+) -> Path:  # fmt: skip
+    import modelhub
+    from modelhub.cli.finetune import image_config
+    from modelhub.errors import InputError
+
+    if target.exists() or force:
+        raise InputError(
+            f"{target}: ONNX and LiteRT files replace none that is there; remove it, and leave out --force"
+        )
+    task = modelhub.CausalLM if image_config(source, offline) is None else modelhub.ImageClassifier
+    model = task.from_preset(source, backend="numpy", dtype=dtype or "float32", revision=revision, offline=offline)
+    if adapter is not None:
+        model.load_adapter(adapter, offline=offline)
+        model.merge_lora()
+    written: Path = getattr(modelhub, _WAYS_OUT[target.suffix.lower()])(model, target)
+    return written

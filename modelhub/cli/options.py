@@ -12,7 +12,7 @@ def option(help: str, panel: str | None = None, *names: str) -> Any:
 
 Preset = Annotated[str, typer.Argument(help="a registry name, a folder, a .gguf file or an hf:// address")]
 Adapter = Annotated[str | None, option("a LoRA adapter on top: a folder of finetune or of PEFT")]
-Backend = Annotated[str | None, option("jax, torch, tensorflow or numpy; default: the best installed")]
+Backend = Annotated[str | None, option("jax, torch, tensorflow, numpy or fastest; default: the best installed")]
 Device = Annotated[str | None, option("cpu, gpu, gpu:1, tpu or mps; default: the best present")]
 Dtype = Annotated[str | None, option("float32, bfloat16 or float16; default: float32 on a CPU, else the preset's")]
 Offline = Annotated[bool, option("use the cache only")]

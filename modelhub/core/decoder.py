@@ -79,7 +79,7 @@ def decoder_context(
     steps = xp.expand_dims(xp.arange(time), 0)
     if cache is not None:
         order = positions = xp.expand_dims(start, 1) + steps
-        keys = xp.expand_dims(xp.arange(cache.k[0].shape[2]), 0)
+        keys = xp.expand_dims(xp.arange(xp.shape(cache.k[0])[2]), 0)
     else:
         order = keys = steps  # what a token may see depends on its place in the row, also where positions restart
         positions = steps if positions is None else positions
@@ -129,10 +129,11 @@ class Attention(Module):
         )
 
     def __call__(self, xp: Backend, x: Array, context: Context, layer: int) -> Array:
-        batch, time, _ = x.shape
+        batch, time, _ = xp.shape(x)
 
         def heads(y: Array) -> Array:
-            return xp.transpose(xp.reshape(y, (batch, time, -1, self.head_dim)), (0, 2, 1, 3))  # B H T h
+            count = y.shape[-1] // self.head_dim
+            return xp.transpose(xp.reshape(y, (batch, time, count, self.head_dim)), (0, 2, 1, 3))  # B H T h
 
         q, k, v = heads(self.q_proj(xp, x)), heads(self.k_proj(xp, x)), heads(self.v_proj(xp, x))
         if self.q_norm is not None and self.k_norm is not None:
@@ -142,7 +143,7 @@ class Attention(Module):
         if context.cache is not None:
             k, v = context.cache.write(xp, layer, k, v, context.start)
         y = xp.attention(q, k, v, context.mask[self.kind], self.scale, self.softcap)
-        return self.o_proj(xp, xp.reshape(xp.transpose(y, (0, 2, 1, 3)), (batch, time, -1)))
+        return self.o_proj(xp, xp.reshape(xp.transpose(y, (0, 2, 1, 3)), (batch, time, q.shape[1] * self.head_dim)))
 
 
 @dataclass

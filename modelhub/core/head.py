@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from modelhub.core.backends.base import Array, Backend
+from modelhub.core.nn import Linear
 from modelhub.core.tree import Module, Params, bind, flatten
 from modelhub.errors import InputError
 
@@ -41,7 +42,7 @@ def loss_and_gradients(
     model: Any = bind(skeleton, params)
     hidden = xp.stop_gradient(hidden)
     rows = min(ROWS, batch["places"].shape[0])
-    plain = loss is None and (model.lm_head is None or (model.lm_head.bias is None and model.lm_head.lora is None))
+    plain = loss is None and (model.lm_head is None or _is_plain(model.lm_head))
 
     def piece(i: Array, state: dict[str, Array]) -> dict[str, Array]:
         places = xp.slice_rows(batch["places"], i * rows, rows)
@@ -65,6 +66,11 @@ def loss_and_gradients(
         state |= {"hidden": xp.zeros(hidden.shape)} | {name: xp.zeros(params[name].shape) for name in wanted}
     state = xp.loop((batch["count"] + (rows - 1)) // rows, piece, state)
     return {name: state.pop(name) for name in ("loss", "correct")}, state
+
+
+def _is_plain(head: Any) -> bool:
+    """Whether it is one product, and nothing of the user's own."""
+    return type(head) is Linear and head.bias is None and head.lora is None
 
 
 def surrogate(xp: Backend, values: Mapping[str, Array], gradients: Mapping[str, Array]) -> Array:

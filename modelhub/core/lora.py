@@ -4,7 +4,6 @@ Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732; 
 arXiv:2402.09353. Names are PEFT's. The layer itself is modelhub.core.nn.LoRA.
 """
 
-import copy
 import dataclasses
 import fnmatch
 import functools
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.nn import Linear, LoRA, row_lengths
-from modelhub.core.tree import Module, Params, Spec, children, flatten, initial_value
+from modelhub.core.tree import Module, Params, Spec, children, flatten, initial_value, with_parts
 from modelhub.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -78,7 +77,7 @@ def choose(skeleton: Module, targets: str | Sequence[str] | None) -> list[str]:
     """
     everything = list(linears(skeleton))
     if targets == ALL_LINEAR:
-        return [name for name in everything if name not in HEADS]
+        return [name for name in everything if name.partition(".")[0] not in HEADS]
     endings = sorted({name.rpartition(".")[2] for name in everything})
     if targets is None:
         targets = next((pair for pair in DEFAULT_TARGETS if {*pair} <= {*endings}), DEFAULT_TARGETS[0])
@@ -123,22 +122,8 @@ def attach(skeleton: ModuleT, config: LoRAConfig, modules: Iterable[str]) -> tup
             salt=zlib.crc32(name.encode()) >> 1,
         )  # fmt: skip
         replaced[name] = dataclasses.replace(layers[name], lora=adapter)
-    changed = _replace(skeleton, replaced)
+    changed = with_parts(skeleton, replaced)
     return changed, {name: spec for name, spec in flatten(changed).items() if MARK in name}
-
-
-def _replace(node: Any, replaced: Mapping[str, Linear], prefix: str = "") -> Any:
-    if prefix in replaced:
-        return replaced[prefix]
-    if isinstance(node, list):
-        return [_replace(item, replaced, f"{prefix}.{index}") for index, item in enumerate(node)]
-    if not isinstance(node, Module):
-        return node
-    changed = copy.copy(node)
-    for name, child in changed.__dict__.items():
-        if isinstance(child, (Module, list)):
-            changed.__dict__[name] = _replace(child, replaced, f"{prefix}.{name}" if prefix else name)
-    return changed
 
 
 def initial(xp: Backend, params: Params, specs: Mapping[str, Spec], seed: int) -> Params:

@@ -153,17 +153,21 @@ class Rope:
 
     def frequencies(self, width: int) -> np.ndarray:
         """Angle per position of each pair of channels, (width / 2,) float32."""
+        return np.array(self.values(width), np.float32)
+
+    def values(self, width: int) -> list[float]:
+        """`frequencies` as plain numbers, which torch.compile and torch.export take as constants."""
         exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
         plain = np.float32(1.0) / np.float32(self.theta) ** exponent
         if self.rope_type == "default":
-            return plain
+            return plain.tolist()
         scaled = plain / np.float32(self.factor)
         if self.rope_type == "linear":
-            return scaled
+            return scaled.tolist()
         turns = self.original_max_position_embeddings * plain / np.float32(2 * np.pi)
         blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         blend = np.clip(blend, 0.0, 1.0).astype(np.float32)
-        return (1 - blend) * scaled + blend * plain
+        return ((1 - blend) * scaled + blend * plain).tolist()
 
 
 def rope_tables(xp: Backend, positions: Array, frequencies: np.ndarray, dtype: str) -> tuple[Array, Array]:

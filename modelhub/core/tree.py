@@ -96,6 +96,21 @@ def _bind(node: Any, params: Mapping[str, Array], prefix: str) -> Any:
     return node  # a static value in a list
 
 
+def with_parts(node: Any, parts: Mapping[str, Any], prefix: str = "") -> Any:
+    """The Module with others at the dotted names in `parts`; what is changed is copied."""
+    if prefix in parts:
+        return parts[prefix]
+    if isinstance(node, list):
+        return [with_parts(item, parts, f"{prefix}.{index}") for index, item in enumerate(node)]
+    if not isinstance(node, Module):
+        return node
+    changed = copy.copy(node)
+    for name, child in changed.__dict__.items():
+        if isinstance(child, (Module, list)):
+            changed.__dict__[name] = with_parts(child, parts, f"{prefix}.{name}" if prefix else name)
+    return changed
+
+
 def check(skeleton: Module, found: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Compare the skeleton's names and shapes with those found; every mismatch goes into one CheckpointError."""
     wanted = {name: spec.shape for name, spec in flatten(skeleton).items()}

@@ -37,7 +37,10 @@ class Dropout:
         """x (B, T, D) with whole rows dropped: stochastic depth (Huang et al. 2016, arXiv:1603.09382)."""
         if not self.rate or xp.dropout_keys is None:
             return x
-        return x * self(xp, xp.full((x.shape[0], 1, 1), 1.0, xp.dtype(x)))
+        return x * self(xp, xp.full((xp.shape(x)[0], 1, 1), 1.0, xp.dtype(x)))
+
+
+_CLASSIFIER = Dropout.at("classifier", 0.0)
 
 
 def bicubic(old: int, new: int, antialias: bool) -> np.ndarray:
@@ -89,7 +92,12 @@ class Projection(Module):
                 f"pixels must be (batch, {channels}, height, width), got {tuple(pixels.shape)}; the model takes images "
                 f"of {channels} channels"
             )
-        batch, _, height, length = pixels.shape
+        if None in pixels.shape[2:]:
+            raise InputError(
+                f"the function is being traced for pixels {tuple(pixels.shape)}: height and width must be known, as "
+                f"position embeddings are resized for them; only the batch can be None"
+            )
+        batch, _, height, length = xp.shape(pixels)
         if not height or not length or height % high or length % wide:
             raise InputError(
                 f"the image is {height} x {length} pixels, which patches of {high} x {wide} do not divide; resize or "
@@ -148,7 +156,7 @@ class Embeddings(Module):
         projection = self.patch_embeddings.projection
         xp.expect(pixels=pixels, projection=projection.weight)
         x = projection(xp, pixels)
-        (batch, _, width), (high, wide) = x.shape, projection.weight.shape[2:]
+        (batch, _, width), (high, wide) = xp.shape(x), projection.weight.shape[2:]
         grid = (pixels.shape[2] // high, pixels.shape[3] // wide)
         before = [token for token in (self.cls_token, self.distillation_token) if token is not None]
         positions, dtype = self.position_embeddings, xp.dtype(x)
@@ -174,10 +182,10 @@ class SelfAttention(Module):
     dropout: Dropout
 
     def __call__(self, xp: Backend, x: Array, collected: Collected | None) -> Array:
-        batch, time, width = x.shape
+        batch, time, width = xp.shape(x)
 
         def heads(y: Array) -> Array:
-            return xp.transpose(xp.reshape(y, (batch, time, self.heads, -1)), (0, 2, 1, 3))  # B H T h
+            return xp.transpose(xp.reshape(y, (batch, time, self.heads, width // self.heads)), (0, 2, 1, 3))  # B H T h
 
         q, k, v = heads(self.query(xp, x)), heads(self.key(xp, x)), heads(self.value(xp, x))
         scale = (width // self.heads) ** -0.5
@@ -287,7 +295,7 @@ class ImageModel(Module):
         return self.head(xp, self.pooled(xp, hidden))
 
     def _dropped(self, xp: Backend, pooled: Array) -> Array:
-        return Dropout.at("classifier", self.config.classifier_dropout)(xp, pooled)
+        return xp.dropout(pooled, self.config.classifier_dropout, _CLASSIFIER.salt)
 
     def _classify(self, xp: Backend, pooled: Array) -> Array:
         if self.classifier is None:

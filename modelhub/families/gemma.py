@@ -368,7 +368,7 @@ class Decoder(Module):
         dtype = xp.dtype(x)
         x = x * _rounded(cfg.hidden_size**0.5, dtype)
         context = decoder.decoder_context(
-            xp, ids.shape[1], dtype, cfg.rope_frequencies(), cfg.windows(), start, cache, positions, segments
+            xp, xp.shape(ids)[1], dtype, cfg.rope_frequencies(), cfg.windows(), start, cache, positions, segments
         )
         return self.norm(xp, decoder.run_layers(xp, self.layers, x, context))
 
@@ -376,6 +376,9 @@ class Decoder(Module):
 def _rounded(value: float, dtype: str) -> float:
     """The value as the model's dtype holds it: Gemma was trained with sqrt(D) rounded to bfloat16."""
     return float(np.asarray(value, np.float32).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
+
+
+_rounded._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch.compiler.assume_constant_result
 
 
 @dataclass

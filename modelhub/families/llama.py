@@ -236,7 +236,7 @@ class Decoder(Module):
         x = self.embed_tokens(xp, ids)
         frequencies, windows = {cfg.kind: cfg.rope.frequencies(cfg.head_dim)}, {cfg.kind: cfg.sliding_window}
         context = decoder.decoder_context(
-            xp, ids.shape[1], xp.dtype(x), frequencies, windows, start, cache, positions, segments
+            xp, xp.shape(ids)[1], xp.dtype(x), frequencies, windows, start, cache, positions, segments
         )
         return self.norm(xp, decoder.run_layers(xp, self.layers, x, context))
 

@@ -245,6 +245,10 @@ class Engine:
             buffers = {name: self.xp.concat([buffer, room[name]], axis=2) for name, buffer in buffers.items()}
         return buffers, reused
 
+    def forget(self) -> None:
+        """Drop the last prompt's cache: the weights that it was computed with may have been written to."""
+        self._kept = None
+
     def _keep(self, params: Params, prompts: list[list[int]], rows: int, fed: list[Array], cache: Params) -> None:
         if rows == 1:
             self._kept = (params, prompts[0] + [int(self.xp.get(token)[0]) for token in fed], cache)

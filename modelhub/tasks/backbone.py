@@ -3,16 +3,20 @@
 import dataclasses
 import functools
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
+from weakref import WeakValueDictionary
 
 import numpy as np
 
+from modelhub.core import custom
 from modelhub.core.backends import get_backend, of
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.lora import MARK
@@ -24,8 +28,8 @@ from modelhub.hub.files import licence_files
 from modelhub.hub.preset import Preset
 from modelhub.hub.provenance import PRESET, Provenance, read_provenance
 from modelhub.hub.sources import HubSource
-from modelhub.tasks.adapters import Adapters
-from modelhub.tasks.loading import choose_dtype, load_params, opened, random_params
+from modelhub.tasks.loading import Source, choose_dtype, customised, load_params, opened, random_params, try_layers
+from modelhub.tasks.moving import Movable
 
 log = logging.getLogger("modelhub")
 
@@ -47,14 +51,18 @@ class Origin:
 RANDOM = Origin(Provenance(from_scratch=True))  # weights that nothing was loaded into
 
 
-class Backbone(Adapters):
+class Backbone(Movable):
     """model: the abstract skeleton; params: {Hugging Face name: array}; xp: the backend they are on.
 
     provenance: where the weights come from, and what they were trained on. identity, licence_files: see Origin.
     untouched: the folder or file that they were loaded from, for as long as nothing has replaced them.
+    layers: {pattern: name} of the user's own in it; see CausalLM.from_preset. new_layers: where those stand that came
+    into the model as it was loaded, and not out of its files.
     """
 
     untouched: Path | None = None
+    layers: Mapping[str, str] = MappingProxyType({})
+    new_layers: tuple[str, ...] = ()
 
     def __init__(
         self, model: Any, params: Params, xp: Backend, config: Any, dtype: str,
@@ -67,6 +75,7 @@ class Backbone(Adapters):
         self.provenance, self.identity = origin.provenance, origin.identity
         self.licence_files = dict(origin.licence_files)
         self.adapters, self.active_adapter, self._replaced = {}, None, {}
+        self._borrowed, self._outside = WeakValueDictionary(), WeakValueDictionary()
         self._params: Params = {}
         self._use(model, params)
 
@@ -74,6 +83,10 @@ class Backbone(Adapters):
         self.model, identity = model, self.identity
         self.params = params
         self.identity = identity  # the same weights, with or without an adapter
+        self._compile()
+
+    def _compile(self) -> None:
+        model = self.model
         image = hasattr(model, "encode")  # images mostly have one size, texts have any
         forward = _encoded if image else hidden_states
         self._hidden = self.xp.compile(functools.partial(forward, self.xp), model, hot=None if image else False)
@@ -91,21 +104,31 @@ class Backbone(Adapters):
         token: str | None = None,
         cache_dir: str | None = None,
         load_weights: bool = True,
-        attention: Callable | None = None,
+        attention: Callable | str | None = None,
+        layers: Mapping[str, str] | None = None,
         seed: int = 0,
     ) -> Self:
         """As CausalLM.from_preset, without the tokenizer."""
+        backend = measured(backend, preset, "backbone", device, dtype, revision, offline, token, cache_dir)
         xp = backend_with(backend, device, attention)
         with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
-            return cls.from_source(source, xp, dtype, load_weights, seed)
+            return cls.from_source(source, xp, dtype, load_weights, seed, layers)
 
     @classmethod
-    def from_source(cls, source: Any, xp: Backend, dtype: str | None, load_weights: bool, seed: int) -> Self:
+    def from_source(
+        cls, source: Source, xp: Backend, dtype: str | None, load_weights: bool, seed: int,
+        layers: Mapping[str, str] | None = None,
+    ) -> Self:  # fmt: skip
+        source, before = customised(source, layers, xp)
         dtype = choose_dtype(dtype, xp, source)
-        params = load_params(source, xp, dtype) if load_weights else random_params(source.model, xp, dtype, seed)
+        params = load_params(source, xp, dtype, seed) if load_weights else random_params(source.model, xp, dtype, seed)
+        try_layers(source, xp, params, before)
         origin = provenance_of(source.preset) if load_weights else RANDOM
+        if source.new_layers:  # with these they are nowhere else
+            origin = dataclasses.replace(origin, identity=None)
         backbone = cls(source.model, params, xp, source.config, dtype, origin)
-        backbone.untouched = source.preset.path if load_weights else None
+        backbone.untouched = source.preset.path if load_weights and not source.new_layers else None
+        backbone.layers, backbone.new_layers = source.layers, source.new_layers
         return backbone
 
     @property
@@ -121,6 +144,11 @@ class Backbone(Adapters):
             self.identity = None  # trained, or put there by the user
         self._params = params
         self.untouched = None
+
+    @property
+    def module(self) -> Any:
+        """The model with its arrays: a tree of Modules, called as module(xp, ...)."""
+        return bind(self.model, self.params)
 
     @property
     def num_parameters(self) -> int:
@@ -203,10 +231,24 @@ class Backbone(Adapters):
         return int(np.prod(array.shape))
 
 
-def backend_with(name: str | None, device: str | None, attention: Callable | None) -> Backend:
+def backend_with(name: str | None, device: str | None, attention: Callable | str | None) -> Backend:
     """A backend, with the user's own attention function if there is one."""
-    xp = get_backend(name, device)
-    return xp if attention is None else xp.with_attention(attention)
+    return custom.with_attention(get_backend(name, device), attention)
+
+
+def measured(
+    backend: str | None, preset: str | os.PathLike[str], task: str, device: str | None, dtype: str | None,
+    revision: str | None, offline: bool, token: str | None, cache_dir: str | None,
+) -> str | None:  # fmt: skip
+    """The backend that "fastest" means; any other name as it is."""
+    if backend != "fastest":
+        return backend
+    from modelhub.tasks.bench import fastest
+
+    return fastest(
+        preset, task=task, device=device, dtype=dtype, revision=revision, offline=offline, token=token,
+        cache_dir=cache_dir,
+    )  # fmt: skip
 
 
 def _encoded(xp: Backend, model: Any, pixels: Array) -> Array:

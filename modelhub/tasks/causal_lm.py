@@ -1,17 +1,17 @@
 """CausalLM: text in, text out. One of the few objects with state; everything below it is functions."""
 
 import itertools
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from modelhub.core import custom
 from modelhub.errors import InputError, ModelhubError
 from modelhub.generation.beam import BeamOptions
 from modelhub.generation.decode import Engine
@@ -19,59 +19,11 @@ from modelhub.generation.sampling import Sampler
 from modelhub.generation.text import TextRow
 from modelhub.processing.chat_template import ChatTemplate
 from modelhub.processing.tokenizer import Tokenizer
-from modelhub.tasks.backbone import Backbone, backend_with
+from modelhub.tasks.answers import Generation, RunStats, Score
+from modelhub.tasks.backbone import Backbone, backend_with, measured
 from modelhub.tasks.finetuning import FineTuning, Preprocessor
 from modelhub.tasks.loading import opened
 from modelhub.tasks.saving import write_json
-
-
-@dataclass(frozen=True)
-class RunStats:
-    """What the last call of generate did. Seconds are wall time from the call on.
-
-    reused_tokens: how many tokens of the prompt were in the cache of the call before, and not computed again.
-    tokens_per_second: all rows together, from the second step on: what comes before is reading the prompt and, on
-    backends that compile, compiling. 0 if there were no more than two steps.
-    """
-
-    prompt_tokens: int
-    reused_tokens: int
-    new_tokens: int
-    seconds_to_first_token: float
-    seconds: float
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer with its numbers.
-
-    logprobs: the model's log-probability of each token, before penalties, temperature and truncation; None for beams.
-    score: their sum; for beams the sum over length ** length_penalty, the end token included.
-    """
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float] | None
-    score: float
-
-
-@dataclass(frozen=True)
-class Score:
-    """logprobs: the log-probability of each token after the first, given those before it."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-
-    @property
-    def total(self) -> float:
-        return float(sum(self.logprobs))
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean negative log-probability per token."""
-        return math.exp(-self.total / len(self.logprobs))
 
 
 class _Rendered(str):
@@ -111,25 +63,32 @@ class CausalLM(FineTuning):
         token: str | None = None,
         cache_dir: str | None = None,
         load_weights: bool = True,
-        attention: Callable | None = None,
+        attention: Callable | str | None = None,
+        layers: Mapping[str, str] | None = None,
         seed: int = 0,
     ) -> Self:
         """Load a model.
 
         preset: a registry name, a Hugging Face folder, a .gguf file, or hf://org/repo[@revision].
         backend: "jax", "torch", "tensorflow" or "numpy"; None: set_backend(), else $MODELHUB_BACKEND, else an installed
-            one that sees an accelerator, else the first installed of these.
+            one that sees an accelerator, else the first installed of these. "fastest": the one that measures fastest
+            here with this model; see `modelhub bench`.
         device: "cpu", "gpu", "gpu:1", "tpu", "mps"; None: the best present.
         dtype: "float32", "bfloat16" or "float16"; None: float32 on CPU, the checkpoint's own elsewhere.
         load_weights: False gives random weights drawn from `seed`, equal on all backends.
-        attention: fn(q, k, v, mask, scale=scale) on arrays of the backend, in place of ours; q (B, heads, T, h), k and
-            v (B, key heads, S, h), mask None or bool (B, 1, T, S).
+        attention: fn(q, k, v, mask, scale=scale) on arrays of the backend, or fn(xp, q, k, v, mask, scale=scale)
+            written once, or the name of a registered one, in place of ours; q (B, heads, T, h), k and v (B, key heads,
+            S, h), mask None or bool (B, 1, T, S).
+        layers: {pattern: name of a registered layer}, see modelhub.register: these take the places that the pattern
+            means: dotted names ("model.layers.0.mlp"), ends of them ("mlp"), patterns ("model.layers.*.mlp").
+            Parameters that the checkpoint has under the same name and shape are loaded, the others drawn from `seed`.
 
         Raises PresetNotFound, CheckpointError, ConfigError, TokenizerError, BackendNotInstalled, DeviceError,
         DownloadError; whatever fails, nothing half-loaded is left.
         """
-        xp = backend_with(backend, device, attention)
         preset = os.fspath(preset)
+        backend = measured(backend, preset, cls.task, device, dtype, revision, offline, token, cache_dir)
+        xp = backend_with(backend, device, attention)
         with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
             if hasattr(source.model, "encode"):
                 raise InputError(
@@ -137,15 +96,22 @@ class CausalLM(FineTuning):
                     "Backbone for its features"
                 )
             tokenizer = source.tokenizer()
-            backbone = Backbone.from_source(source, xp, dtype, load_weights, seed)
+            backbone = Backbone.from_source(source, xp, dtype, load_weights, seed, layers)
         return cls(backbone, tokenizer, source.generation_config, preset)
 
     @property
     def _engine(self) -> Engine:
-        """Another skeleton, with or without an adapter, needs other programs."""
-        if self._generator is None or self._generator.skeleton is not self.backbone.model:
-            self._generator = Engine(self.backbone.xp, self.backbone.model, self.backbone.dtype)
-        return self._generator
+        """Another skeleton, with or without an adapter, needs other programs, and so does another backend."""
+        xp, model, dtype = self.backbone.xp, self.backbone.model, self.backbone.dtype
+        kept = self._generator
+        if kept is None or kept.xp is not xp or kept.skeleton is not model or kept.cache_dtype != dtype:
+            kept = self._generator = Engine(xp, model, dtype)
+        if self.backbone.shared:
+            kept.forget()
+        return kept
+
+    def _forget(self) -> None:
+        self._generator = None
 
     def __repr__(self) -> str:
         return f"CausalLM({self.preset!r}, backend={self.backend!r}, device={self.device!r}, dtype={self.dtype!r})"
@@ -159,7 +125,7 @@ class CausalLM(FineTuning):
         prompt: str | Sequence[str],
         max_new_tokens: int = 64,
         *,
-        sampler: Callable | None = None,
+        sampler: Callable | str | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -183,7 +149,8 @@ class CausalLM(FineTuning):
         logit_bias are those of modelhub.generation.sampling.Sampler, which names their sources.
 
         sampler: the user's own choice of tokens, function(logits) -> token ids on the arrays of the model's backend,
-            logits (rows, vocabulary) float32, ids (rows,); or function(xp, logits, uniform), written once for all.
+            logits (rows, vocabulary) float32, ids (rows,); or function(xp, logits, uniform), written once for all; or
+            the name of a registered one.
         num_beams: beam search as in transformers, without sampling.
         num_return_sequences: that many answers per prompt, in a list.
         stop: string(s) that end the text and are not part of it.
@@ -207,21 +174,22 @@ class CausalLM(FineTuning):
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias,
         )  # fmt: skip
+        own = None if sampler is None else custom.given("sampler", sampler, self.backend)
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         room = self._room(ids, max_new_tokens)
         if num_return_sequences < 1:
             raise InputError(f"num_return_sequences must be 1 or more, got {num_return_sequences}")
         if num_beams != 1:
-            if sampler or stops or settings.features:
+            if own or stops or settings.features:
                 raise InputError("num_beams cannot be combined with sampling, penalties, logit_bias, sampler or stop")
             answers = self._beam_search(ids, room, num_beams, num_return_sequences)
         else:
             rows = [
-                TextRow(self._tokenizer.stream(), self._stop_ids, stops)
+                TextRow(self._tokenizer.stream(), self.stop_ids, stops)
                 for _ in range(len(prompts) * num_return_sequences)
             ]
             pieces = self._run(
-                ids, rows, room, settings, seed, copies=num_return_sequences, logprobs=logprobs, custom=sampler
+                ids, rows, room, settings, seed, copies=num_return_sequences, logprobs=logprobs, custom=own
             )
             if stream:
                 return itertools.chain(prompts if echo else [], pieces)
@@ -299,13 +267,13 @@ class CausalLM(FineTuning):
                 f"many beams as answers"
             )
         options = BeamOptions(
-            num_beams, room, self._stop_ids, float(self.generation_config.get("length_penalty") or 1.0),
+            num_beams, room, self.stop_ids, float(self.generation_config.get("length_penalty") or 1.0),
             self.generation_config.get("early_stopping") or False,
         )  # fmt: skip
         answers = []
         for beams in self._engine.beam_search(self.params, ids, options):
             for tokens, score in zip(beams.finished[:wanted], beams.finished_scores[:wanted], strict=True):
-                kept = [token for token in tokens if token not in self._stop_ids]
+                kept = [token for token in tokens if token not in self.stop_ids]
                 answers.append(Generation(self._tokenizer.decode(kept), kept, None, float(score)))
         return answers
 
@@ -356,7 +324,7 @@ class CausalLM(FineTuning):
         return frozenset([token for token in after if token in self._tokenizer.special_ids][:1])
 
     @property
-    def _stop_ids(self) -> frozenset[int]:
+    def stop_ids(self) -> frozenset[int]:
         """generation_config's end tokens (a list in instruct presets), else the config's, else the tokenizer's.
 
         And in presets that chat, the end of a turn.

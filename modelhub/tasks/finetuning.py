@@ -37,7 +37,7 @@ class FineTuning(Trainable):
 
     def compile(
         self, optimizer: Any = "adamw", learning_rate: float | None = None, schedule: Any = None,
-        weight_decay: float = 0.0, clip_norm: float | None = None, loss: head.Loss | None = None,
+        weight_decay: float = 0.0, clip_norm: float | None = None, loss: head.Loss | str | None = None,
         metrics: Sequence[str] = ("accuracy",), mixed_precision: str | None = None,
         matmul_precision: str | None = None, remat: bool = False, jit: bool | None = None,
     ) -> None:  # fmt: skip
@@ -48,7 +48,8 @@ class FineTuning(Trainable):
         learning_rate: of the first step after warm-up; None: the optimizer object's own, else 5e-5. schedule:
             "constant", "linear", "cosine", an object of modelhub.optim, or a function (step, total_steps) -> factor.
         clip_norm: the largest norm of all gradients together. loss: the user's own, loss(logits, labels) -> losses per
-            position, on arrays of the backend, in place of cross entropy.
+            position, on arrays of the backend, in place of cross entropy; or loss(xp, logits, labels), written once
+            for all; or the name of a registered one, see modelhub.register.
         metrics: "accuracy", the share of positions whose likeliest token is the label, is all there is.
         mixed_precision: "mixed_bfloat16" or "mixed_float16" compute in 16 bits and keep what is trained in float32;
             float16 with a loss scale. matmul_precision: "highest", or "high" for TF32 on NVIDIA.
@@ -87,6 +88,8 @@ class FineTuning(Trainable):
             also on another backend. save_steps: steps between checkpoints; None: two minutes, and each epoch's end.
         verbose: print what will be trained on, and the progress.
 
+        After the same `compile` a second call goes on with the optimizer's state and its count of steps, also after
+        `to`; schedules begin anew. `compile` drops that state, and with it its memory.
         Raises DataError, ConfigError, NoGradients (numpy), ResumeError, TrainingError (a loss that is not a number).
         """
         compiled, plan = self._ready(

@@ -16,9 +16,9 @@ from modelhub.errors import InputError
 from modelhub.families import vit
 from modelhub.processing.image import ImageProcessor
 from modelhub.processing.image_reading import as_list
-from modelhub.tasks.backbone import Backbone, backend_with, provenance_of
+from modelhub.tasks.backbone import RANDOM, Backbone, backend_with, measured, provenance_of
 from modelhub.tasks.image_training import ImageTraining
-from modelhub.tasks.loading import Source, choose_dtype, load_params, opened, random_params
+from modelhub.tasks.loading import Source, choose_dtype, customised, load_params, opened, random_params, try_layers
 from modelhub.training.image_examples import as_array
 from modelhub.training.images import channels_first, filled, prefetched
 
@@ -46,7 +46,7 @@ class ImageClassifier(ImageTraining):
             )
         self.backbone, self.preprocessor, self.preset = backbone, preprocessor, preset
         self._new_head = new_head
-        self._program: tuple[Any, Callable] | None = None
+        self._program: tuple[Any, Backend, Callable] | None = None
 
     @classmethod
     def from_preset(
@@ -63,7 +63,8 @@ class ImageClassifier(ImageTraining):
         token: str | None = None,
         cache_dir: str | None = None,
         load_weights: bool = True,
-        attention: Callable | None = None,
+        attention: Callable | str | None = None,
+        layers: Mapping[str, str] | None = None,
         seed: int = 0,
     ) -> Self:
         """Load a model; with a new head, drawn from `seed`, where num_classes or labels are given.
@@ -72,8 +73,9 @@ class ImageClassifier(ImageTraining):
         arrays (B, heads, T, width of a head), in place of ours, such as torch's scaled_dot_product_attention. The rest
         as in CausalLM.from_preset, with the same errors; InputError for a preset without a head if none is asked for.
         """
-        xp = backend_with(backend, device, attention)
         preset = os.fspath(preset)
+        backend = measured(backend, preset, cls.task, device, dtype, revision, offline, token, cache_dir)
+        xp = backend_with(backend, device, attention)
         with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
             if not hasattr(source.model, "encode"):
                 raise InputError(
@@ -83,10 +85,12 @@ class ImageClassifier(ImageTraining):
             processor = ImageProcessor.from_folder(source.preset.path) if told else None
             count = _count(num_classes, labels)
             if count is None:
-                backbone = Backbone.from_source(source, xp, dtype, load_weights, seed)
+                backbone = Backbone.from_source(source, xp, dtype, load_weights, seed, layers)
             else:
-                backbone = _with_new_head(source, xp, dtype, load_weights, seed, count, labels)
-        return cls(backbone, processor, preset, new_head=count is not None or not load_weights)
+                backbone = _with_new_head(source, xp, dtype, load_weights, seed, count, labels, layers)
+        encoder = f"{backbone.config.model_type}."
+        new_head = any(not place.startswith(encoder) for place in backbone.new_layers)
+        return cls(backbone, processor, preset, new_head=new_head or count is not None or not load_weights)
 
     @classmethod
     def from_config(
@@ -192,15 +196,18 @@ class ImageClassifier(ImageTraining):
         xp, model = self.backbone.xp, self.backbone.model
         # On a processor the products take nearly all the time, and a compiler makes them little faster.
         hot = True if xp.device != "cpu" else None
-        if self._program is None or self._program[0] is not model:
-            self._program = model, xp.compile(functools.partial(_classified, xp), model, hot=hot)
+        if self._program is None or self._program[0] is not model or self._program[1] is not xp:
+            self._program = model, xp, xp.compile(functools.partial(_classified, xp), model, hot=hot)
         params = self.params if params is None else params
         for pixels in batches:
             count = len(pixels)
             if hot or xp.traced:  # few shapes are compiled
                 pixels = filled(pixels, np.zeros(count), 1 << (count - 1).bit_length())["pixels"]
-            pooled, logits = self._program[1](params, xp.put(pixels))
+            pooled, logits = self._program[2](params, xp.put(pixels))
             yield np.array(xp.get(pooled)[:count]), np.array(xp.get(logits)[:count])
+
+    def _forget(self) -> None:
+        self._program = None
 
     # --- saving -------------------------------------------------------------------------------------------------
 
@@ -264,21 +271,27 @@ class _Headless:
 
 def _with_new_head(
     source: Source, xp: Backend, dtype: str | None, load_weights: bool, seed: int, count: int,
-    labels: Sequence[str] | None,
+    labels: Sequence[str] | None, layers: Mapping[str, str] | None,
 ) -> Backbone:  # fmt: skip
-    """The source's encoder under a head of its own kind, for other classes."""
+    """The source's encoder under a head of its own kind, or of the user's, for other classes."""
     named = {"id2label": dict(enumerate(labels)) if labels else None, "label2id": None}
     config = dataclasses.replace(source.config, num_labels=count, **named)
-    model = type(source.model).abstract(config)
+    plain = type(source.model).abstract(config)
+    heads = {name for whole in (source.model, plain) for name, part in children(whole) if isinstance(part, Linear)}
     dtype = choose_dtype(dtype, xp, source)
-    if not load_weights:
-        return Backbone(model, random_params(model, xp, dtype, seed), xp, config, dtype)
-    heads = {name for whole in (source.model, model) for name, part in children(whole) if isinstance(part, Linear)}
-    encoder: Any = dataclasses.replace(model, **dict.fromkeys(heads))
-    names: Any = _Headless(source.names, tuple(f"{name}." for name in heads))
-    params = load_params(dataclasses.replace(source, model=encoder, names=names), xp, dtype)
-    for name, spec in flatten(model).items():
-        if name not in params:
-            params[name] = xp.put(initial_value(name, spec, seed).astype(dtype, copy=False))
-    origin = dataclasses.replace(provenance_of(source.preset), identity=None)  # with this head they are nowhere else
-    return Backbone(model, params, xp, config, dtype, origin)
+    source, before = customised(dataclasses.replace(source, config=config, model=plain), layers, xp)
+    model, origin = source.model, RANDOM
+    if load_weights:
+        encoder: Any = dataclasses.replace(model, **dict.fromkeys(heads))
+        names: Any = _Headless(source.names, tuple(f"{name}." for name in heads))
+        params = load_params(dataclasses.replace(source, model=encoder, names=names), xp, dtype, seed)
+        for name, spec in flatten(model).items():
+            if name not in params:
+                params[name] = xp.put(initial_value(name, spec, seed).astype(dtype, copy=False))
+        origin = dataclasses.replace(provenance_of(source.preset), identity=None)  # as it is now it is nowhere else
+    else:
+        params = random_params(model, xp, dtype, seed)
+    try_layers(source, xp, params, before)
+    backbone = Backbone(model, params, xp, config, dtype, origin)
+    backbone.layers, backbone.new_layers = source.layers, source.new_layers
+    return backbone

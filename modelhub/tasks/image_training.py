@@ -74,7 +74,7 @@ class ImageTraining(Trainable):
 
     def compile(
         self, optimizer: Any = "adamw", learning_rate: float | None = None, schedule: Any = None,
-        weight_decay: float = 0.0, clip_norm: float | None = None, loss: Loss | None = None,
+        weight_decay: float = 0.0, clip_norm: float | None = None, loss: Loss | str | None = None,
         metrics: Sequence[str] = ("accuracy", "top5_accuracy"), mixed_precision: str | None = None,
         matmul_precision: str | None = None, remat: bool = False, jit: bool | None = None,
         *, label_smoothing: float = 0.0,
@@ -82,7 +82,8 @@ class ImageTraining(Trainable):
         """Say how to train; see CausalLM.compile for what is not said here. Raises ConfigError.
 
         loss: loss(logits, labels) -> one loss per image, logits (B, classes) float32, labels (B,) int32, or where they
-            are soft (B, classes). metrics: "accuracy", and "top5_accuracy" with any number in place of 5.
+            are soft (B, classes); or loss(xp, logits, labels), or the name of a registered one.
+        metrics: "accuracy", and "top5_accuracy" with any number in place of 5.
         label_smoothing: the share of each label that is spread over all classes.
         """
         learning: dict[str, Any] = {"label_smoothing": label_smoothing, "metrics": tuple(metrics)}
@@ -121,7 +122,8 @@ class ImageTraining(Trainable):
             many epochs. None: what `freeze_backbone()` said, else False. With an adapter, that is what is trained, and
             the head if it is new.
         on_error: what to do about images that cannot be read: "raise", or "skip" with a warning that names them.
-        checkpoint_dir, resume, save_steps, seed, callbacks, verbose: as in CausalLM.fit.
+        checkpoint_dir, resume, save_steps, seed, callbacks, verbose, and what a second call goes on with: as in
+            CausalLM.fit.
 
         Raises DataError and InputError (which name the file), ConfigError, NoGradients (numpy), ResumeError,
         TrainingError (a loss that is not a number).

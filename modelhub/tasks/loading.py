@@ -1,17 +1,20 @@
 """From a resolved preset to a model on a backend: config, names, shapes checked, then weights tensor by tensor."""
 
 import contextlib
+import dataclasses
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
 
+from modelhub.core import custom
 from modelhub.core.backends.base import Backend
 from modelhub.core.tree import Module, Params, check, flatten, initial_value
 from modelhub.errors import CheckpointError, ConfigError, InputError
@@ -25,18 +28,29 @@ from modelhub.hub.kerashub import H5Checkpoint, has_weights, is_kerashub, open_k
 from modelhub.hub.preset import Preset, resolve
 from modelhub.processing.tokenizer import Tokenizer
 
+log = logging.getLogger("modelhub")
+
 LARGEST_JSON = 10_000_000  # bytes of a config
 DTYPES = ("float32", "bfloat16", "float16")
+LAYERS = "modelhub_layers"  # in config.json: {pattern: name} of layers of the user's own
 
 
 @dataclass
 class Source(ABC):
-    """An opened preset: everything that can be known of it without reading weights. Close it after loading."""
+    """An opened preset: everything that can be known of it without reading weights. Close it after loading.
+
+    layers: {pattern: name} of the user's own, which are in `model` once `customised` has put them there; new_layers:
+    where those stand that the files know nothing of, so that their parameters may be missing there.
+    """
+
+    kind: ClassVar[str]  # of its names, as a family's `names` takes it
 
     preset: Preset
     config: Any  # the family's Config
     model: Any  # the abstract skeleton of the family's Model
     names: NameMap
+    layers: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    new_layers: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def generation_config(self) -> dict[str, Any]:
@@ -53,6 +67,8 @@ class Source(ABC):
 
 
 class HuggingFaceSource(Source):
+    kind = "hf"
+
     @property
     def generation_config(self) -> dict[str, Any]:
         generation = _read_json(self.preset.path / "generation_config.json") or {}
@@ -68,6 +84,7 @@ class HuggingFaceSource(Source):
 
 @dataclass
 class GGUFSource(Source):
+    kind = "gguf"
     gguf: GGUFFile
 
     def tokenizer(self) -> Tokenizer:
@@ -82,6 +99,7 @@ class GGUFSource(Source):
 
 @dataclass
 class KerasHubSource(Source):
+    kind = "keras"
     weights: Checkpoint | None
 
     @property
@@ -140,9 +158,13 @@ def open_preset(preset: Preset) -> Source:
 
 
 def _open_hf(preset: Preset, data: dict[str, Any]) -> Source:
+    layers = data.pop(LAYERS, None) or {}
+    if not isinstance(layers, dict) or not all(isinstance(name, str) for name in layers.values()):
+        raise ConfigError(f"{preset.path}: {LAYERS} must be {{pattern: name of a layer}}, found {layers!r:.200}")
     family = family_of(data.get("model_type"))
     config = family.Config.from_hf(data)
-    return HuggingFaceSource(preset, config, family.Model.abstract(config), family.names("hf", config))
+    names = family.names("hf", config)
+    return HuggingFaceSource(preset, config, family.Model.abstract(config), names, layers=layers)
 
 
 def _open_gguf(preset: Preset) -> Source:
@@ -219,8 +241,47 @@ def choose_dtype(dtype: str | None, xp: Backend, source: Source) -> str:
     return dtype
 
 
-def load_params(source: Source, xp: Backend, dtype: str) -> Params:
-    """All weights, read one tensor at a time; nothing is read before all names and shapes are checked."""
+def customised(source: Source, asked: Mapping[str, str] | None, xp: Backend) -> tuple[Source, dict[str, Module]]:
+    """The source with its own layers and those that are asked for in its model, and what they are in place of.
+
+    Raises ConfigError: see custom.replaced.
+    """
+    if asked is not None and not isinstance(asked, Mapping):
+        raise ConfigError(f"layers must be {{pattern: name of a registered layer}}, got {asked!r}")
+    new = {pattern: name for pattern, name in (asked or {}).items() if source.layers.get(pattern) != name}
+    layers = {pattern: name for pattern, name in source.layers.items() if pattern not in new} | new
+    if not layers:
+        return source, {}
+    if getattr(source.config, "tie_word_embeddings", False) and any(custom.means(at, "lm_head") for at in layers):
+        # A head of its own needs a place of its own: it starts from the table of the embeddings.
+        config = dataclasses.replace(source.config, tie_word_embeddings=False)
+        names = family_of(config.model_type).names(source.kind, config)
+        source = dataclasses.replace(source, config=config, names=names, model=type(source.model).abstract(config))
+    model, before = custom.replaced(source.model, layers, xp.name)
+    fresh = tuple(place for place in before if any(custom.means(pattern, place) for pattern in new))
+    return dataclasses.replace(source, model=model, layers=layers, new_layers=fresh), before
+
+
+def try_layers(source: Source, xp: Backend, params: Params, before: Mapping[str, Module]) -> None:
+    """Run the model once on next to nothing, for what is wrong with layers of the user's own: a ConfigError."""
+    if not before:
+        return
+    model, config = custom.watched(xp, source.model, params, before), source.config
+    if not hasattr(model, "encode"):
+        model.logits(xp, model.model(xp, xp.array([[0, 1]], "int32")))
+        return
+    sides = (rows * side for rows, side in zip(config.grid, config.patch, strict=True))
+    pixels = xp.zeros((1, config.num_channels, *sides), xp.dtype(next(iter(params.values()))))
+    hidden = model.encode(xp, pixels)
+    if config.num_labels:
+        model.logits(xp, hidden)
+
+
+def load_params(source: Source, xp: Backend, dtype: str, seed: int = 0) -> Params:
+    """All weights, read one tensor at a time; nothing is read before all names and shapes are checked.
+
+    Parameters of new layers that the files do not have, or have in another shape, start from (seed, name).
+    """
     where = str(source.preset.path)
     checkpoint = source.checkpoint()
     try:
@@ -233,7 +294,8 @@ def load_params(source: Source, xp: Backend, dtype: str) -> Params:
                 raise CheckpointError(f"{where}: tensors {plan[ours][0]!r} and {theirs!r} are both {ours!r}")
             plan[ours] = (theirs, via)
         shapes = {ours: via.our_shape(checkpoint.tensors[theirs].shape) for ours, (theirs, via) in plan.items()}
-        check(source.model, shapes, where)
+        new = _new_params(source, plan, shapes)
+        check(source.model, shapes | {name: spec.shape for name, spec in new.items()}, where)
 
         def read(theirs: str, via: Any) -> np.ndarray:
             if via is KEEP:
@@ -243,9 +305,35 @@ def load_params(source: Source, xp: Backend, dtype: str) -> Params:
         progress = tqdm(
             plan.items(), desc=f"loading {source.preset.name}", unit="tensor", delay=2, leave=False, disable=None
         )
-        return {ours: xp.put(read(theirs, via)) for ours, (theirs, via) in progress}
+        params = {ours: xp.put(read(theirs, via)) for ours, (theirs, via) in progress}
     finally:
         checkpoint.close()
+    for name, spec in new.items():
+        table = params.get("model.embed_tokens.weight")
+        if name == "lm_head.weight" and table is not None and tuple(table.shape) == spec.shape:
+            params[name] = xp.copy(table)  # the head was tied to it
+        else:
+            params[name] = xp.put(initial_value(name, spec, seed).astype(dtype, copy=False))
+    return params
+
+
+def _new_params(source: Source, plan: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Specs of what the files lack, or have otherwise, of new layers; what those leave over goes from the plan."""
+    if not source.new_layers:
+        return {}
+    wanted: dict[str, Any] = flatten(source.model)
+    inside = tuple(f"{place}." for place in source.new_layers)
+    for name in [name for name in plan if name.startswith(inside)]:
+        if name not in wanted or wanted[name].shape != shapes[name]:
+            del plan[name], shapes[name]
+    theirs = [name for name in wanted if name.startswith(inside)]
+    new = {name: wanted[name] for name in theirs if name not in plan}
+    if new:
+        log.warning(
+            "%d of the %d parameters in layers of your own are not in the checkpoint and start anew: train all "
+            "weights, or these first, as an adapter alone leaves them as they are", len(new), len(theirs),
+        )  # fmt: skip
+    return new
 
 
 def random_params(model: Module, xp: Backend, dtype: str, seed: int) -> Params:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,9 @@ from tqdm import tqdm
 from modelhub.errors import CheckpointError, InputError
 from modelhub.hub.files import GENERATED, MODEL_FILES, replacing, save_tensors
 from modelhub.tasks.backbone import Backbone
+from modelhub.tasks.loading import LAYERS
+
+log = logging.getLogger("modelhub")
 
 MAX_SHARD_SIZE = 5_000_000_000
 _CARD = "README.md"
@@ -54,7 +58,11 @@ def write_backbone(
     written, not into those of the model. digests: gets the sha256 of each file of weights.
     """
     xp, dtype, get = backbone.xp, dtype or backbone.dtype, backbone.plain_param()
-    write_json(folder / "config.json", backbone.config.to_hf() | {"dtype": dtype, "torch_dtype": dtype})
+    facts = {"dtype": dtype, "torch_dtype": dtype} | ({LAYERS: dict(backbone.layers)} if backbone.layers else {})
+    write_json(folder / "config.json", backbone.config.to_hf() | facts)
+    if backbone.layers:
+        own = ", ".join(sorted(set(backbone.layers.values())))
+        log.warning("modelhub loads this model where its own layers (%s) are registered; transformers cannot", own)
     shapes = {name: (tuple(backbone.params[name].shape), dtype) for name in backbone.plain_names()}
     sizes = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (shape, _) in shapes.items()}
     with tqdm(total=sum(sizes.values()), desc=f"writing {folder.name}", unit="B", unit_scale=True, delay=2,

@@ -4,13 +4,13 @@ import dataclasses
 import logging
 import numbers
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from modelhub.core import head, optim
+from modelhub.core import custom, head, optim
 from modelhub.core.tree import Params
 from modelhub.errors import ConfigError, InputError
 from modelhub.tasks.backbone import Backbone
@@ -38,6 +38,17 @@ class Compiled:
     learning_rate: float | None  # None: the native optimizer's own
     schedule: Callable[[int, int | None], float]
     described: dict[str, Any]  # for checkpoints: what a resumed run must have in common
+    backend: str
+
+    def check_backend(self, name: str) -> None:
+        """Raise ConfigError for an optimizer or a loss of another framework than the backend `name`."""
+        if name != self.backend and not isinstance(self.settings.optimizer, optim.Optimizer):
+            raise ConfigError(
+                f"compile() was given {self.settings.optimizer!r}, which works on {self.backend} alone, and the model "
+                f'is on, or on its way to, {name}: call compile() with one of modelhub.optim first, such as "adamw"'
+            )
+        if self.settings.loss is not None:
+            custom.given("loss", self.settings.loss, name)
 
 
 class Trainable(Publishing):
@@ -72,6 +83,31 @@ class Trainable(Publishing):
     @params.setter
     def params(self, params: Params) -> None:
         self.backbone.params = params
+
+    @property
+    def optimizer_state(self) -> Params | None:
+        """{name: array of the backend}: what the optimizer remembers of the last `fit`, whose arrays the next one
+        consumes; None before the first and after `compile`."""
+        return None if self.backbone.optimizer is None else dict(self.backbone.optimizer.arrays)
+
+    def to(self, backend: str | None = None, device: str | None = None) -> Self:
+        """Move the task in place to another backend or device, and return it; see Backbone.to.
+
+        Raises besides ConfigError if `compile` was given an optimizer, or a loss, of the old backend's framework.
+        """
+        if (xp := self.backbone.destination(backend, device)) is not None:
+            if self._compiled is not None:
+                self._compiled.check_backend(xp.name)
+            self._forget()
+            self.backbone.hand_over(xp)
+        return self
+
+    def load_params(self, params: Mapping[str, Any]) -> None:
+        """Take over weights from a training loop of the user's own; see Backbone.load_params."""
+        self.backbone.load_params(params)
+
+    def _forget(self) -> None:
+        """Drop what holds on to the arrays."""
 
     def summary(self) -> None:
         """Print what the model is made of: parts, parameters, memory."""
@@ -120,7 +156,7 @@ class Trainable(Publishing):
 
     def _compile(
         self, optimizer: Any, learning_rate: float | None, schedule: Any, weight_decay: float, clip_norm: float | None,
-        loss: head.Loss | None, mixed_precision: str | None, matmul_precision: str | None, remat: bool,
+        loss: head.Loss | str | None, mixed_precision: str | None, matmul_precision: str | None, remat: bool,
         jit: bool | None, **more: Any,
     ) -> None:  # fmt: skip
         """more: what a resumed run must have in common besides."""
@@ -132,8 +168,8 @@ class Trainable(Publishing):
             raise ConfigError(f'matmul_precision must be "highest", "high" or None, got {matmul_precision!r}')
         if clip_norm is not None and not clip_norm > 0:
             raise ConfigError(f"clip_norm must be above 0, got {clip_norm!r}; None is for no clipping")
-        if loss is not None and not callable(loss):
-            raise ConfigError(f"loss must be a function (logits, labels) -> losses per position, got {loss!r}")
+        if loss is not None:
+            custom.given("loss", loss, xp.name)
         if not isinstance(learning_rate, numbers.Real | None):
             raise ConfigError(f"learning_rate must be a number, got {learning_rate!r}")
         native = xp.native_optimizer(optimizer)
@@ -157,7 +193,8 @@ class Trainable(Publishing):
             "optimizer": repr(chosen), "learning_rate": rate, "schedule": _described(found_schedule),
             "clip_norm": clip_norm, "loss": loss and _described(loss), "mixed_precision": mixed_precision,
         }  # fmt: skip
-        self._compiled = Compiled(settings, rate, found_schedule, described | more)
+        self._compiled = Compiled(settings, rate, found_schedule, described | more, xp.name)
+        self.backbone.optimizer = None
 
     def compile(self) -> None:
         raise NotImplementedError
@@ -172,6 +209,7 @@ class Trainable(Publishing):
             self.compile()
         compiled = self._compiled
         assert compiled is not None
+        compiled.check_backend(self.backend)
         plan = Plan(
             epochs, steps, grad_accum, compiled.learning_rate, compiled.schedule, checkpoint_dir, resume, save_steps
         )
@@ -193,6 +231,9 @@ class Trainable(Publishing):
             self.backbone.xp, self.backbone.model, self.params, names,
             dataclasses.replace(compiled.settings, seed=seed, dropout=dropout), objective,
         )  # fmt: skip
+        if (kept := self.backbone.optimizer) is not None:
+            arrays = {name: self.backbone.own(x) for name, x in kept.arrays.items()}
+            engine.take_up(dataclasses.replace(kept, arrays=arrays), self.backbone.active_adapter)
         total = plan.total_steps(train)
         if verbose:
             self._describe(train, engine, shape, total, free)
@@ -200,6 +241,7 @@ class Trainable(Publishing):
 
         def publish(trainable: Params) -> None:
             self.params = frozen | trainable
+            self.backbone.optimizer = engine.left(run.step, self.backbone.active_adapter)
 
         run = Run(
             engine, train, plan, model=self, publish=publish, validation=validation,
@@ -278,7 +320,9 @@ def _rate(optimizer: Any, learning_rate: float | None) -> float | None:
 
 
 def _described(function: Any) -> str:
-    """Equal in another process for the same function or object; without memory addresses."""
+    """Equal in another process for the same function, name or object; without memory addresses."""
+    if isinstance(function, str):
+        return function
     if dataclasses.is_dataclass(function):
         return repr(function)
     return getattr(function, "__qualname__", type(function).__qualname__)

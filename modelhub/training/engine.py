@@ -7,12 +7,12 @@ makes no difference into how many pieces a batch is cut, and accumulation over b
 import functools
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from modelhub.core import head, lora, optim
+from modelhub.core import custom, lora, optim
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Module, Params
 from modelhub.training.objectives import Batch, Objective, TextObjective, compute_dtype
@@ -24,13 +24,26 @@ class Settings:
 
     optimizer: Any = field(default_factory=lambda: optim.AdamW(5e-5))
     clip_norm: float | None = None
-    loss: head.Loss | None = None
+    loss: Any = None  # the user's own, or the name of a registered one
     compute_dtype: str | None = None
     matmul_precision: str | None = None
     remat: bool = False
     dropout: bool = False
     seed: int = 0
     jit: bool | None = None
+
+
+@dataclass
+class OptimizerState:
+    """What an optimizer remembers after `steps` steps, for the next run.
+
+    shapes: of the parameters that it trained, by name; adapter: the one that was active. They must be the same then.
+    """
+
+    arrays: Params
+    steps: int
+    shapes: dict[str, tuple[int, ...]]
+    adapter: str | None
 
 
 class Engine:
@@ -44,6 +57,7 @@ class Engine:
         self, xp: Backend, skeleton: Module, params: Params, trainable: Iterable[str], settings: Settings,
         objective: Objective | None = None,
     ):  # fmt: skip
+        settings = replace(settings, loss=custom.loss(settings.loss, xp))
         self.xp, self.settings = xp, settings
         self.objective = objective or TextObjective(skeleton.model.config)  # type: ignore[attr-defined]
         names = frozenset(trainable)
@@ -51,6 +65,7 @@ class Engine:
         self.frozen = {name: _compute(xp, settings, name, x) for name, x in params.items() if name not in names}
         self.trainable = {name: xp.copy(x) for name, x in params.items() if name in names}
         self.state: Params = settings.optimizer.init(xp, self.trainable)
+        self.offset = 0  # steps of runs before this one that the state has seen
         self.scaling = optim.LossScale() if self._dtype == "float16" else None
         if self.scaling:
             self.state |= {f"loss_scale/{key}": x for key, x in self.scaling.init(xp).items()}
@@ -68,6 +83,24 @@ class Engine:
         """Frozen and trainable in one dict."""
         return self.frozen | self.trainable
 
+    def take_up(self, kept: OptimizerState, adapter: str | None) -> None:
+        """Go on with the state of an earlier run, if it is of the same parameters. Its arrays are consumed."""
+        shapes = {name: tuple(x.shape) for name, x in self.trainable.items()}
+        same_slots = not self.state or self.state.keys() == kept.arrays.keys()  # torch's optimizers have none so far
+        if (kept.adapter, kept.shapes) != (adapter, shapes) or not same_slots:
+            return
+        xp, self.state, self.offset = self.xp, dict(kept.arrays), kept.steps
+        for name, x in self.trainable.items():
+            if (master := self.state.get(f"master/{name}")) is not None:
+                # The user may have replaced the weights since.
+                as_left = xp.cast(master, xp.dtype(x)) == x
+                self.state[f"master/{name}"] = xp.where(as_left, master, xp.cast(x, "float32"))
+
+    def left(self, step: int, adapter: str | None) -> OptimizerState:
+        """What a later run may take up after `step` of this one."""
+        shapes = {name: tuple(x.shape) for name, x in self.trainable.items()}
+        return OptimizerState(self.state, self.offset + step, shapes, adapter)
+
     def train(self, batches: Iterable[Batch], step: int, learning_rate: float) -> dict[str, float]:
         """One step, counted from 1, on all the batches together: the objective's sums (loss, accuracy, ...) over their
         count, grad_norm, and the count under the name of its unit (tokens, images).
@@ -75,6 +108,7 @@ class Engine:
         A step whose gradients are not finite changes nothing; its grad_norm says so.
         """
         xp, names, unit = self.xp, self.objective.sums, self.objective.unit
+        step += self.offset
         with xp.matmul_precision(self.settings.matmul_precision):
             sums = {name: xp.zeros(()) for name in names}
             sums |= {f"gradient/{name}": xp.zeros(x.shape) for name, x in self.trainable.items()}

@@ -202,9 +202,10 @@ class Run:
                 f"resume=False, which replaces it"
             )
         self.engine.trainable, self.engine.state = trainable, state
-        self.publish(self.engine.trainable)
         meta = found.meta
+        self.engine.offset = meta.get("optimizer_steps", 0)
         self.step, self.epoch, self.batch = meta["step"], meta["epoch"], meta["batch"]
+        self.publish(self.engine.trainable)
         self.data.load_state_dict(meta["data"])
         kept = list(meta["callbacks"])
         for callback in self.callbacks:  # by class, in order: the list may have got longer or shorter
@@ -233,7 +234,7 @@ class Run:
         meta = {
             "settings": self.settings, "plan": self._length(), "step": self.step, "epoch": self.epoch,
             "batch": self.batch, "data": self.data.state_dict() if self.batch else {}, "callbacks": callbacks,
-            "written_by": {"backend": self.engine.xp.name},
+            "optimizer_steps": self.engine.offset, "written_by": {"backend": self.engine.xp.name},
         }  # fmt: skip
         checkpoints.save(self.plan.checkpoint_dir, self.step, tensors, meta)
         self._saved = time.monotonic()

@@ -1,5 +1,6 @@
 """Every operation of every backend against numpy in float64, eager and compiled; and choosing among backends."""
 
+import itertools
 import subprocess
 import sys
 import warnings
@@ -181,6 +182,7 @@ CASES: dict[str, list[Case]] = {
         case(lambda xp, x: xp.cast(x, "bfloat16"), lambda x: x.astype(ml_dtypes.bfloat16), X),
         case(lambda xp, x: xp.cast(xp.cast(x, "bfloat16"), "float32"), lambda x: x.astype(ml_dtypes.bfloat16).astype(float), X),
     ],
+    "shape": [case(lambda xp, x: xp.reshape(x, xp.shape(x)[::-1]), lambda x: x.reshape(x.shape[::-1]), X)],
     "reshape": [
         case(lambda xp, x: xp.reshape(x, (4, 6)), lambda x: x.reshape(4, 6), X),
         case(lambda xp, x: xp.reshape(x, (2, -1)), lambda x: x.reshape(2, -1), X),
@@ -353,6 +355,9 @@ ELSEWHERE = {
     "get": "test_put_takes_every_kind_of_array",
     "compile": "test_compile_binds_the_module",
     "owns": "test_of_names_the_backend",
+    "device_of": "test_devices",
+    "lend": "test_arrays_of_other_backends",
+    "adopt": "test_arrays_of_other_backends",
     "devices": "test_devices",
     "pick_device": "test_devices",
     "dtype": "test_dtype_names",
@@ -733,12 +738,23 @@ def test_a_framework_with_a_missing_part_is_not_called_missing(monkeypatch):
         backends.backend_class("numpy")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "bool"])
+@pytest.mark.parametrize("source,target", [*itertools.permutations(backends.installed(), 2)])
+def test_arrays_of_other_backends(source, target, dtype):
+    old, new = backends.get_backend(source, "cpu"), backends.get_backend(target, "cpu")
+    for shape in ((), (0, 3), (5,), (3, 4)):
+        found = new.adopt(old.full(shape, dtype == "bool" or 1, dtype), old)
+        assert new.owns(found) and new.dtype(found) == dtype and tuple(found.shape) == shape
+        np.testing.assert_array_equal(np.asarray(new.get(found), np.float32), np.ones(shape, np.float32))
+
+
 def test_devices(backend):
     cls = type(backend)
     seen = cls.devices()
     assert seen[-1] == "cpu" and len(set(seen)) == len(seen)
     assert cls.pick_device(None) == seen[0]
     assert cls.pick_device("cpu") == "cpu" == backend.device
+    assert cls.device_of(backend.array([1.0])) in ("cpu", None)
     for device in seen:
         assert cls.pick_device(device) == device
     with pytest.raises(DeviceError, match=f"'abacus:3'.*{backend.name} sees only: .*cpu"):

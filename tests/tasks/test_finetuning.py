@@ -275,7 +275,7 @@ BAD_COMPILE = {
     "weight decay": ({"weight_decay": -0.1}, "weight_decay must be"),
     "weight decay twice": ({"optimizer": optim.SGD(weight_decay=0.1), "weight_decay": 0.2}, "in one place"),
     "clip_norm": ({"clip_norm": 0}, "clip_norm must be above 0, got 0"),
-    "loss": ({"loss": "mse"}, "loss must be a function"),
+    "loss": ({"loss": "mse"}, "there is no loss 'mse'"),
     "metrics": ({"metrics": ["f1"]}, "metrics can only be \"accuracy\", got 'f1'"),
     "mixed precision": ({"mixed_precision": "fp8"}, "mixed_precision must be one of .*'mixed_bfloat16'.*got 'fp8'"),
     "matmul precision": ({"matmul_precision": "low"}, "matmul_precision must be"),

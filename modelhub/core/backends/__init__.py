@@ -16,7 +16,9 @@ from modelhub.errors import BackendNotInstalled, InputError, MixedBackends, Unkn
 # Preference order. Value: the class; its module has the framework's name and is imported on first use.
 NAMES = {"jax": "JaxBackend", "torch": "TorchBackend", "tensorflow": "TensorflowBackend", "numpy": "NumpyBackend"}
 
-__all__ = ["NAMES", "Array", "Backend", "backend_class", "get_backend", "installed", "of", "set_backend"]
+__all__ = [
+    "NAMES", "Array", "Backend", "backend_class", "backend_of", "get_backend", "installed", "of", "set_backend",
+]  # fmt: skip
 
 _default: str | None = None
 
@@ -46,7 +48,7 @@ def get_backend(name: str | None = None, device: str | None = None) -> Backend:
 
 
 @functools.cache
-def _open(name: str, device: str) -> Backend:
+def _open(name: str, device: str | None) -> Backend:
     return backend_class(name)(device)
 
 
@@ -54,7 +56,8 @@ def backend_class(name: str) -> type[Backend]:
     """Import the framework and return its Backend class."""
     _check_name(name)
     try:
-        module = importlib.import_module(f"modelhub.core.backends.{name}")
+        where = f"modelhub.core.backends.{name}"
+        module = sys.modules.get(where) or importlib.import_module(where)  # AutoGraph warns of the latter
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] != name:
             raise  # the framework is there; one of its own requirements is missing
@@ -69,7 +72,8 @@ def backend_class(name: str) -> type[Backend]:
 def _check_name(name: str) -> None:
     if name not in NAMES:
         raise UnknownBackend(
-            f"unknown backend {name!r}; choose one of {', '.join(NAMES)}, or None for the best installed"
+            f"unknown backend {name!r}; choose one of {', '.join(NAMES)}, or None for the best installed; from_preset "
+            'also takes "fastest"'
         )
 
 
@@ -108,3 +112,29 @@ def of(arrays: Mapping[str, Any]) -> str:
     if not first:
         raise InputError("no arrays were given, so they belong to no backend")
     return next(iter(first))
+
+
+def backend_of(*arrays: Any) -> Backend:
+    """The backend of arrays that a user holds, on the device of the first: for functions called in loops of their own.
+
+    Of a tracer, in jax.jit or tf.function, one that leaves the device to the framework. Errors as for `of`.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_dynamo_compiling():
+        device = str(arrays[0].device)
+        _prepare_torch(device)
+        return _in_torch_compile[device]
+    name = of({f"array {number}": array for number, array in enumerate(arrays, 1)})
+    return _open(name, backend_class(name).device_of(arrays[0]))
+
+
+# torch.compile can follow neither imports nor the questions of other frameworks: it runs this while it traces, and
+# finds the backend, with what its guards need, in a dict.
+_in_torch_compile: dict[str, Backend] = {}
+
+
+def _prepare_torch(device: str) -> None:
+    _in_torch_compile[device] = _open("torch", device.replace("cuda", "gpu"))
+
+
+_prepare_torch._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch.compiler.assume_constant_result

@@ -5,8 +5,8 @@ from the operators that all frameworks share: + - * / ** @ unary -, comparisons,
 static integers and slices.
 
 Conventions: names and argument order are numpy's; `axis` counts as in numpy; dtypes are strings ("float32",
-"bfloat16", "float16", "int32", "bool"); indices are int32; shapes are static. Letters in shape comments:
-B batch, T query time, S key time, D model width, H query heads, K key/value heads, N outputs, V vocabulary,
+"bfloat16", "float16", "int32", "bool"); indices are int32; shapes are static, but see `shape`. Letters in shape
+comments: B batch, T query time, S key time, D model width, H query heads, K key/value heads, N outputs, V vocabulary,
 h head width.
 
 A new backend is one file: it subclasses Backend, provides what is marked "each backend" and overrides a composite
@@ -15,6 +15,7 @@ where its framework has a faster one.
 
 import contextlib
 import copy
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
@@ -40,8 +41,9 @@ class Backend:
     remat: bool = False
     own_attention: Callable | None = None  # the user's, in place of ours
 
-    def __init__(self, device: str = "cpu"):
-        self.device = device
+    def __init__(self, device: str | None = "cpu"):
+        """device None: wherever the framework puts what is new, in functions of the user's that it traces."""
+        self.device = device or self.devices()[0]
 
     def __repr__(self) -> str:
         return f"<backend {self.name} on {self.device}>"
@@ -85,6 +87,22 @@ class Backend:
     def copy(self, x: Array) -> Array:
         """The values in memory of their own."""
         raise NotImplementedError
+
+    def lend(self, x: Array) -> Any:
+        """x as another backend's `adopt` gets it: an object with __dlpack__ over the memory of x, which is whole."""
+        return x
+
+    def adopt(self, x: Array, owner: "Backend") -> Array:
+        """x, an array of the backend `owner`, as one of this backend on its device, in the same dtype.
+
+        It shares the memory of x where both frameworks can, through DLPack; else it is a copy. Neither may then be
+        written to, nor donated, before it is copied.
+        """
+        raise NotImplementedError
+
+    def _beside(self, owner: "Backend") -> bool:
+        """Whether arrays of both are in the same memory."""
+        return self.device == owner.device
 
     def add_into(self, total: Array, new: Array) -> Array:
         """total + new. CONSUMES `total`: in place where arrays can be written to."""
@@ -178,6 +196,11 @@ class Backend:
         """True if `x` is an array of this framework."""
         raise NotImplementedError
 
+    @staticmethod
+    def device_of(x: Array) -> str | None:
+        """The device that an array is on, as `device` names it; None: left to the framework."""
+        raise NotImplementedError
+
     @classmethod
     def devices(cls) -> list[str]:
         """All devices that the framework sees, the best first."""
@@ -223,6 +246,10 @@ class Backend:
         raise NotImplementedError
 
     # --- shape: each backend --------------------------------------------------------------------------------
+
+    def shape(self, x: Array) -> tuple[Any, ...]:
+        """Sizes as ints; in a TensorFlow graph traced for any size, int32 scalar tensors where it is not known."""
+        return tuple(x.shape)
 
     def reshape(self, x: Array, shape: Shape) -> Array:
         raise NotImplementedError
@@ -422,12 +449,12 @@ class Backend:
         """
         if not rate or self.dropout_keys is None:
             return x
-        batch, *rest = x.shape
-        count = int(np.prod(rest))
+        shape = batch, *rest = self.shape(x)
+        count = math.prod(rest)
         keys = self.reshape(self.dropout_keys, (batch, 1))
         bits = _mixed(_mixed(keys ^ salt) + self.reshape(self.arange(count), (1, count)))
         kept = (bits & 0xFFFFFF) >= int(rate * 2**24)
-        return self.where(self.reshape(kept, x.shape), x * (1.0 / (1.0 - rate)), x * 0.0)
+        return self.where(self.reshape(kept, shape), x * (1.0 / (1.0 - rate)), x * 0.0)
 
     def attention(
         self, q: Array, k: Array, v: Array, mask: Array | None = None, scale: float = 1.0, softcap: float | None = None,
@@ -460,8 +487,8 @@ class Backend:
         salt: int,
     ) -> Array:  # fmt: skip
         """What backends override of `attention`; dropout is 0 when there is none to do."""
-        batch, heads, time, width = q.shape
-        kv_heads, length = k.shape[1], k.shape[2]
+        batch, heads, time, width = self.shape(q)
+        kv_heads, length = self.shape(k)[1:3]
         group = heads // kv_heads
         # The queries that share a key head lie side by side, so no key or value is ever repeated in memory.
         q = self.reshape(q, (batch, kv_heads, group * time, width))
@@ -495,6 +522,11 @@ def host_memory() -> int | None:
 
 def host_peak() -> int | None:
     """The most bytes of main memory that this process has had."""
+    try:
+        with open("/proc/self/status") as lines:  # getrusage begins with what the parent had
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
     try:
         import resource
     except ImportError:  # Windows

@@ -68,11 +68,12 @@ class JaxBackend(Backend):
     eager = False
     traced = True
 
-    def __init__(self, device: str = "cpu"):
+    def __init__(self, device: str | None = "cpu"):
         super().__init__(device)
-        kind, _, index = device.partition(":")
-        self._device = jax.devices(kind)[int(index or 0)]
-        _use_compilation_cache()
+        kind, _, index = self.device.partition(":")
+        self._device: Any = jax.devices(kind)[int(index or 0)] if device else None
+        if device:  # functions that are called in programs of the user's leave JAX's settings alone
+            _use_compilation_cache()
 
     @property
     def asynchronous(self) -> bool:
@@ -86,6 +87,10 @@ class JaxBackend(Backend):
     @staticmethod
     def owns(x: object) -> bool:
         return isinstance(x, jax.Array)  # tracers included
+
+    @staticmethod
+    def device_of(x: Array) -> str | None:
+        return None  # a tracer has none, a sharded array many, and JAX moves what is on none of its own to either
 
     def put(self, array: np.ndarray) -> Array:
         return jax.device_put(array, self._device, may_alias=True)
@@ -110,6 +115,18 @@ class JaxBackend(Backend):
 
     def copy(self, x: Array) -> Array:
         return jnp.array(x)
+
+    def lend(self, x: Array) -> Any:
+        return x.block_until_ready()
+
+    def adopt(self, x: Array, owner: Backend) -> Array:
+        if owner.name == self.name:
+            x = jax.device_put(x, self._device)
+        elif owner.name == "numpy" or not self._beside(owner):
+            x = self.put(owner.get(x))
+        else:
+            x = jax.device_put(jax.dlpack.from_dlpack(owner.lend(x)), self._device)  # copies what is not aligned
+        return x.block_until_ready()  # a copy that is not done yet holds on to its source
 
     def native_optimizer(self, optimizer: Any) -> Any:
         is_one = all(callable(getattr(optimizer, name, None)) for name in ("init", "update"))
@@ -279,7 +296,8 @@ class JaxBackend(Backend):
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         outputs, width = weight.shape
         rows = x.size // width
-        if self.device != "cpu" or not 1 < rows <= 16 or outputs % 2:
+        few = isinstance(rows, int) and 1 < rows <= 16  # jax.export's symbolic sizes have no truth
+        if self.device != "cpu" or not few or outputs % 2:
             y = super().linear(x, weight, bias)
             # The second half of a LoRA is cheaper to compute again than to keep.
             return checkpoint_name(y, _PRODUCT) if self.training and width > _THIN else y

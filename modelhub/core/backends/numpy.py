@@ -34,6 +34,21 @@ def _wide(x: Array) -> Array:
     return x.astype(np.float32) if x.dtype.itemsize == 2 else x
 
 
+class _Lent:
+    """A numpy array that may be written to or not, for frameworks that take no other and do not write."""
+
+    def __init__(self, array: np.ndarray):
+        pointer, _ = array.__array_interface__["data"]
+        self._array = array
+        self.__array_interface__ = array.__array_interface__ | {"data": (pointer, False)}
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return np.asarray(self).__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._array.__dlpack_device__()
+
+
 class NumpyBackend(Backend):
     name = "numpy"
     eager = True
@@ -46,6 +61,10 @@ class NumpyBackend(Backend):
     @staticmethod
     def owns(x: object) -> bool:
         return isinstance(x, (np.ndarray, np.generic))
+
+    @staticmethod
+    def device_of(x: Array) -> str | None:
+        return "cpu"
 
     def put(self, array: np.ndarray) -> Array:
         return array
@@ -66,6 +85,13 @@ class NumpyBackend(Backend):
 
     def copy(self, x: Array) -> Array:
         return x.copy()
+
+    def lend(self, x: Array) -> Any:
+        x = np.asarray(x, order="C")
+        return _Lent(x.view(np.int16) if x.dtype.name == "bfloat16" else x)  # DLPack of numpy has no bfloat16
+
+    def adopt(self, x: Array, owner: Backend) -> Array:
+        return owner.get(x)
 
     def block(self, fn: Callable, *args: Any) -> Any:
         return fn(*args)

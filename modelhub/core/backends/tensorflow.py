@@ -101,14 +101,23 @@ def _fused(name: str, *options: Any) -> _Fused:
     return _Fused(lambda *arrays: method(plain, *arrays, *options))
 
 
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """A copy, aligned as the kernels count on. tf.constant would make two."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    first = -memory.ctypes.data % 64
+    copy = memory[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 class TensorflowBackend(Backend):
     name = "tensorflow"
     eager = True
     traced = True
 
-    def __init__(self, device: str = "cpu"):
+    def __init__(self, device: str | None = "cpu"):
         super().__init__(device)
-        self._device = "/" + device.upper() + (":0" if ":" not in device else "")
+        self._device = "/" + device.upper() + (":0" if ":" not in device else "") if device else ""
 
     @classmethod
     def devices(cls) -> list[str]:
@@ -119,15 +128,28 @@ class TensorflowBackend(Backend):
     def owns(x: object) -> bool:
         return isinstance(x, (tf.Tensor, tf.Variable))
 
+    @staticmethod
+    def device_of(x: Array) -> str | None:
+        device = tf.DeviceSpec.from_string(x.device) if tf.executing_eagerly() else None
+        if device is None or device.device_type not in ("CPU", "GPU"):
+            return None
+        return "cpu" if device.device_type == "CPU" else f"gpu:{device.device_index}"
+
     def put(self, array: np.ndarray) -> Array:
         adoptable = array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % 64 == 0
-        if self.device == "cpu" and array.dtype.name != "bfloat16" and array.size and adoptable:
-            return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+        if self.device == "cpu" and array.size and adoptable:
+            if array.dtype.name != "bfloat16":  # DLPack of numpy has none
+                return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+            return tf.bitcast(tf.experimental.dlpack.from_dlpack(array.view(np.int16).__dlpack__()), tf.bfloat16)
         with tf.device(self._device):
             return tf.constant(array)
 
     def get(self, x: Array) -> np.ndarray:
-        return np.asarray(x.numpy())  # a scalar comes as a number
+        if self.device != "cpu" or isinstance(x, tf.Variable) or x.dtype == tf.string:
+            return np.asarray(x.numpy())  # a scalar comes as a number
+        if x.dtype != tf.bfloat16:
+            return np.from_dlpack(x)  # numpy() would copy
+        return np.from_dlpack(tf.bitcast(x, tf.int16)).view(tf.bfloat16.as_numpy_dtype)
 
     def compile(
         self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool | None = True,
@@ -161,7 +183,22 @@ class TensorflowBackend(Backend):
         return tf.stop_gradient(x)
 
     def copy(self, x: Array) -> Array:
-        return tf.identity(x)
+        return tf.raw_ops.DeepCopy(x=x)  # tf.identity shares the memory
+
+    def lend(self, x: Array) -> Any:
+        return tf.convert_to_tensor(x)
+
+    def adopt(self, x: Array, owner: Backend) -> Array:
+        with tf.device(self._device):
+            if owner.name == self.name:
+                return tf.identity(x)
+            if self._beside(owner):
+                dtype = tf.dtypes.as_dtype(owner.dtype(x))
+                found = tf.experimental.dlpack.from_dlpack(owner.lend(x).__dlpack__())
+                found = found if found.dtype == dtype else tf.bitcast(found, dtype)
+                if self.device != "cpu" or self.get(found).ctypes.data % 64 == 0:
+                    return tf.identity(found)
+            return self.put(_aligned(owner.get(x)))
 
     def block(self, fn: Any, *args: Any) -> Any:
         if not self.remat:
@@ -235,6 +272,12 @@ class TensorflowBackend(Backend):
     def dtype(self, x: Array) -> str:
         return x.dtype.name
 
+    def shape(self, x: Array) -> tuple[Any, ...]:
+        if x.shape.is_fully_defined():
+            return tuple(x.shape)
+        sizes = tf.shape(x)
+        return tuple(sizes[axis] if size is None else size for axis, size in enumerate(x.shape))
+
     def reshape(self, x: Array, shape: Shape) -> Array:
         return tf.reshape(x, tuple(shape))
 
@@ -271,11 +314,11 @@ class TensorflowBackend(Backend):
         return tf.transpose(picked, back)
 
     def update_slots(self, buffer: Array, new: Array, start: Array) -> Array:
-        time, length = new.shape[2], buffer.shape[2]
+        time, length = self.shape(new)[2], self.shape(buffer)[2]
         # A gather and a select: XLA fuses them into one pass over the buffer, where a scatter runs slot by slot.
         offset = tf.range(length)[None, :] - start[:, None]
         inside = (offset >= 0) & (offset < time)
-        if time > 1:
+        if new.shape[2] != 1:
             new = tf.gather(new, tf.clip_by_value(offset, 0, time - 1), axis=2, batch_dims=1)
         return tf.where(inside[:, None, :, None], new, buffer)
 
@@ -386,5 +429,5 @@ class TensorflowBackend(Backend):
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         y = tf.matmul(tf.reshape(x, (-1, x.shape[-1])), weight, transpose_b=True)
-        y = tf.reshape(y, (*x.shape[:-1], weight.shape[0]))
+        y = tf.reshape(y, (*self.shape(x)[:-1], weight.shape[0]))
         return y if bias is None else y + bias

@@ -117,9 +117,9 @@ class TorchBackend(Backend):
     eager = True
     traced = False
 
-    def __init__(self, device: str = "cpu"):
+    def __init__(self, device: str | None = "cpu"):
         super().__init__(device)
-        self._device = torch.device(device.replace("gpu", "cuda"))
+        self._device = torch.device(self.device.replace("gpu", "cuda"))
         self._on_cpu = self._device.type == "cpu"
 
     @classmethod
@@ -132,6 +132,10 @@ class TorchBackend(Backend):
     @staticmethod
     def owns(x: object) -> bool:
         return isinstance(x, torch.Tensor)
+
+    @staticmethod
+    def device_of(x: Array) -> str | None:
+        return str(x.device).replace("cuda", "gpu")
 
     def put(self, array: np.ndarray) -> Array:
         # A copy only if torch could not take the array or may not write to it.
@@ -177,6 +181,16 @@ class TorchBackend(Backend):
     def copy(self, x: Array) -> Array:
         return x.detach().clone()
 
+    def lend(self, x: Array) -> Any:
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)  # TensorFlow knows nothing of torch's streams
+        return x.detach().contiguous()
+
+    def adopt(self, x: Array, owner: Backend) -> Array:
+        if not self._beside(owner):
+            return x.detach().to(self._device) if owner.name == self.name else self.put(owner.get(x))
+        return torch.from_dlpack(owner.lend(x)).view(_DTYPES[owner.dtype(x)]).to(self._device)
+
     def native_optimizer(self, optimizer: Any) -> Any:
         if isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError(
@@ -211,6 +225,8 @@ class TorchBackend(Backend):
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else super().peak_memory()
 
     def array(self, values: Any, dtype: str | None = None) -> Array:
+        if torch.compiler.is_dynamo_compiling():  # which follows numpy only so far; `values` are a model's own tables
+            return torch.as_tensor(values, dtype=_DTYPES[dtype or "float32"], device=self._device)
         x = self.put(host_copy(values, np.dtype(dtype) if dtype and dtype != "bfloat16" else None))
         return x.to(torch.bfloat16) if dtype == "bfloat16" else x
 
@@ -343,19 +359,22 @@ class TorchBackend(Backend):
 
     def matmul(self, x: Array, y: Array) -> Array:
         batch = x.shape[:-2]
-        if batch != y.shape[:-2] or math.prod(batch) != 1 or not self._suits_onednn(x, y):
+        if not self._suits_onednn(x, y) or batch != y.shape[:-2] or math.prod(batch) != 1:
             return torch.matmul(x, y)
         return self._onednn(x.flatten(0, -2), y.flatten(0, -2).t()).reshape(*batch, x.shape[-2], y.shape[-1])
 
     def _suits_onednn(self, x: Array, y: Array) -> bool:
         """Tiny matrices are not worth its setup."""
         same = x.dtype == y.dtype == torch.float32
-        # torch.compile cannot lower the operation.
+        # torch.compile cannot lower the operation, and asking for symbolic sizes would fix them; autocast and
+        # torch.func do not know it.
         return (
             _ONEDNN is not None
             and self._on_cpu
-            and not torch.compiler.is_compiling()
             and same
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+            and not torch._C._are_functorch_transforms_active()
             and min(*x.shape[-2:], *y.shape[-2:]) > 4
         )
 
@@ -368,13 +387,14 @@ class TorchBackend(Backend):
         return torch.einsum(equation, *operands)
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
-        rows = x.numel() // x.shape[-1]
-        if not self._on_cpu or weight.dtype != torch.float32 or x.dtype != torch.float32:
+        same = weight.dtype == x.dtype == torch.float32
+        if not self._on_cpu or not same or torch.compiler.is_compiling():
             return F.linear(x, weight, bias)
+        rows = x.numel() // x.shape[-1]
         if rows > 4 and self._suits_onednn(weight, weight):
             y = self._onednn(x.reshape(rows, -1), weight).reshape(*x.shape[:-1], -1)
             return y if bias is None else y + bias
-        if rows > 16 or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        if rows > 16 or (torch.is_grad_enabled() and x.requires_grad):
             return F.linear(x, weight, bias)
         # Few rows on CPU: F.linear reads the weights on one thread, at a quarter of the memory's speed
         # (docs/decisions.md has the figures).
@@ -424,7 +444,7 @@ class TorchBackend(Backend):
         self, q: Array, k: Array, v: Array, mask: Array | None, scale: float, softcap: float | None, dropout: float,
         salt: int,
     ) -> Array:  # fmt: skip
-        one_product = k.shape[0] * k.shape[1] == 1 and 4 < q.shape[2] <= 512 and self._suits_onednn(q, k)
+        one_product = self._suits_onednn(q, k) and k.shape[0] * k.shape[1] == 1 and 4 < q.shape[2] <= 512
         # No fused kernel caps the scores or draws our random numbers; for a single key head two plain products are
         # faster (docs/decisions.md), as long as the scores are no burden on memory.
         if softcap or dropout or one_product:

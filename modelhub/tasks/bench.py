@@ -1,0 +1,262 @@
+"""Which backend is the fastest here, with this model: measured, and the verdict kept for backend="fastest"."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from modelhub.core.backends import NAMES, installed
+from modelhub.errors import InputError, UnknownBackend
+from modelhub.hub.sources import cache_root
+from modelhub.tasks.bench_processes import BACKBONE, IMAGES, TEXT, Model, Row, Workload, measure
+from modelhub.tasks.loading import opened
+
+FASTEST = "fastest"  # in place of a backend's name
+_FOLDER = "fastest"  # in the cache
+_PACKAGES = ("modelhub", *NAMES, "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "tensorflow-cpu")
+# Variables that decide what the frameworks see and use.
+_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "JAX_PLATFORMS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "XLA_FLAGS",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """unit: what is counted per second, "tokens" or "images"."""
+
+    preset: str
+    unit: str
+    workload: Workload
+    machine: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def fastest(self) -> str | None:
+        """The backend with the highest per_second; None: all failed."""
+        best = max(self.rows, key=lambda row: row.per_second or 0.0)
+        return best.backend if best.per_second else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"fastest": self.fastest}
+
+
+def bench(
+    preset: str | os.PathLike[str], *, backends: Sequence[str] | None = None, device: str | None = None,
+    dtype: str | None = None, train: bool = False, batch_size: int | None = None, prompt_tokens: int | None = None,
+    max_new_tokens: int | None = None, steps: int = 5, revision: str | None = None, offline: bool = False,
+    token: str | None = None, cache_dir: str | os.PathLike[str] | None = None,
+    show: Callable[[str], object] = lambda doing: None,
+) -> Report:  # fmt: skip
+    """Measure backends on this machine with a preset, each in a fresh process.
+
+    backends: their names; None: all that are installed. device, dtype: as in CausalLM.from_preset, for each backend.
+    batch_size: rows of a batch; None: 1 for text, 8 for images. prompt_tokens, max_new_tokens: of text; None: 128 and
+    64. train: also `steps` steps of training: LoRA of rank 4 on bundled instructions, packed into rows of 512 tokens;
+    for images all weights on noise. show: is told what is being done.
+
+    Backends that fail say why in their row. When all that are installed were measured with the usual batch, the verdict
+    is kept for `fastest`. Raises InputError, UnknownBackend, and what opening the preset raises.
+    """
+    names = list(dict.fromkeys(installed() if backends is None else backends))
+    if unknown := [name for name in names if name not in NAMES]:
+        raise UnknownBackend(f"unknown backend {unknown[0]!r}; those that can be measured: {', '.join(NAMES)}")
+    if not names or steps < 1 or (batch_size is not None and batch_size < 1):
+        raise InputError(f"backends={names}, steps={steps}, batch_size={batch_size}: give one or more of each")
+    model = _look(preset, revision, offline, token, cache_dir)
+    task = IMAGES if model.images else TEXT
+    lengths = model.lengths(prompt_tokens, max_new_tokens, (128, 64))
+    rows = model.rows if batch_size is None else batch_size
+    workload = Workload(task, device, dtype, rows, **lengths, train_steps=steps if train else 0)
+    report = Report(model.preset, model.unit, workload, machine(), measure(model, workload, names, show))
+    if backends is None and batch_size is None and report.fastest:
+        _Shelf(model, task, device, dtype, cache_dir).keep(report)
+    return report
+
+
+def fastest(
+    preset: str | os.PathLike[str], *, task: str, device: str | None = None, dtype: str | None = None,
+    revision: str | None = None, offline: bool = False, token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> str:  # fmt: skip
+    """The name of the installed backend that is the fastest here with this model, and a line on stderr that says why.
+
+    task: CausalLM.task, ImageClassifier.task or "backbone". The others are from_preset's. Measured once, which takes
+    some seconds for each backend, and kept in the cache for this model, task, device and dtype on this machine, until
+    a framework changes. With one backend installed nothing is measured.
+
+    Raises InputError if no backend can run the model, and what opening the preset raises.
+    """
+    names = installed()
+    if len(names) == 1:
+        return names[0]
+    model = _look(preset, revision, offline, token, cache_dir)
+    if task != BACKBONE and model.images != (task == IMAGES):
+        return names[0]  # loading will tell what is wrong
+    shelf = _Shelf(model, task, device, dtype, cache_dir)
+    if (verdict := shelf.read()) is None:
+        with shelf.alone():
+            verdict = shelf.read()  # of another process, that was waited for
+            if verdict is None:
+                lengths = model.lengths(None, None, (64, 32))
+                workload = Workload(task, device, dtype, model.rows, **lengths, repeats=3, seconds=6.0)
+                verdict = shelf.keep(_watched(model, workload, names))
+    _say(f"fastest: {verdict.line(model.preset)}")
+    return verdict.backend
+
+
+def machine() -> dict[str, Any]:
+    """What decides how fast backends are, besides the model: processor, cores, GPUs, variables, versions."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    gpus: list[str] = []
+    if found := shutil.which("nvidia-smi"):  # asking a framework means importing it
+        command = [found, "--query-gpu=name", "--format=csv,noheader"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            gpus = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
+    versions: dict[str, str] = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpus": gpus,
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "versions": versions,
+    }
+
+
+def _look(preset: Any, revision: Any, offline: bool, token: Any, cache_dir: Any) -> Model:
+    """All files are fetched: the processes that are going to read them get no network, and no token."""
+    with opened(os.fspath(preset), revision, offline, token, cache_dir, True) as source:
+        return Model.of(source.preset.name, source)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], object]]:
+    """A line on stderr, where that is a terminal, that says what is being measured."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda doing: None
+        return
+    with console.status("measuring") as status:
+        yield lambda doing: status.update(f"measuring: {doing}")
+
+
+def _watched(model: Model, workload: Workload, names: Sequence[str]) -> Report:
+    with progress() as show:
+        report = Report(model.preset, model.unit, workload, machine(), measure(model, workload, names, show))
+    if report.fastest is None:
+        failures = "; ".join(f"{row.backend}: {row.error}" for row in report.rows)
+        raise InputError(f"backend={FASTEST!r} was asked for, but no backend can run {model.preset}: {failures}")
+    return report
+
+
+def _say(line: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(line)
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    backend: str
+    device: str
+    unit: str
+    speeds: dict[str, float]
+    measured: str  # a date
+    failures: dict[str, str] = field(default_factory=dict)
+    kept: Path | None = None
+
+    def line(self, preset: str) -> str:
+        rest = sorted(self.speeds.keys() - {self.backend}, key=lambda name: -self.speeds[name])
+        others = [f"{name} {_rounded(self.speeds[name])}" for name in rest]
+        others += [f"{name} failed" for name in self.failures]
+        beside = f" ({', '.join(others)})" if others else ""
+        where = f", kept in {self.kept}" if self.kept else ""
+        return (
+            f"{self.backend} for {preset} on {self.device}: {_rounded(self.speeds[self.backend])} {self.unit}/s"
+            f"{beside}; measured on {self.measured}{where}"
+        )
+
+
+class _Shelf:
+    """Where one verdict is kept: a file of its own, so that who writes others is not in the way."""
+
+    def __init__(self, model: Model, task: str, device: str | None, dtype: str | None, cache_dir: Any):
+        self.key = {"model": _identity(model.path), "task": task, "device": device, "dtype": dtype, **machine()}
+        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
+        self.path = cache_root(cache_dir) / _FOLDER / f"{digest[:32]}.json"
+
+    def read(self) -> _Verdict | None:
+        """None: there is none, or it is damaged."""
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+            verdict = _Verdict(**data["verdict"], kept=self.path)
+            sound = data["key"] == self.key and verdict.backend in installed()
+            return verdict if sound and verdict.line("") else None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+
+    def keep(self, report: Report) -> _Verdict:
+        """The verdict of a report in which a backend was measured; where the cache cannot be written it is not kept."""
+        best = next(row for row in report.rows if row.backend == report.fastest)
+        speeds = {row.backend: row.per_second for row in report.rows if row.per_second}
+        failures = {row.backend: row.error or "" for row in report.rows if not row.per_second}
+        today = time.strftime("%Y-%m-%d")
+        verdict = _Verdict(best.backend, best.device or "", report.unit, speeds, today, failures)
+        told = dataclasses.asdict(verdict)
+        del told["kept"]
+        work = self.path.with_name(f".{self.path.stem}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            work.write_text(json.dumps({"key": self.key, "verdict": told}, indent=1) + "\n", encoding="utf-8")
+            work.replace(self.path)
+        except OSError:
+            return verdict
+        return dataclasses.replace(verdict, kept=self.path)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Who else wants this verdict meanwhile waits: two that measure at once would measure each other."""
+        from filelock import FileLock
+
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # a cache that cannot be written to
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(self.path.with_suffix(".lock"), mode=0o666))
+            yield
+
+
+def _identity(path: Path) -> str:
+    """Of what decides the speed of a model: its config and the sizes of its files of weights."""
+    digest = hashlib.sha256()
+    if path.is_file():  # GGUF: the metadata is at the beginning
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+        weights = [path]
+    else:
+        digest.update((path / "config.json").read_bytes())
+        weights = [file for file in path.iterdir() if file.suffix in (".safetensors", ".h5")]
+    digest.update(str(sum(file.stat().st_size for file in weights)).encode())
+    return digest.hexdigest()
+
+
+def _rounded(speed: float) -> str:
+    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"

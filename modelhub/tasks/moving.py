@@ -1,0 +1,186 @@
+"""Moving a Backbone: to other backends and devices, and into and out of training loops of the user's own."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+from weakref import WeakValueDictionary
+
+import numpy as np
+from tqdm import tqdm
+
+from modelhub.core import custom
+from modelhub.core.backends import backend_class, get_backend, of
+from modelhub.core.backends.base import Array, Backend
+from modelhub.core.lora import MARK
+from modelhub.core.tree import Params
+from modelhub.errors import DeviceError, InputError
+from modelhub.tasks.adapters import Adapters
+from modelhub.training.engine import OptimizerState
+
+
+class Movable(Adapters):
+    """What a Backbone can do with the memory that its arrays are in.
+
+    optimizer: what the last `fit` left. By id: _borrowed, arrays whose memory another framework's array has too, and
+    _outside, those that are written to from outside.
+    """
+
+    dtype: str
+    untouched: Any
+    optimizer: OptimizerState | None = None
+    _params: Params
+    _hidden: Any
+    _borrowed: WeakValueDictionary[int, Array]
+    _outside: WeakValueDictionary[int, Array]
+
+    @property
+    def shared(self) -> bool:
+        """Whether parameters may be written to from outside: nothing made of them may be kept between calls."""
+        return any(id(x) in self._outside for x in self._params.values())
+
+    def owned(self) -> Params:
+        """`params`, of which none shares its memory with another framework's array: such are copied first."""
+        if any(id(x) in self._borrowed for x in self._params.values()):
+            self._params = {name: self.own(x) for name, x in self._params.items()}
+        return self._params
+
+    def own(self, x: Array) -> Array:
+        """x, or a copy if another framework's array has the memory of x too: what may be written to, and donated."""
+        return self.xp.copy(x) if id(x) in self._borrowed else x
+
+    def share(self, params: Params, xp: Backend | None = None, dtype: str | None = None) -> None:
+        """Put arrays that will be written to from outside (torch's Parameters, TensorFlow's Variables) in the place of
+        all `params`, under the same names and with the same values.
+
+        xp, dtype: where they are now and what they are, if their owner has moved or cast them.
+        """
+        self.dtype = dtype or self.dtype
+        identity = self.identity if self.has_adapter else None
+        if xp is not None and (xp.name, xp.device) != (self.xp.name, self.xp.device):
+            self.hand_over(custom.moved(self.xp, xp), params)
+        self._params, self.identity, self.untouched = params, identity, None
+        self._outside.update({id(x): x for x in params.values()})
+        self._compile()
+
+    def to(self, backend: str | None = None, device: str | None = None) -> Self:
+        """Move the weights, all adapters and what the optimizer remembers to another backend or device; returns self.
+
+        backend: None: the same. device: None: the same where the other backend sees it, else the best that it sees.
+        The dtype stays. Where both backends use the same memory, arrays are handed over without a copy (DLPack), apart
+        from those that one of them has to have otherwise, such as JAX and TensorFlow aligned to 64 bytes; else one
+        after the other, so that no more than one is there twice. Arrays that were given away (`params`, or to a module
+        of to_torch) keep their values whatever is trained after the move, and are not written to by it.
+
+        Raises UnknownBackend, BackendNotInstalled, DeviceError (a device that is not there, or has too little free
+        memory), ConfigError (an attention function or a layer written for the old backend alone). The model is then
+        where it was.
+        """
+        if (xp := self.destination(backend, device)) is not None:
+            self.hand_over(xp)
+        return self
+
+    def load_params(self, params: Mapping[str, Any]) -> None:
+        """Take over weights from a training loop of the user's own: arrays of any framework under the names of
+        `params`, all of them or those of trainable_names() alone. They are copied, in the model's dtype (an adapter's
+        in float32).
+
+        Raises InputError, with every name and shape that does not fit, before anything is changed; MixedBackends.
+        """
+        owner = backend_class(of(params))
+        missing = [name for name in self.trainable_names() if name not in params]
+        found = {name: tuple(x.shape) for name, x in params.items()}
+        shapes = {name: tuple(x.shape) for name, x in self._params.items()}
+        problems = [f"missing: {name} {shapes[name]}" for name in missing]
+        problems += [f"unexpected: {name} {shape}" for name, shape in found.items() if name not in shapes]
+        problems += [
+            f"wrong shape: {name} is {shape}, the model's is {shapes[name]}"
+            for name, shape in found.items()
+            if shapes.get(name, shape) != shape
+        ]
+        if problems:
+            shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+            raise InputError(
+                f"load_params: {len(problems)} of the arrays do not fit the model:\n  "
+                + "\n  ".join(shown)
+                + "\nGive the names and shapes of `params`, all of them or at least those of trainable_names()."
+            )
+        xp, taken = self.xp, {}
+        for name, x in params.items():
+            holder = get_backend(owner.name, owner.device_of(x))
+            cast = holder.cast(x, xp.dtype(self._params[name]))
+            taken[name] = xp.copy(xp.adopt(cast, holder))
+        whole = any(MARK not in name for name in taken)
+        if whole:
+            self.keep_merged()
+        self.params = self._params | taken
+        if whole:
+            self.identity = None
+
+    def destination(self, backend: str | None, device: str | None) -> Backend | None:
+        """Where `to` would move the model; None: nowhere. Raises what `to` does."""
+        old = self.xp
+        cls = backend_class(backend or old.name)
+        if device is None and (cls.name == old.name or old.device in cls.devices()):
+            device = old.device
+        xp = get_backend(cls.name, device)
+        if (xp.name, xp.device) == (old.name, old.device):
+            return None
+        xp = custom.moved(old, xp)
+        custom.check_backend(self.model, xp.name)
+        arrays = {id(x): x for held in self._held() for x in held.values()}
+        needed = sum(
+            math.prod(x.shape) * np.dtype(old.dtype(x)).itemsize
+            for key, x in arrays.items()
+            if xp.device != old.device or key in self._outside
+        )
+        free = xp.free_memory()
+        if free is not None and needed > free:
+            raise DeviceError(
+                f"the model was to move to {xp.name} on {xp.device}, where its {needed / 1e9:.2f} GB do not fit: "
+                f"{free / 1e9:.2f} GB are free. Free some there, load it with a smaller dtype, or take another device"
+            )
+        return xp
+
+    def _held(self) -> list[Params]:
+        """Every dict of arrays that belongs to the model."""
+        held = [self._params, self._replaced, *(adapter.params for adapter in self.adapters.values())]
+        return held if self.optimizer is None else [*held, self.optimizer.arrays]
+
+    def hand_over(self, xp: Backend, instead: Params | None = None) -> None:
+        """Move everything to the backend xp; with `instead`, which are there already, in the place of `params`."""
+        self._params = dict(self._params) if instead is None else instead  # the dict may be in the user's hands
+        if (adapter := self.adapter) is not None and not self._replaced:
+            adapter.params = {name: self._params[name] for name in adapter.params}
+        places: dict[int, list[tuple[Params, str]]] = {}
+        for held in self._held():
+            for name, x in held.items():
+                places.setdefault(id(x), []).append((held, name))
+        if instead is not None:
+            places = {key: spots for key, spots in places.items() if spots[0][0] is not instead}
+        self._hidden = None  # it holds on to the arrays
+        moved: list[list[tuple[Params, str]]] = []
+        try:
+            for spots in tqdm(
+                places.values(), f"moving to {xp.name}", unit="tensor", delay=2, leave=False, disable=None
+            ):  # fmt: skip
+                self._move(spots, self.xp, xp)
+                moved.append(spots)
+            self.xp = xp
+        except BaseException:
+            for spots in moved:
+                self._move(spots, xp, self.xp)
+            raise
+        finally:
+            self._compile()
+
+    def _move(self, spots: list[tuple[Params, str]], old: Backend, new: Backend) -> None:
+        held, name = spots[0]
+        outside = id(held[name]) in self._outside
+        x = new.adopt(old.copy(held[name]) if outside else held[name], old)
+        if old.device == new.device and not outside:
+            self._borrowed[id(x)] = x
+        for held, name in spots:
+            held[name] = x
+
+    def _compile(self) -> None:
+        raise NotImplementedError
