@@ -24,7 +24,7 @@ if args.backend == "torch":
     from torch.nn.functional import cross_entropy
 
     def smoothed(logits, labels):
-        return cross_entropy(logits, labels.long(), label_smoothing=SMOOTHING, reduction="none")
+        return cross_entropy(logits, labels, label_smoothing=SMOOTHING, reduction="none")
 
 else:
     import jax

@@ -41,11 +41,10 @@ def bench(
         )  # fmt: skip
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
-    else:
+    elif any(row.load_seconds for row in report.rows):
         _print(report)
-    for row in report.rows:
-        if row.error is not None:
-            err.print(f"{row.backend} failed: {row.error}")
+    for error, names in report.failures.items():
+        err.print(f"{', '.join(names)} failed: {error}")
     if report.fastest is None:
         raise typer.Exit(1)
 

@@ -26,16 +26,17 @@ def conformance(
     from modelhub.errors import InputError
     from modelhub.interop.conformance import conformance as measure
 
-    if output is not None and not output.parent.is_dir():  # now, and not after two minutes
-        raise InputError(f"{output} cannot be written: there is no folder {output.parent}")
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):  # now, and not after two minutes
+        what = f"{output} is a folder" if output.is_dir() else f"there is no folder {output.parent}"
+        raise InputError(f"{output} cannot be written: {what}; give a file")
     bar = functools.partial(tqdm, desc="comparing with transformers", unit="model", dynamic_ncols=True)
-    chosen = [names.split(",") if names else None for names in (families, backends, dtypes)]
+    chosen = [[x.strip() for x in names.split(",")] if names else None for names in (families, backends, dtypes)]
     report = measure(chosen[0], chosen[1], chosen[2], progress=bar)
     text = report.as_json() + "\n" if as_json else report.as_markdown()
     if output is None:
         print(text, end="")
     else:
-        output.write_text(text)
+        output.write_text(text, encoding="utf-8")
         print(output)
     for figure in report.failures:
         err.print(str(figure))

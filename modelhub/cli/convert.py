@@ -22,7 +22,7 @@ def convert(
         str | None,
         option(
             "GGUF: float16 (default), bfloat16, float32 or q8_0; folder: the first three (default: the source's); "
-            "ONNX: float32 (default) or float16"
+            "ONNX: float32 (default) or float16; LiteRT: float32"
         ),
     ] = None,
     adapter: options.Adapter = None,
@@ -33,6 +33,7 @@ def convert(
     """Write a model in another format: a GGUF file for llama.cpp, an ONNX or LiteRT file of its forward pass, or a
     Hugging Face folder. An adapter is merged.
     """
+    _check_suffix(Path(target))
     if Path(target).suffix.lower() in _WAYS_OUT:
         file = _forward_pass(source, Path(target), dtype, adapter, force, revision, offline)
         err.print(f"{file.name}: {size_of(file) / 1e6:,.1f} MB")
@@ -47,7 +48,20 @@ def convert(
     print(written)
 
 
-_WAYS_OUT = {".onnx": "to_onnx", ".tflite": "to_litert"}
+# The function, and the dtypes that its files have.
+_WAYS_OUT = {".onnx": ("to_onnx", ("float32", "float16")), ".tflite": ("to_litert", ("float32",))}
+_OTHERS = {".bin", ".ckpt", ".h5", ".keras", ".mlmodel", ".pb", ".pt", ".pth", ".safetensors"}  # no names of folders
+
+
+def _check_suffix(target: Path) -> None:
+    from modelhub.errors import InputError
+
+    if target.suffix.lower() in _OTHERS and not target.is_dir():
+        known = " or ".join(_WAYS_OUT)
+        raise InputError(
+            f"{target}: no {target.suffix} files are written; give a name that ends in .gguf, {known}, or a folder "
+            "for Hugging Face's format. modelhub.to_saved_model writes SavedModels"
+        )
 
 
 def _forward_pass(
@@ -56,15 +70,23 @@ def _forward_pass(
     import modelhub
     from modelhub.cli.finetune import image_config
     from modelhub.errors import InputError
+    from modelhub.hub import files
+    from modelhub.interop.pieces import check_installed
 
-    if target.exists() or force:
+    way_out, dtypes = _WAYS_OUT[target.suffix.lower()]
+    # Mistakes should not cost the time that loading a model takes.
+    if dtype not in (None, *dtypes):
+        raise InputError(f"dtype must be {' or '.join(dtypes)} for a {target.suffix} file, got {dtype!r}")
+    if force:
         raise InputError(
             f"{target}: ONNX and LiteRT files replace none that is there; remove it, and leave out --force"
         )
-    task = modelhub.CausalLM if image_config(source, offline) is None else modelhub.ImageClassifier
+    files.check_new(files.place(target))
+    check_installed(way_out)
+    task = modelhub.CausalLM if image_config(source, offline, revision) is None else modelhub.ImageClassifier
     model = task.from_preset(source, backend="numpy", dtype=dtype or "float32", revision=revision, offline=offline)
     if adapter is not None:
         model.load_adapter(adapter, offline=offline)
         model.merge_lora()
-    written: Path = getattr(modelhub, _WAYS_OUT[target.suffix.lower()])(model, target)
+    written: Path = getattr(modelhub, way_out)(model, target)
     return written

@@ -280,7 +280,7 @@ def load(
     return task
 
 
-def image_config(preset: str, offline: bool) -> Any:
+def image_config(preset: str, offline: bool, revision: str | None = None) -> Any:
     """The config of a preset that reads images; None: it reads text. No weights are fetched."""
     if not os.path.isfile(os.path.join(preset, "config.json")):
         if preset.lower().endswith(".gguf"):
@@ -288,7 +288,7 @@ def image_config(preset: str, offline: bool) -> Any:
         with contextlib.suppress(PresetNotFound):  # an address, or an error for others to tell
             if "://" not in preset and find_card(preset).task == "causal-lm":
                 return None
-    source = open_preset(resolve(preset, offline=offline, weights=False))
+    source = open_preset(resolve(preset, revision=revision, offline=offline, weights=False))
     try:
         return source.config if hasattr(source.model, "encode") else None
     finally:

@@ -27,6 +27,11 @@ _LIKE = {
     "sampler": "a function (xp, logits, uniform)",
     "family": f"something with {', '.join(FAMILY)}",
 }
+_CALLS: dict[str, tuple[str, ...]] = {  # what a function gets after xp; a sampler without xp only the first
+    "attention": ("q", "k", "v", "mask"),  # and scale, by its name
+    "loss": ("logits", "labels"),
+    "sampler": ("logits", "uniform"),
+}
 T = TypeVar("T")
 
 
@@ -57,6 +62,7 @@ def register(kind: str, name: str, backend: str | None = None) -> Callable[[T], 
         "attention": fn(xp, q, k, v, mask, scale=scale), or without xp: for from_preset(attention=name).
         "loss": fn(xp, logits, labels), or without xp: for compile(loss=name).
         "sampler": fn(xp, logits, uniform), or fn(logits): for generate(sampler=name).
+            Without xp these are for the framework that the model is on: it does not move to another one with them.
         "family": a module, or a class, with Config, Model and names, as modelhub/families/llama.py has them; name: the
             model_type of its config.json.
     backend: the one framework that it is written for; None: all of them.
@@ -131,14 +137,64 @@ def find(kind: str, name: str, backend: str | None = None) -> Any:
 
 
 def given(kind: str, piece: Any, backend: str) -> Callable:
-    """The function that `piece`, the name of a registered one or a function itself, means. Raises ConfigError."""
+    """The function that `piece`, the name of a registered one or a function itself, means.
+
+    Raises ConfigError, also for one that does not take what it is going to get.
+    """
     if isinstance(piece, str):
-        return find(kind, piece, backend)
-    if not callable(piece):
+        piece = find(kind, piece, backend)
+    elif not callable(piece):
         raise ConfigError(f"{kind} must be {_LIKE[kind]} or the name of a registered one, got {piece!r}")
-    if (found := next((r for r in reversed(_registered) if r.value is piece), None)) is not None:
+    elif (found := _registration(piece)) is not None:
         found.require(backend)
+    if kind in _CALLS:
+        _check_call(kind, piece)
     return piece
+
+
+def carried(kind: str, piece: Any, old: str, new: str) -> Callable:
+    """The function that `piece` means, for a model that goes from the backend `old` to `new`.
+
+    Raises ConfigError for one that is, or may be, for the old one's framework alone.
+    """
+    function = given(kind, piece, new)
+    found = _registration(function)
+    if new != old and not takes_xp(function) and (found is None or found.backend is None):
+        raise ConfigError(
+            f"the {kind} function {_called(function)} was given for {old}, and the model is on its way to {new}. "
+            f"Write it as fn(xp, {', '.join(_CALLS[kind])}{', scale' * (kind == 'attention')}) for all backends, or "
+            f"{'call compile()' if kind == 'loss' else f'load the model on {new}'} with another one"
+        )
+    return function
+
+
+def name_of(function: Any) -> str | None:
+    """The name that it was registered under."""
+    found = _registration(function)
+    return None if found is None else found.name
+
+
+def _registration(piece: Any) -> Registered | None:
+    return next((r for r in reversed(_registered) if r.value is piece), None)
+
+
+def _check_call(kind: str, function: Callable) -> None:
+    first = ("xp",) if takes_xp(function) else ()
+    args = _CALLS[kind] if first or kind != "sampler" else _CALLS[kind][:1]
+    named = {"scale": 1.0} if kind == "attention" else {}
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # see takes_xp
+        return
+    try:
+        signature.bind(*first, *args, **named)
+    except TypeError as error:
+        raise ConfigError(
+            f"the {kind} function {_called(function)}{signature} cannot be called as fn("
+            f"{', '.join([*first, *args, *(f'{name}={name}' for name in named)])}), as it is going to be: {error}. It "
+            f"must be {_LIKE[kind]}, its first parameter called xp, or the same without xp for one framework"
+            f"{', fn(logits)' * (kind == 'sampler')}"
+        ) from None
 
 
 def takes_xp(function: Callable) -> bool:
@@ -150,11 +206,13 @@ def takes_xp(function: Callable) -> bool:
 
 
 def loss(piece: Any, xp: Backend) -> Callable[[Array, Array], Array] | None:
-    """(logits, labels) -> losses, of what `compile` was given."""
+    """(logits, labels) -> losses, of what `compile` was given; without xp it gets labels as its framework's own do."""
     if piece is None:
         return None
     function = given("loss", piece, xp.name)
-    return functools.partial(function, xp) if takes_xp(function) else function
+    if takes_xp(function):
+        return functools.partial(function, xp)
+    return lambda logits, labels: function(logits, xp.native_labels(labels))
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -188,18 +246,13 @@ def with_attention(xp: Backend, piece: Any) -> Backend:
 
 def moved(old: Backend, new: Backend) -> Backend:
     """`new` with the user's attention that `old` has. Raises ConfigError if that is for the old framework alone."""
-    own = old.own_attention
-    if own is None:
-        return new
-    function = getattr(own, "function", own)
-    written_once = takes_xp(function) or any(r.value is function for r in _registered)
-    if new.name != old.name and not written_once:
-        raise ConfigError(
-            f"the attention function {_called(function)} was given for {old.name}, and the model is on its way to "
-            f"{new.name}. Write it as fn(xp, q, k, v, mask, scale) for all backends, or load the model on {new.name} "
-            f"with another one"
-        )
-    return with_attention(new, function)
+    function = own_attention(old)
+    return new if function is None else with_attention(new, carried("attention", function, old.name, new.name))
+
+
+def own_attention(xp: Backend) -> Callable | None:
+    """The function that the user gave."""
+    return getattr(xp.own_attention, "function", xp.own_attention)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------

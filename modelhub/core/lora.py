@@ -132,7 +132,8 @@ def initial(xp: Backend, params: Params, specs: Mapping[str, Spec], seed: int) -
     for name, spec in specs.items():
         module, _, kind = name.partition(MARK)
         if kind == "lora_magnitude_vector":
-            values[name] = row_lengths(xp, xp.cast(params[f"{module}.weight"], "float32"))
+            weight = xp.stop_gradient(params[f"{module}.weight"])  # it may be a torch Parameter
+            values[name] = row_lengths(xp, xp.cast(weight, "float32"))
         else:
             values[name] = xp.put(initial_value(name, spec, seed))
     return values

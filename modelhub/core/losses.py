@@ -1,8 +1,8 @@
 """Losses for training loops of the user's own, on arrays of any framework.
 
 Each is found by its arguments' framework and works where that framework's own would: under jax.jit, grad and vmap, in
-torch's autograd and torch.compile, under TensorFlow's tape and in tf.function. Labels may also be numpy's, whatever the
-logits are. All is computed in float32. V: the number of classes, or the size of the vocabulary.
+torch's autograd and torch.compile, under TensorFlow's tape and in tf.function. Either may also be numpy's or a list,
+whatever the other is. All is computed in float32. V: the number of classes, or the size of the vocabulary.
 """
 
 import numpy as np
@@ -30,14 +30,14 @@ def cross_entropy(
         raise InputError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise InputError(f"label_smoothing must be between 0 and 1, got {label_smoothing!r}")
-    xp, labels = together(logits, labels)
+    xp, logits, labels = together(logits, labels)
     scores = xp.log_softmax(logits)
     if is_soft(xp, logits, labels):
         meant = xp.sum(scores * xp.cast(labels, "float32"), axis=-1)
         counts = None
     else:
         labels = xp.cast(labels, "int32")
-        inside = (labels >= 0) & (labels < logits.shape[-1])
+        inside = (labels >= 0) & (labels < xp.shape(logits)[-1])
         place = xp.where(inside, labels, xp.zeros((), "int32"))
         meant = xp.take_along_axis(scores, xp.expand_dims(place, -1), -1)[..., 0]
         counts = xp.cast(labels != ignore_index, "float32")
@@ -61,7 +61,7 @@ def causal_lm_loss(
     label of the next one. num_items_in_batch: None: the mean over the labels that count; else their sum over this
     number, which makes batches of a step that is accumulated weigh what they should. The rest as for cross_entropy.
     """
-    xp, labels = together(logits, labels)
+    xp, logits, labels = together(logits, labels)
     logits, labels = shifted(xp, logits, labels)
     if num_items_in_batch is None:
         return cross_entropy(logits, labels, ignore_index)
@@ -70,12 +70,17 @@ def causal_lm_loss(
     return cross_entropy(logits, labels, ignore_index, reduction="sum") / num_items_in_batch
 
 
-def together(logits: Array, labels: Array) -> tuple[Backend, Array]:
-    """The backend of the logits, and the labels as its array."""
-    xp = backend_of(logits)
-    if isinstance(labels, np.ndarray) and not xp.owns(labels):
-        return xp, xp.array(labels)
-    return backend_of(logits, labels), labels
+def together(logits: Array, labels: Array) -> tuple[Backend, Array, Array]:
+    """The backend that both are of, and both as its arrays: lists and numpy's become what the other one is."""
+    given = {"logits": logits, "labels": labels}
+    given = {name: np.asarray(x) if isinstance(x, (list, tuple, np.generic)) else x for name, x in given.items()}
+    xp = backend_of(**({name: x for name, x in given.items() if not isinstance(x, np.ndarray)} or given))
+    logits, labels = (
+        x if xp.owns(x) else xp.array(x, "int32" if x.dtype.kind in "iub" else "float32") for x in given.values()
+    )
+    if any(getattr(x.shape, "rank", 0) is None for x in (logits, labels)):
+        raise InputError("where a tf.function is traced, the number of dimensions of logits and labels must be known")
+    return xp, logits, labels
 
 
 def shifted(xp: Backend, logits: Array, labels: Array) -> tuple[Array, Array]:

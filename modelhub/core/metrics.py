@@ -20,23 +20,23 @@ def top_k_accuracy(logits: Array, labels: Array, k: int = 5, ignore_index: int =
     class, of which the likeliest counts. A label outside 0 ... V - 1, and logits that are NaN, are never right.
     Raises InputError for shapes that do not fit and a k outside 1 ... V, MixedBackends for arrays of two frameworks.
     """
-    xp, labels = together(logits, labels)
+    xp, logits, labels = together(logits, labels)
     soft = is_soft(xp, logits, labels)
-    classes = logits.shape[-1]
-    if not 1 <= k <= classes:
+    classes = xp.shape(logits)[-1]
+    if k < 1 or (isinstance(classes, int) and k > classes):
         raise InputError(f"k must be between 1 and the number of classes, {classes}, got {k}")
     labels = xp.argmax(labels, -1) if soft else xp.cast(labels, "int32")
     inside = (labels >= 0) & (labels < classes)
     place = xp.where(inside, labels, xp.zeros((), "int32"))
     own = xp.take_along_axis(logits, xp.expand_dims(place, -1), -1)
     # Of NaN nothing is at most as large.
-    behind = xp.sum(xp.cast(logits <= own, "float32"), axis=-1)
-    right = inside & (behind > float(classes - k))
+    behind = xp.sum(xp.cast(logits <= own, "int32"), axis=-1)
+    right = inside & (behind > classes - k)
     counts = xp.cast(labels != ignore_index, "float32")
     return xp.sum(xp.cast(right, "float32") * counts) / xp.sum(counts)
 
 
 def causal_lm_accuracy(logits: Array, labels: Array, ignore_index: int = -100) -> Array:
     """How many next tokens have the largest logit: logits (..., T, V), labels (..., T) as for causal_lm_loss."""
-    xp, labels = together(logits, labels)
+    xp, logits, labels = together(logits, labels)
     return accuracy(*shifted(xp, logits, labels), ignore_index)

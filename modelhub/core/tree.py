@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from modelhub.errors import CheckpointError
+from modelhub.errors import CheckpointError, ConfigError
 
 Array = Any  # an array of whichever framework the model is on
 Params = dict[str, Array]
@@ -31,17 +31,24 @@ class Module:
 ModuleT = TypeVar("ModuleT", bound=Module)
 
 
+INITS = ("normal", "uniform", "constant", "zeros", "ones")
+
+
 @dataclass(frozen=True)
 class Spec:
     """Stands where an array will be: its shape and how it starts when no weights are loaded.
 
     init: "normal" (mean 0, standard deviation `scale`), "uniform" (from -scale to scale), "constant" (scale),
-    "zeros" or "ones".
+    "zeros" or "ones". Raises ConfigError for another.
     """
 
     shape: tuple[int, ...]
     init: str = "normal"
     scale: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.init not in INITS:
+            raise ConfigError(f"init of a Spec must be one of {', '.join(INITS)}, got {self.init!r}")
 
 
 def is_leaf(value: object) -> bool:
@@ -122,12 +129,16 @@ def check(skeleton: Module, found: Mapping[str, tuple[int, ...]], where: str) ->
         if name in found and tuple(found[name]) != shape
     ]
     if problems:
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise CheckpointError(
-            f"{where}: config and weights disagree in {len(problems)} places:\n  "
-            + "\n  ".join(shown)
-            + "\nThe config and the weight files must come from the same checkpoint."
+            f"{where}: config and weights disagree in {len(problems)} places:\n{listed(problems)}\n"
+            "The config and the weight files must come from the same checkpoint."
         )
+
+
+def listed(problems: list[str]) -> str:
+    """One a line, for an error: the first 20, and how many more there are."""
+    more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+    return "\n".join(f"  {line}" for line in problems[:20] + more)
 
 
 def initial_value(name: str, spec: Spec, seed: int) -> np.ndarray:

@@ -159,9 +159,14 @@ class ImageConfig:
         raise NotImplementedError
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return _both(self.image_size)
+
+    @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches in images of image_size."""
-        (height, width), (high, wide) = _both(self.image_size), _both(self.patch_size)
+        """Rows and columns of patches in images of that size."""
+        (height, width), (high, wide) = self.size, self.patch
         return height // high, width // wide
 
     @property

@@ -1,13 +1,13 @@
 """The decode loop: prefill in buckets, then one token per step for all rows, over a cache that is never copied."""
 
 import functools
-import inspect
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
 
 from modelhub.core.backends.base import Array, Backend
+from modelhub.core.custom import takes_xp
 from modelhub.core.tree import Module, Params, bind, flatten
 from modelhub.errors import InputError
 from modelhub.generation.beam import BeamOptions, Beams, rank
@@ -197,8 +197,7 @@ class Engine:
         """
         xp = self.xp
         rows, vocabulary = logits.shape
-        wants_xp = len(inspect.signature(function).parameters) > 1
-        found = function(xp, logits, xp.array(draw(generators))) if wants_xp else function(logits)
+        found = function(xp, logits, xp.array(draw(generators))) if takes_xp(function) else function(logits)
         tokens = np.asarray(xp.get(found) if xp.owns(found) else found)
         if tokens.shape != (rows,) or tokens.dtype.kind not in "iu":
             raise InputError(

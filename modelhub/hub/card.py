@@ -34,7 +34,9 @@ class CardFacts:
     task: "causal-lm" or "image-classification". parameters: of the model, or of the adapter. adapter: the folder is
     PEFT's. languages: ISO 639 codes. datasets: names on the Hub of what it was trained on. address: where it is
     published; None: a folder. curve: name of a picture in the folder. licence_files: names of texts in it.
-    provenance: of an adapter, base and base_model are the weights that it goes on.
+    provenance: of an adapter, base and base_model are the weights that it goes on. layers: (pattern, name) of layers of
+    the user's own, attention: the name of such a function, own_family: whether model_type is one's too: of all these
+    nothing but the names is in the folder.
     """
 
     title: str
@@ -51,6 +53,16 @@ class CardFacts:
     has_chat_template: bool = False
     curve: str | None = None
     licence_files: tuple[str, ...] = ()
+    layers: tuple[tuple[str, str], ...] = ()
+    attention: str | None = None
+    own_family: bool = False
+
+    @property
+    def own(self) -> list[tuple[str, str]]:
+        """Kinds and names of what is to be registered before the model can be loaded."""
+        pieces = [("layer", name) for name in dict.fromkeys(name for _, name in self.layers)]
+        pieces += [("attention", self.attention)] if self.attention else []
+        return pieces + ([("family", self.model_type)] if self.own_family else [])
 
 
 def check_card(facts: CardFacts | Provenance) -> None:
@@ -165,7 +177,7 @@ def _front_matter(facts: CardFacts) -> str:
     data = ModelCardData(
         language=[name for name in facts.languages if _LANGUAGE.fullmatch(name)] or None,
         **licences.front_matter(provenance.licence or ""),
-        library_name="peft" if facts.adapter else "transformers",
+        library_name="modelhub" if facts.own else "peft" if facts.adapter else "transformers",
         pipeline_tag=_PIPELINES.get(facts.task),
         base_model=base_model,
         base_model_relation=relation if base_model else None,
@@ -253,9 +265,18 @@ def _usage(facts: CardFacts) -> list[str]:
     our_base = f"hf://{base}" if _base_model(provenance) else base
     if origin.startswith(PRESET) or "://" in origin:
         our_base = origin.removeprefix(PRESET)
+    ours = fenced(_with_modelhub(facts, literal(address), literal(our_base)))
+    if facts.own:
+        named = ", ".join(f"the {kind} {code(name)}" for kind, name in facts.own)
+        return [
+            f"The model has pieces of its own, whose code is not in this folder: {named}. Run the code that registers "
+            f'them (`@modelhub.register("{facts.own[0][0]}", ...)`) first. Other tools, such as transformers, would '
+            f"compute something else. With modelhub:",
+            ours,
+        ]
     return [
         "With modelhub:",
-        fenced(_with_modelhub(facts, literal(address), literal(our_base))),
+        ours,
         "With transformers and PEFT:" if facts.adapter else "With transformers:",
         fenced(_with_transformers(facts, place, revision, literal(base), setup)),
     ]
@@ -271,7 +292,12 @@ def _with_modelhub(facts: CardFacts, where: str, base: str) -> list[str]:
     else:
         name, task = "lm", "CausalLM"
         use = 'print(lm.generate("The river", max_new_tokens=64))'
-    load = [f"{name} = {task}.from_preset({base if facts.adapter else where})"]
+    asked = ""  # of a whole model, config.json says it
+    if facts.adapter and facts.layers:
+        asked += f", layers={{{', '.join(f'{literal(at)}: {literal(layer)}' for at, layer in facts.layers)}}}"
+    if facts.adapter and facts.attention:
+        asked += f", attention={literal(facts.attention)}"
+    load = [f"{name} = {task}.from_preset({base if facts.adapter else where}{asked})"]
     if facts.adapter:
         load.append(f"{name}.load_adapter({where})")
     return [f"from modelhub import {task}", "", *load, use]

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from modelhub.errors import InputError
 from modelhub.hub import licences
 from modelhub.hub.checkpoint import DTYPES
 
@@ -99,6 +101,46 @@ def licence_files(folder: Path) -> dict[str, bytes]:
             if path.is_file() and path.stat().st_size <= _LARGEST_LICENCE:
                 found[path.name] = path.read_bytes()
     return found
+
+
+def place(path: str | os.PathLike[str]) -> Path:
+    """The absolute path, in a folder that is made where it is missing. Raises InputError for one that cannot be."""
+    try:
+        target = Path(path).expanduser().absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # the latter: nobody's home
+        raise InputError(f"{path} cannot be written, its folder cannot be made: {error}; give another place") from None
+    if not os.access(target.parent, os.W_OK):
+        raise InputError(f"{target} cannot be written: the folder is read-only to you; give another place")
+    return target
+
+
+def check_new(*paths: Path) -> None:
+    """Raise InputError if anything is there, be it a link that leads nowhere."""
+    for path in paths:
+        if os.path.lexists(path):
+            raise InputError(f"{path} is there already; give another path, or remove it")
+
+
+@contextmanager
+def adding(target: Path) -> Iterator[Path]:
+    """A file to write, which goes to `target` at the end of the block with what is beside it then: all, or nothing.
+
+    Raises InputError if by then anything is there.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        yield Path(folder) / target.name
+        # The file itself comes last: it needs the others.
+        files = sorted(Path(folder).iterdir(), key=lambda file: file.name == target.name)
+        check_new(*(target.parent / file.name for file in files))
+        moved: list[Path] = []
+        try:
+            for file in files:
+                moved.append(file.rename(target.parent / file.name))
+        except BaseException:
+            for path in moved:
+                path.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

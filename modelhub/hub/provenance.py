@@ -1,7 +1,7 @@
 """Where a model comes from and what was done to it; kept in its folder as modelhub.json.
 
 {"base": "hf://owner/name@commit", "base_model": "owner/name", "licence": "gemma", "base_licence": null,
- "from_scratch": false,
+ "from_scratch": false, "layers": [],
  "runs": [{"data": "dolly_style.jsonl", "settings": {...}, "metrics": {"loss": 2.1}, "losses": [[1, 3.4], ...],
            "adapter": {"rank": 8, ...}, "examples": 250, "tokens": 31415, "seconds": 60.5, "backend": "jax",
            "date": "2025-01-31T12:00:00+00:00"}]}
@@ -84,7 +84,7 @@ class Provenance:
 
     base_model: the repository on the Hugging Face Hub, where known. licence: identifier as the Hub spells it.
     from_scratch: the weights began random. runs: in order of time. base_licence: whose terms follow the weights, where
-    `licence` is another.
+    `licence` is another. layers: (pattern, name) of layers of the user's own in the model that an adapter is for.
     """
 
     base: str | None = None
@@ -93,6 +93,7 @@ class Provenance:
     from_scratch: bool = False
     runs: tuple[TrainingRun, ...] = ()
     base_licence: str | None = None
+    layers: tuple[tuple[str, str], ...] = ()
 
     def with_run(self, run: TrainingRun) -> "Provenance":
         return dataclasses.replace(self, runs=(*self.runs, run))
@@ -188,6 +189,12 @@ def _is_curve(value: object) -> bool:
     )
 
 
+def _is_layers(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(_is_text, pair)) for pair in value
+    )
+
+
 def _or_none(check: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: value is None or check(value)
 
@@ -200,6 +207,7 @@ _RUN: dict[str, Callable[[object], bool]] = {
 _WHOLE: dict[str, Callable[[object], bool]] = {
     "base": _or_none(_is_text), "base_model": _or_none(_is_text), "licence": _or_none(_is_text),
     "base_licence": _or_none(_is_text), "from_scratch": lambda value: isinstance(value, bool),
+    "layers": _or_none(_is_layers),
 }  # fmt: skip
 
 
@@ -223,6 +231,7 @@ def _parse(path: Path, raw: bytes) -> Provenance:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{path} is damaged: {'; '.join(problems[:5])}{more}. {advice}")
+    facts["layers"] = tuple((pattern, name) for pattern, name in facts["layers"] or ())
     return Provenance(**facts, runs=tuple(TrainingRun(**table) for table in tables))
 
 

@@ -18,10 +18,12 @@ __all__ = ["to_jax", "to_litert", "to_onnx", "to_saved_model", "to_tensorflow", 
 def to_torch(x: Any) -> "torch.nn.Module":
     """x as a torch.nn.Module: a CausalLM, an ImageClassifier, a Backbone, or a single Module.
 
-    Its Parameters are the memory of x, which training them changes: lm.generate sees it. A task on another backend is
-    moved to torch first. Those that `fit` would train require gradients. state_dict() has Hugging Face's names;
-    load_state_dict takes those of transformers' models too. What replaces weights of the task (lm.load_adapter,
-    lm.merge_lora, lm.fit) asks for another to_torch.
+    Its Parameters are the memory of x, which training them changes: lm.generate sees it. Of a single Module they are
+    copies, but for those that are Parameters already, of a live to_torch of its model. A task on another backend is
+    moved to torch first. Those that `fit` would train require gradients; where to_torch was called before they stay as
+    they are, unless the task trains others now. state_dict() has Hugging Face's names; load_state_dict takes those of
+    transformers' models too. What replaces weights of the task (lm.load_adapter, lm.merge_lora, lm.fit) asks for
+    another to_torch.
 
     Called with, returning:
         CausalLM         forward(input_ids, attention_mask=None, position_ids=None, labels=None,
@@ -46,7 +48,8 @@ def to_jax(x: Any) -> tuple[Params, Callable[..., Any]]:
     x: a CausalLM, an ImageClassifier, a Backbone, or a single Module, whose function is fn(params, *inputs); one on
     another backend is moved to JAX first. Returns (params, fn), params a dict {Hugging Face name: array}, with an
     active adapter those of the adapter too (NAME.lora.lora_A ...). The arrays are the task's own, which JAX does not
-    change; who donates them takes them from the task. lm.load_params puts trained ones back.
+    change; who donates them takes them from the task. Those of a single Module are copies. lm.load_params puts trained
+    ones back.
 
     Of text, fn(params, input_ids, attention_mask=None, position_ids=None, *, dropout_rng=None): ids (B, T);
     attention_mask (B, T), 1 for tokens and 0 for padding on either side; position_ids (B, T). Of images,
@@ -66,7 +69,8 @@ def to_tensorflow(x: Any) -> "tf.Module":
     """A tf.Module of a CausalLM, an ImageClassifier, a Backbone or a Module, for GradientTape loops.
 
     Its `params` are {Hugging Face name: tf.Variable}, and the Variables are the task's own weights: what trains them
-    changes the task. `trainable_variables` are those that `fit` would train: an active adapter's, else all. Called with
+    changes the task. Of a single Module they are copies, but for those that are Variables already, of a live
+    to_tensorflow. `trainable_variables` are those that `fit` would train: an active adapter's, else all. Called with
     (input_ids, attention_mask=None, position_ids=None, training=False) or (pixel_values, training=False), a single
     Module with its own inputs; see __call__.
 
@@ -94,7 +98,8 @@ def to_saved_model(x: Any, directory: str | os.PathLike[str], *, overwrite: bool
 
     An active adapter is applied as it is; merge_lora() first makes the file smaller. The task stays as it is, on
     whichever backend. Raises InputError for what is no task or backbone, and for a directory that is not empty: with
-    overwrite=True a SavedModel there is replaced. When anything fails, the directory is what it was.
+    overwrite=True a SavedModel with no other files beside it is replaced. When anything fails, the directory is what it
+    was.
     """
     backend_class("tensorflow")  # says how to install what is missing
     from modelhub.interop import saved_model as interop

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from modelhub.core import custom
 from modelhub.core.backends.base import Array
@@ -28,7 +29,7 @@ def to_jax(x: Any) -> tuple[Params, Callable[..., Any]]:
                 f"{len(missing)} of the model's {len(names)} parameters are not among those given, the first "
                 f"{missing[0]}; to train some of them, call fn({{**params, **trained}}, ...)"
             )
-        return bind(skeleton, params)
+        return bind(skeleton, {n: jnp.asarray(x) if isinstance(x := params[n], np.ndarray) else x for n in names})
 
     def run(params: Mapping[str, Array], first: Array, rank: int, dropout_rng: Array | None, *more: Any) -> Array:
         first = jnp.asarray(first)
@@ -54,7 +55,7 @@ def to_jax(x: Any) -> tuple[Params, Callable[..., Any]]:
     def module(params: Mapping[str, Array], *inputs: Any) -> Any:
         return forward(xp, bound(params), *inputs)
 
-    params = dict(piece.params if piece.backbone is None else piece.backbone.owned())  # they may be donated
+    params = dict(piece.owned())  # they may be donated
     if piece.kind == "module":
         return params, module
     return params, image if piece.reads_images else text

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from modelhub.errors import InputError
+from modelhub.hub import files
 from modelhub.interop.pieces import apart
 from modelhub.interop.saved_model import image_signatures, text_signature
 from modelhub.interop.tensorflow import variable, without_device
@@ -17,9 +18,8 @@ _LARGEST = 2**31 - 1  # bytes: the format's offsets are 32 bits wide
 
 def to_litert(x: Any, path: str | os.PathLike[str], *, sequence_length: int = 128, batch_size: int = 1) -> Path:
     """See modelhub.to_litert."""
-    target = Path(path)
-    if target.exists():
-        raise InputError(f"{target} is there already; give another path, or remove it")
+    target = files.place(path)
+    files.check_new(target)
     piece = without_device(apart(x, "tensorflow"))
     _check_size("batch_size", batch_size)
     if not piece.reads_images:
@@ -36,13 +36,8 @@ def to_litert(x: Any, path: str | os.PathLike[str], *, sequence_length: int = 12
         program = text_signature(piece, params, batch_size, sequence_length)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([program.get_concrete_function()], module)
     data = converter.convert()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    try:
-        part.write_bytes(data)
-        part.rename(target)
-    finally:
-        part.unlink(missing_ok=True)
+    with files.adding(target) as file:
+        file.write_bytes(data)
     return target
 
 

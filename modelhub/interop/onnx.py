@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -16,29 +14,33 @@ from typing import Any
 import torch
 
 from modelhub.core.tree import Params, bind
-from modelhub.errors import BackendNotInstalled, ConfigError, InputError
-from modelhub.interop.pieces import Piece, apart
+from modelhub.errors import ConfigError, InputError
+from modelhub.hub import files
+from modelhub.interop.pieces import Piece, apart, check_installed
+
+_OLDEST = 18  # opset that torch.onnx writes
 
 
 def to_onnx(x: Any, path: str | os.PathLike[str], *, opset: int | None = None) -> Path:
     """See modelhub.to_onnx."""
-    target = Path(path).expanduser().absolute()
-    for file in (target, target.with_name(f"{target.name}.data")):
-        if file.exists():
-            raise InputError(f"{file} is there already; give another path, or remove it")
-    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-        raise BackendNotInstalled(
-            f"writing ONNX files takes {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}"
-        )
+    target = files.place(path)
+    files.check_new(target, target.with_name(f"{target.name}.data"))
+    check_installed("to_onnx")
+    _check_opset(opset)
     piece = apart(x, "torch")
     wide = {n: piece.xp.cast(a, "float32") if piece.xp.dtype(a) == "bfloat16" else a for n, a in piece.params.items()}
     exported = _exported(dataclasses.replace(piece, params=wide), opset)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        exported.save(Path(folder) / target.name)  # the file names the one beside it, so it has its own name at once
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # first the weights
-            file.rename(target.parent / file.name)
+    with files.adding(target) as file:  # under its own name: it names the one beside it
+        exported.save(file)
     return target
+
+
+def _check_opset(opset: int | None) -> None:
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and (type(opset) is not int or not _OLDEST <= opset <= newest):
+        raise InputError(f"opset must be a whole number from {_OLDEST} to {newest}, or None, got {opset!r}")
 
 
 class _Program(torch.nn.Module):
@@ -65,8 +67,7 @@ def _exported(piece: Piece, opset: int | None) -> Any:
     """A torch.onnx.ONNXProgram."""
     config = piece.config
     if piece.reads_images:
-        size = (count * patch for count, patch in zip(config.grid, config.patch, strict=True))
-        inputs = {"pixel_values": torch.zeros(2, config.num_channels, *size)}
+        inputs = {"pixel_values": torch.zeros(2, config.num_channels, *config.size)}
         axes = {0: "batch"}
     else:
         inputs = {name: torch.ones(2, 8, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
@@ -120,13 +121,15 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the remarks of torch.onnx about itself."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without the remarks of torch.onnx and onnxscript about themselves."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    before = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -1,6 +1,7 @@
 """What is common to all ways out: what was given, on the backend that is wanted, and its forward pass."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,14 @@ from modelhub.core import custom
 from modelhub.core.backends import backend_class, get_backend, of
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Module, Params, Spec, flatten, initial_value
-from modelhub.errors import InputError
+from modelhub.errors import BackendNotInstalled, InputError
 from modelhub.families import family_of
 from modelhub.families.naming import NameMap
 
 Forward = Callable[..., Array]
+
+# What the ways out into one file take: a backend, and packages besides.
+_NEEDS = {"to_onnx": ("torch", "onnx", "onnxscript"), "to_litert": ("tensorflow",)}
 
 
 @dataclass
@@ -39,10 +43,27 @@ class Piece:
     def reads_images(self) -> bool:
         return self.kind.startswith("image")
 
+    def owned(self, live: type | tuple[()] = ()) -> Params:
+        """`params`, which may then be written to and donated: a task's as `Backbone.owned` gives them, of a single
+        Module copies, as it does not know who else has its arrays; `live`: but for arrays of this class."""
+        if self.backbone is not None:
+            return self.backbone.owned()
+        return {name: x if isinstance(x, live) else self.xp.copy(x) for name, x in self.params.items()}
+
     @property
     def forward(self) -> Forward:
         """forward(xp, bound skeleton, *inputs); see the functions below, and the Module's own for a single one."""
         return _FORWARD.get(self.kind, _call)
+
+
+def check_installed(way_out: str) -> None:
+    """Raise BackendNotInstalled for what is missing here. way_out: "to_onnx" or "to_litert"."""
+    backend, *others = _NEEDS[way_out]
+    backend_class(backend)
+    if missing := [name for name in others if importlib.util.find_spec(name) is None]:
+        raise BackendNotInstalled(
+            f"{way_out} takes {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}"
+        )
 
 
 def opened(x: Any, backend: str) -> Piece:
@@ -114,11 +135,23 @@ def text_hidden(
 
     attention_mask (B, T), 1 for tokens and 0 for padding on either side, as in transformers: what stands in padded
     places of the result means nothing. position_ids (B, T): None: 0 ... T - 1 in each row.
+    Raises InputError for other ranks, and for ids that are no integers.
     """
-    segments = None if attention_mask is None else xp.cast(attention_mask, "int32")
-    positions = None if position_ids is None else xp.cast(position_ids, "int32")
-    hidden: Array = model.model(xp, xp.cast(input_ids, "int32"), positions=positions, segments=segments)
+    if "int" not in str(input_ids.dtype):
+        raise InputError(f"input_ids must be integers of shape (batch, time), got {input_ids.dtype}")
+    ids = _rows(xp, "input_ids", input_ids)
+    segments = None if attention_mask is None else _rows(xp, "attention_mask", attention_mask)
+    positions = None if position_ids is None else _rows(xp, "position_ids", position_ids)
+    hidden: Array = model.model(xp, ids, positions=positions, segments=segments)
     return hidden
+
+
+def _rows(xp: Backend, name: str, x: Array) -> Array:
+    x = xp.cast(x, "int32")
+    known = getattr(x.shape, "rank", 2) is not None  # in a tf.function it may be
+    if not known or len(x.shape) != 2:
+        raise InputError(f"{name} must be of shape (batch, time), got {tuple(x.shape) if known else 'an unknown one'}")
+    return x
 
 
 def text_logits(

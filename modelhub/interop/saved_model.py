@@ -12,39 +12,50 @@ import tensorflow as tf
 from modelhub.core.backends.base import Array
 from modelhub.core.tree import Params, bind, flatten
 from modelhub.errors import InputError
-from modelhub.hub.files import replacing
+from modelhub.hub.files import place, replacing
 from modelhub.interop.pieces import Piece, apart
 from modelhub.interop.tensorflow import variable, without_device
 
 Signature = Callable[..., dict[str, Array]]
 
+# What a SavedModel is made of.
+_FILES = {"saved_model.pb", "variables", "assets", "assets.extra", "fingerprint.pb", "keras_metadata.pb"}
+
 
 def to_saved_model(x: Any, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """See modelhub.to_saved_model."""
-    target = Path(directory)
+    target = place(directory)
     _check_free(target, overwrite)
     piece = without_device(apart(x, "tensorflow"))
     module = tf.Module()
     module.params = params = {name: variable(name, x, trainable=False) for name, x in piece.params.items()}
     signatures = image_signatures(piece, params) if piece.reads_images else _text_signatures(x, piece, params)
-    with tempfile.TemporaryDirectory() as beside, replacing(target) as work:
+    with tempfile.TemporaryDirectory() as beside, replacing(target.resolve()) as work:
         if piece.kind == "image":
             labels = Path(beside) / "labels.json"
             labels.write_text(json.dumps(list(piece.config.id2label.values())), encoding="utf-8")
             module.labels = tf.saved_model.Asset(str(labels))
         tf.saved_model.save(module, str(work), signatures=signatures)
+        _check_free(target, overwrite)  # it may have taken minutes
     return target
 
 
 def _check_free(target: Path, overwrite: bool) -> None:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if not os.path.lexists(target):
         return
     if not target.is_dir():
-        raise InputError(f"{target} is a file; give a new or empty folder")
+        raise InputError(f"{target} is a file, or a link that leads nowhere; give a new or empty folder")
+    if not (found := set(os.listdir(target))):
+        return
     if not overwrite:
         raise InputError(f"{target} is not empty; give a new folder, or overwrite=True to replace a SavedModel there")
     if not (target / "saved_model.pb").is_file():
         raise InputError(f"{target} is not empty, and what it holds is no SavedModel, which overwrite=True is for")
+    if strangers := sorted(found - _FILES):
+        raise InputError(
+            f"beside a SavedModel {target} holds {', '.join(strangers[:5])}, which overwrite=True would remove; "
+            "give another folder, or move it away"
+        )
 
 
 def _output(piece: Piece) -> str:
@@ -53,8 +64,7 @@ def _output(piece: Piece) -> str:
 
 def image_signatures(piece: Piece, params: Params, batch: int | None = None) -> dict[str, Any]:
     config = piece.config
-    height, width = (n * size for n, size in zip(config.grid, config.patch, strict=True))
-    pixels = tf.TensorSpec((batch, config.num_channels, height, width), tf.float32, "pixel_values")
+    pixels = tf.TensorSpec((batch, config.num_channels, *config.size), tf.float32, "pixel_values")
 
     @tf.function(input_signature=[pixels], autograph=False)
     def serving_default(pixel_values: Array) -> dict[str, Array]:

@@ -21,17 +21,20 @@ class _TFModule(tf.Module):
         super().__init__()
         self._skeleton, self._forward = piece.skeleton, piece.forward
         self._xp = without_device(piece).xp
+        # A single Module's that are Variables stay what they are.
+        kept = tf.Variable if piece.backbone is None else ()
         self.params = variables = {
-            name: variable(name, x, name in piece.trainable) for name, x in piece.params.items()
-        }  # fmt: skip
+            name: x if isinstance(x, kept) else variable(name, x, name in piece.trainable)
+            for name, x in piece.params.items()
+        }
         if piece.backbone is not None:
             piece.backbone.share(dict(variables))
 
     def _run(self, training: bool, first: Any, *more: Any) -> Any:
         xp = self._xp
         if training:
-            keys = tf.random.uniform(xp.shape(first)[:1], 0, 2**31 - 1, tf.int32)
-            xp = xp.for_training(keys)
+            rows = xp.shape(first)[:1]
+            xp = xp.for_training(lambda: tf.random.uniform(rows, 0, 2**31 - 1, tf.int32))
         # The backend's custom gradients take tensors; a tape follows them back to the Variables.
         weights = {name: tf.convert_to_tensor(x) for name, x in self.params.items()}
         return self._forward(xp, bind(self._skeleton, weights), first, *more)

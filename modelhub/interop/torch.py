@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
-from modelhub.core import custom, losses, nn, vision
+from modelhub.core import custom, lora, losses, nn, vision
 from modelhub.core.backends import backend_of
 from modelhub.core.backends.base import Backend
 from modelhub.core.tree import Module, children, is_leaf
@@ -30,14 +31,16 @@ _TORCH: dict[Any, type] = {
     nn.Linear: torch.nn.Linear, nn.Embedding: torch.nn.Embedding, nn.LayerNorm: torch.nn.LayerNorm,
 }  # fmt: skip
 
+_meant: Any = WeakIdKeyDictionary()  # Parameters, and whether `fit` would train them
+_IDS_ALONE = "to_torch models take ids: no embeddings or caches (PEFT's prompt and prefix tuning), insides or tuples"
+
 
 def to_torch(x: Any) -> torch.nn.Module:
     """See modelhub.to_torch."""
     if isinstance(x, TorchModule):
         return x
     piece = opened(x, "torch")
-    if piece.backbone is not None:
-        piece.params = piece.backbone.owned()
+    piece.params = piece.owned(torch.nn.Parameter)
     params = {name: _parameter(array, name in piece.trainable) for name, array in piece.params.items()}
     net: TorchModule = _built(piece.skeleton, params, "", _ROOTS.get(piece.kind))
     if isinstance(net, _Root):
@@ -141,10 +144,12 @@ def _new(source: Any, root: type | None) -> Any:
 
 
 def _parameter(array: torch.Tensor, trainable: bool) -> torch.nn.Parameter:
-    """Another to_torch's, where there was one."""
+    """Another to_torch's, where there was one: frozen as the user has it, unless the task trains others now."""
     trainable = trainable and array.is_floating_point()
     parameter = array if isinstance(array, torch.nn.Parameter) else torch.nn.Parameter(array, requires_grad=False)
-    parameter.requires_grad_(trainable)
+    if _meant.get(parameter) != trainable:
+        parameter.requires_grad_(trainable)
+        _meant[parameter] = trainable
     return parameter
 
 
@@ -213,8 +218,8 @@ def _working(module: TorchModule, x: torch.Tensor) -> Backend:
     xp = own if own is not None and own.device == own.device_of(x) else backend_of(x)
     if not module.training:
         return xp
-    # torch's own generator, so that torch.manual_seed decides.
-    keys = torch.randint(-(2**31), 2**31 - 1, (len(x),), dtype=torch.int32, device=x.device) if x.ndim else None
+    # torch's own generator, so that torch.manual_seed decides; untouched where nothing drops.
+    keys = functools.partial(torch.randint, -(2**31), 2**31 - 1, x.shape[:1], dtype=torch.int32, device=x.device)
     return xp.for_training(keys, module.is_gradient_checkpointing)
 
 
@@ -241,6 +246,14 @@ class Config:
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.to_dict().get(key, default)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.to_dict()
+
+    def get_text_config(self, decoder: bool = False) -> "Config":
+        if decoder:  # a cache of transformers' asks
+            raise InputError(_IDS_ALONE)
+        return self
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -276,13 +289,16 @@ class _Root(TorchModule):
 
         The arguments are those that the Trainer passes on; it is always done without reentering autograd.
         """
+        others = {key: x for key, x in (activation_checkpointing_kwargs or {}).items() if key != "use_reentrant" or x}
+        if others:
+            raise InputError(f"blocks are recomputed without reentering autograd: leave {others} out")
         if every_n_layers != 1 or offload:
             raise InputError("blocks are recomputed one by one, all of them, and nothing is offloaded")
         self.is_gradient_checkpointing = True
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """The same, as transformers called it before 5.2x."""
-        self.activation_checkpointing_enable()
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         self.is_gradient_checkpointing = False
@@ -298,8 +314,13 @@ class _Root(TorchModule):
         if self._xp.device != self._xp.device_of(first):
             self._xp = custom.moved(self._xp, backend_of(first))
         mine = {} if self._backbone is None else self._backbone.params
-        if mine and all(id(x) in now for x in mine.values()):
-            self._backbone.share({name: now[id(x)] for name, x in mine.items()}, self._xp, self._xp.dtype(first))
+        if any(id(x) in now for x in mine.values()):
+            # What it has got since goes along; an adapter stays in float32.
+            params = {
+                name: now[id(x)] if id(x) in now else x.to(first.device, None if lora.MARK in name else first.dtype)
+                for name, x in mine.items()
+            }
+            self._backbone.share(params, self._xp, self._xp.dtype(first))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -308,18 +329,17 @@ class _Root(TorchModule):
 
 class _Text(_Root):
     def forward(  # type: ignore[override]
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
+        self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None, labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None, inputs_embeds: None = None,
+        num_items_in_batch: torch.Tensor | int | None = None, inputs_embeds: None = None, past_key_values: None = None,
         output_attentions: bool | None = None, output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Output:  # fmt: skip
-        """See to_torch. The last four are there because PEFT passes them on; nothing can be asked for with them."""
-        if inputs_embeds is not None or output_attentions or output_hidden_states or return_dict is False:
-            raise InputError("a to_torch model takes ids and returns logits: no embeddings, insides, or plain tuples")
+        """See to_torch. The last five are there because PEFT passes them on; nothing can be asked for with them."""
+        asked = inputs_embeds is not None or past_key_values is not None or output_attentions or output_hidden_states
+        if asked or return_dict is False:
+            raise InputError(_IDS_ALONE)
         ids = _checked(input_ids, "input_ids")
-        if ids.ndim != 2 or ids.is_floating_point():
-            raise InputError(f"input_ids must be integers of shape (batch, time), got {ids.dtype} {tuple(ids.shape)}")
         y = self._compute(_working(self, ids), self, ids, attention_mask, position_ids)
         if self._headless:
             return Output(last_hidden_state=y)
@@ -334,6 +354,14 @@ class _Text(_Root):
     def get_input_embeddings(self) -> torch.nn.Module:
         found: Any = self.model
         return found.embed_tokens
+
+    def get_output_embeddings(self) -> torch.nn.Module | None:
+        """None where they are the input's."""
+        return getattr(self, "lm_head", None)
+
+    def _get_name(self) -> str:
+        """By the architecture's the Trainer knows, with label smoothing, that labels are to be shifted."""
+        return self.config.to_dict()["architectures"][0]
 
 
 class _Image(_Root):

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from modelhub.families import family_of
 from modelhub.families.naming import NameMap
 from modelhub.hub.adapters import AdapterFiles, read_adapter, write_adapter
 from modelhub.hub.preset import resolve_adapter
-from modelhub.hub.provenance import Provenance, TrainingRun, read_provenance
+from modelhub.hub.provenance import Provenance, TrainingRun, read_provenance, write_provenance
+from modelhub.training.engine import OptimizerState
 
 
 @dataclass
@@ -42,16 +43,19 @@ class Adapter:
 class Adapters:
     """What a Backbone can do with adapters; at most one of them is active at a time.
 
-    base_model: the skeleton without any. adapters: all of them by name. active_adapter: a name or None.
+    base_model: the skeleton without any. adapters: all of them by name. active_adapter: a name or None. optimizer: what
+    the last `fit` left.
     """
 
     base_model: Any
+    layers: Mapping[str, str]  # {pattern: name} of the user's own in it
     config: Any
     model: Any
     xp: Backend
     params: Params
     adapters: dict[str, Adapter]
     active_adapter: str | None
+    optimizer: OptimizerState | None = None
     provenance: Provenance  # of the weights without any adapter
     identity: Provenance | None  # what they are, as base and base_model; None: there is no other copy of them
     _replaced: Params  # the base weights that merge_lora has put others in place of
@@ -97,10 +101,12 @@ class Adapters:
     def merge_lora(self) -> None:
         """Put the active adapter into the weights: the same outputs, at the base model's speed. See unmerge_lora.
 
-        Another adapter, enabled or loaded after that, takes it out again; training all weights makes it final.
+        Another adapter, enabled or loaded after that, takes it out again; training all weights makes it final, and so
+        does a torch or TensorFlow module of the task, which may train them.
         """
         adapter = self._require_adapter("merge")
-        weights = {name: fold() for name, fold in lora.folding(self.xp, self.model, self.params).items()}
+        folding = lora.folding(self.xp, self.model, self.params)
+        weights = {name: self.xp.stop_gradient(fold()) for name, fold in folding.items()}  # of torch Parameters
         base = self._base_params()
         adapter.params = {k: x for k, x in self.params.items() if lora.MARK in k}
         self._use(self.base_model, base | weights)
@@ -114,11 +120,12 @@ class Adapters:
         self._use_adapter(base)
 
     def keep_merged(self) -> None:
-        """Make a merge final: the adapter is forgotten, its weights are the model's own. `fit` begins with it."""
+        """Make a merge final: the adapter and what the optimizer remembers are forgotten, its weights are the model's
+        own. `fit` begins with it."""
         if self._replaced:
             for run in self.adapters.pop(self.active_adapter or "").runs:
                 self.provenance = self.provenance.with_run(run)
-            self.active_adapter, self._replaced, self.identity = None, {}, None
+            self.active_adapter, self._replaced, self.identity, self.optimizer = None, {}, None, None
 
     def save_adapter(
         self, folder: str | os.PathLike[str], base: str = "", beside: Callable[[Path], None] | None = None
@@ -147,7 +154,14 @@ class Adapters:
             tensors={_renamed(key, theirs.__getitem__): self.xp.get(arrays[key]) for key in adapter.params},
             task_type="CAUSAL_LM" if hasattr(self.base_model, "lm_head") else None,
         )
-        write_adapter(Path(folder), files, beside)
+
+        def companions(work: Path) -> None:
+            if self.layers:
+                write_provenance(work, Provenance(layers=tuple(self.layers.items())))
+            if beside is not None:
+                beside(work)
+
+        write_adapter(Path(folder).expanduser(), files, companions)
 
     def load_adapter(
         self, folder: str | os.PathLike[str], name: str | None = None, *, revision: str | None = None,
@@ -166,6 +180,13 @@ class Adapters:
         if name in self.adapters:
             raise InputError(f"there is an adapter {name!r} already; give this one another name=")
         files = self._with_our_names(read_adapter(Path(folder)))
+        made = read_provenance(Path(folder))
+        if made and made.layers and made.layers != tuple(self.layers.items()):
+            raise CheckpointError(
+                f"{folder}: this adapter is for a base model with layers of its maker's own, and this model has "
+                f"{dict(self.layers) or 'none'}. Load the base model with layers={dict(made.layers)}, where they are "
+                f"registered, and the adapter on it"
+            )
         config = lora.LoRAConfig(
             files.rank, files.alpha, files.dropout, files.use_rslora, files.use_dora, files.rank_pattern,
             files.alpha_pattern,
@@ -174,7 +195,6 @@ class Adapters:
         skeleton, specs = lora.attach(self.base_model, config, modules)
         _check_shapes(specs, files, folder)
         params = {key: self.xp.array(files.tensors[key], "float32") for key in specs}
-        made = read_provenance(Path(folder))
         self.adapters[name] = Adapter(config, modules, params, skeleton, made.runs if made else ())
         self.set_adapter(name)
         return name

@@ -80,9 +80,9 @@ class Backbone(Movable):
         self._use(model, params)
 
     def _use(self, model: Any, params: Params) -> None:
-        self.model, identity = model, self.identity
+        self.model, identity, optimizer = model, self.identity, self.optimizer
         self.params = params
-        self.identity = identity  # the same weights, with or without an adapter
+        self.identity, self.optimizer = identity, optimizer  # the same weights, with or without an adapter
         self._compile()
 
     def _compile(self) -> None:
@@ -109,7 +109,10 @@ class Backbone(Movable):
         seed: int = 0,
     ) -> Self:
         """As CausalLM.from_preset, without the tokenizer."""
-        backend = measured(backend, preset, "backbone", device, dtype, revision, offline, token, cache_dir)
+        backend = measured(
+            backend, preset, "backbone", device, dtype, revision, offline, token, cache_dir, load_weights, attention,
+            layers,
+        )  # fmt: skip
         xp = backend_with(backend, device, attention)
         with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
             return cls.from_source(source, xp, dtype, load_weights, seed, layers)
@@ -119,15 +122,18 @@ class Backbone(Movable):
         cls, source: Source, xp: Backend, dtype: str | None, load_weights: bool, seed: int,
         layers: Mapping[str, str] | None = None,
     ) -> Self:  # fmt: skip
+        if xp.own_attention is None:
+            xp = custom.with_attention(xp, source.attention)
         source, before = customised(source, layers, xp)
         dtype = choose_dtype(dtype, xp, source)
         params = load_params(source, xp, dtype, seed) if load_weights else random_params(source.model, xp, dtype, seed)
         try_layers(source, xp, params, before)
         origin = provenance_of(source.preset) if load_weights else RANDOM
-        if source.new_layers:  # with these they are nowhere else
+        changed = bool(source.new_layers or source.new_parts)
+        if changed:  # as they are now they are nowhere else
             origin = dataclasses.replace(origin, identity=None)
         backbone = cls(source.model, params, xp, source.config, dtype, origin)
-        backbone.untouched = source.preset.path if load_weights and not source.new_layers else None
+        backbone.untouched = source.preset.path if load_weights and not changed else None
         backbone.layers, backbone.new_layers = source.layers, source.new_layers
         return backbone
 
@@ -143,7 +149,7 @@ class Backbone(Movable):
         if not self.has_adapter and any(params.get(name) is not x for name, x in self._params.items()):
             self.identity = None  # trained, or put there by the user
         self._params = params
-        self.untouched = None
+        self.untouched = self.optimizer = None
 
     @property
     def module(self) -> Any:
@@ -238,7 +244,8 @@ def backend_with(name: str | None, device: str | None, attention: Callable | str
 
 def measured(
     backend: str | None, preset: str | os.PathLike[str], task: str, device: str | None, dtype: str | None,
-    revision: str | None, offline: bool, token: str | None, cache_dir: str | None,
+    revision: str | None, offline: bool, token: str | None, cache_dir: str | None, load_weights: bool,
+    attention: Callable | str | None, layers: Mapping[str, str] | None,
 ) -> str | None:  # fmt: skip
     """The backend that "fastest" means; any other name as it is."""
     if backend != "fastest":
@@ -247,7 +254,7 @@ def measured(
 
     return fastest(
         preset, task=task, device=device, dtype=dtype, revision=revision, offline=offline, token=token,
-        cache_dir=cache_dir,
+        cache_dir=cache_dir, load_weights=load_weights, attention=attention, layers=layers,
     )  # fmt: skip
 
 

@@ -6,20 +6,23 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
+import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from modelhub.core import custom
 from modelhub.core.backends import NAMES, installed
-from modelhub.errors import InputError, UnknownBackend
+from modelhub.errors import ConfigError, DeviceError, InputError, UnknownBackend
 from modelhub.hub.sources import cache_root
 from modelhub.tasks.bench_processes import BACKBONE, IMAGES, TEXT, Model, Row, Workload, measure
-from modelhub.tasks.loading import opened
+from modelhub.tasks.loading import DTYPES, opened
 
 FASTEST = "fastest"  # in place of a backend's name
 _FOLDER = "fastest"  # in the cache
@@ -46,6 +49,15 @@ class Report:
         best = max(self.rows, key=lambda row: row.per_second or 0.0)
         return best.backend if best.per_second else None
 
+    @property
+    def failures(self) -> dict[str, list[str]]:
+        """{what went wrong: the backends that said so}."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.error is not None:
+                found.setdefault(row.error, []).append(row.backend)
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"fastest": self.fastest}
 
@@ -65,18 +77,19 @@ def bench(
     for images all weights on noise. show: is told what is being done.
 
     Backends that fail say why in their row. When all that are installed were measured with the usual batch, the verdict
-    is kept for `fastest`. Raises InputError, UnknownBackend, and what opening the preset raises.
+    is kept for `fastest`. Raises InputError, UnknownBackend, DeviceError, and what opening the preset raises.
     """
     names = list(dict.fromkeys(installed() if backends is None else backends))
     if unknown := [name for name in names if name not in NAMES]:
         raise UnknownBackend(f"unknown backend {unknown[0]!r}; those that can be measured: {', '.join(NAMES)}")
     if not names or steps < 1 or (batch_size is not None and batch_size < 1):
         raise InputError(f"backends={names}, steps={steps}, batch_size={batch_size}: give one or more of each")
-    model = _look(preset, revision, offline, token, cache_dir)
+    _check(device, dtype)
+    model = _look(preset, revision, offline, token, cache_dir, True)
     task = IMAGES if model.images else TEXT
     lengths = model.lengths(prompt_tokens, max_new_tokens, (128, 64))
     rows = model.rows if batch_size is None else batch_size
-    workload = Workload(task, device, dtype, rows, **lengths, train_steps=steps if train else 0)
+    workload = Workload(task, device, dtype, rows, **lengths, load_weights=True, train_steps=steps if train else 0)
     report = Report(model.preset, model.unit, workload, machine(), measure(model, workload, names, show))
     if backends is None and batch_size is None and report.fastest:
         _Shelf(model, task, device, dtype, cache_dir).keep(report)
@@ -86,29 +99,39 @@ def bench(
 def fastest(
     preset: str | os.PathLike[str], *, task: str, device: str | None = None, dtype: str | None = None,
     revision: str | None = None, offline: bool = False, token: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None, load_weights: bool = True, attention: Callable | str | None = None,
+    layers: Mapping[str, str] | None = None,
 ) -> str:  # fmt: skip
     """The name of the installed backend that is the fastest here with this model, and a line on stderr that says why.
 
     task: CausalLM.task, ImageClassifier.task or "backbone". The others are from_preset's. Measured once, which takes
     some seconds for each backend, and kept in the cache for this model, task, device and dtype on this machine, until
-    a framework changes. With one backend installed nothing is measured.
+    a framework changes; for a day only, where a backend failed for reasons that may pass. With one backend installed
+    nothing is measured, nor with pieces of the user's own, which the processes that measure do not know.
 
-    Raises InputError if no backend can run the model, and what opening the preset raises.
+    Raises InputError if no backend can run the model, and for pieces that are not for one backend alone; DeviceError;
+    what opening the preset raises.
     """
     names = installed()
     if len(names) == 1:
         return names[0]
-    model = _look(preset, revision, offline, token, cache_dir)
+    _check(device, dtype)
+    model = _look(preset, revision, offline, token, cache_dir, load_weights)
     if task != BACKBONE and model.images != (task == IMAGES):
         return names[0]  # loading will tell what is wrong
+    if pieces := _own(model, attention, layers):
+        name = _able(pieces, names)
+        _say(f"fastest: {name} for {model.preset}, because of pieces of your own; nothing was measured")
+        return name
     shelf = _Shelf(model, task, device, dtype, cache_dir)
     if (verdict := shelf.read()) is None:
         with shelf.alone():
             verdict = shelf.read()  # of another process, that was waited for
             if verdict is None:
                 lengths = model.lengths(None, None, (64, 32))
-                workload = Workload(task, device, dtype, model.rows, **lengths, repeats=3, seconds=6.0)
+                workload = Workload(
+                    task, device, dtype, model.rows, **lengths, load_weights=load_weights, repeats=3, seconds=6.0
+                )
                 verdict = shelf.keep(_watched(model, workload, names))
     _say(f"fastest: {verdict.line(model.preset)}")
     return verdict.backend
@@ -137,10 +160,45 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _look(preset: Any, revision: Any, offline: bool, token: Any, cache_dir: Any) -> Model:
+def _check(device: str | None, dtype: str | None) -> None:
+    """What no backend can do, before each is started to say so."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if device is not None and not re.fullmatch(r"cpu|(gpu|cuda|tpu|mps)(:\d+)?", device):
+        raise DeviceError(f"device must be cpu, gpu, tpu, mps, or one of several, such as gpu:1; got {device!r}")
+
+
+def _look(preset: Any, revision: Any, offline: bool, token: Any, cache_dir: Any, weights: bool) -> Model:
     """All files are fetched: the processes that are going to read them get no network, and no token."""
-    with opened(os.fspath(preset), revision, offline, token, cache_dir, True) as source:
+    with opened(os.fspath(preset), revision, offline, token, cache_dir, weights) as source:
         return Model.of(source.preset.name, source)
+
+
+def _own(model: Model, attention: Any, layers: Any) -> list[tuple[str, Any]]:
+    """Pieces of the user's own that the model is going to have: their kinds, and names or functions."""
+    if layers is not None and not isinstance(layers, Mapping):
+        return [("layer", layers)]  # loading will tell what is wrong
+    attention = model.attention if attention is None else attention
+    found = [("attention", attention)] if attention is not None else []
+    found += [("layer", name) for name in (dict(model.layers) | dict(layers or {})).values()]
+    return found + [("family", name) for name in custom.names("family") if name == model.family]
+
+
+def _able(pieces: Sequence[tuple[str, Any]], names: Sequence[str]) -> str:
+    """The one backend that the pieces are for."""
+    able: list[str] = []
+    for name in names:
+        with contextlib.suppress(ConfigError):
+            for kind, piece in pieces:
+                (custom.given if kind == "attention" else custom.find)(kind, piece, name)
+            able.append(name)
+    if len(able) > 1:
+        told = dict.fromkeys(f"the {kind} {getattr(piece, '__qualname__', piece)!r}" for kind, piece in pieces)
+        raise InputError(
+            f"backend={FASTEST!r} cannot measure pieces of your own ({', '.join(told)}), which the processes that "
+            f"measure do not know; name a backend: {', '.join(able)}"
+        )
+    return (able or names)[0]  # none: loading will tell what is wrong
 
 
 @contextlib.contextmanager
@@ -160,7 +218,7 @@ def _watched(model: Model, workload: Workload, names: Sequence[str]) -> Report:
     with progress() as show:
         report = Report(model.preset, model.unit, workload, machine(), measure(model, workload, names, show))
     if report.fastest is None:
-        failures = "; ".join(f"{row.backend}: {row.error}" for row in report.rows)
+        failures = "; ".join(f"{', '.join(names)}: {error}" for error, names in report.failures.items())
         raise InputError(f"backend={FASTEST!r} was asked for, but no backend can run {model.preset}: {failures}")
     return report
 
@@ -176,12 +234,15 @@ def _say(line: str) -> None:
 
 @dataclass(frozen=True)
 class _Verdict:
+    """passing: the backends whose failures another day may not have."""
+
     backend: str
     device: str
     unit: str
     speeds: dict[str, float]
     measured: str  # a date
     failures: dict[str, str] = field(default_factory=dict)
+    passing: list[str] = field(default_factory=list)
     kept: Path | None = None
 
     def line(self, preset: str) -> str:
@@ -190,6 +251,9 @@ class _Verdict:
         others += [f"{name} failed" for name in self.failures]
         beside = f" ({', '.join(others)})" if others else ""
         where = f", kept in {self.kept}" if self.kept else ""
+        if where and self.passing:
+            why = "; ".join(f"{name}: {textwrap.shorten(self.failures[name], 200)}" for name in self.passing)
+            where += f", for this day only, as failures may pass: {why}"
         return (
             f"{self.backend} for {preset} on {self.device}: {_rounded(self.speeds[self.backend])} {self.unit}/s"
             f"{beside}; measured on {self.measured}{where}"
@@ -205,11 +269,12 @@ class _Shelf:
         self.path = cache_root(cache_dir) / _FOLDER / f"{digest[:32]}.json"
 
     def read(self) -> _Verdict | None:
-        """None: there is none, or it is damaged."""
+        """None: there is none, it is damaged, or its day is over."""
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
             verdict = _Verdict(**data["verdict"], kept=self.path)
-            sound = data["key"] == self.key and verdict.backend in installed()
+            fresh = verdict.measured == _today() or not verdict.passing
+            sound = data["key"] == self.key and verdict.backend in installed() and fresh
             return verdict if sound and verdict.line("") else None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
@@ -218,9 +283,10 @@ class _Shelf:
         """The verdict of a report in which a backend was measured; where the cache cannot be written it is not kept."""
         best = next(row for row in report.rows if row.backend == report.fastest)
         speeds = {row.backend: row.per_second for row in report.rows if row.per_second}
-        failures = {row.backend: row.error or "" for row in report.rows if not row.per_second}
-        today = time.strftime("%Y-%m-%d")
-        verdict = _Verdict(best.backend, best.device or "", report.unit, speeds, today, failures)
+        failed = [row for row in report.rows if not row.per_second]
+        failures = {row.backend: row.error or "" for row in failed}
+        passing = [row.backend for row in failed if not row.refused]
+        verdict = _Verdict(best.backend, best.device or "", report.unit, speeds, _today(), failures, passing)
         told = dataclasses.asdict(verdict)
         del told["kept"]
         work = self.path.with_name(f".{self.path.stem}.{os.getpid()}")
@@ -256,6 +322,10 @@ def _identity(path: Path) -> str:
         weights = [file for file in path.iterdir() if file.suffix in (".safetensors", ".h5")]
     digest.update(str(sum(file.stat().st_size for file in weights)).encode())
     return digest.hexdigest()
+
+
+def _today() -> str:
+    return time.strftime("%Y-%m-%d")
 
 
 def _rounded(speed: float) -> str:

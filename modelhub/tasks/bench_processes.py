@@ -9,8 +9,9 @@ import math
 import statistics
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -23,6 +24,7 @@ from modelhub.tasks.loading import Source
 
 TEXT, IMAGES, BACKBONE = "causal-lm", "image-classification", "backbone"  # the tasks that can be measured
 _SMALL = 500_000_000  # parameters
+_PATIENCE = 600.0  # seconds for an answer, and one more for each token: longer means that the process hangs
 # The modules that this process would find, whatever is in the working directory.
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.stdin.readline()); "
@@ -40,6 +42,7 @@ class Workload:
     batch_size: int = 1
     prompt_tokens: int = 128
     max_new_tokens: int = 64
+    load_weights: bool = True  # False: random ones
     train_steps: int = 0  # 0: training is not measured
     repeats: int = 5
     seconds: float = 60.0
@@ -52,7 +55,8 @@ class Row:
     first_seconds: of the first call, to its first token or to the logits of its first batch: programs are compiled
     then, or found in the frameworks' caches. first_seconds_warm: of later calls. per_second: tokens (of all rows, after
     the second) or images. peak_memory: of the device, on a CPU of the whole process. train_*: absent on a backend that
-    only does inference; the tokens are those that are no padding.
+    only does inference; the tokens are those that are no padding. refused: the error is modelhub's own, and another try
+    would end alike.
     """
 
     backend: str
@@ -70,11 +74,15 @@ class Row:
     train_tokens_per_second: float | None = None
     train_peak_memory: int | None = None
     error: str | None = None
+    refused: bool = False
 
 
 @dataclass(frozen=True)
 class Model:
-    """What there is to know of a preset before a framework is started."""
+    """What there is to know of a preset before a framework is started.
+
+    layers, attention: names of the user's own that its files ask for; see Source.
+    """
 
     preset: str
     path: Path
@@ -82,6 +90,9 @@ class Model:
     context: int
     num_labels: int | None
     parameters: int
+    family: str
+    layers: Mapping[str, str]
+    attention: str | None
 
     @classmethod
     def of(cls, preset: str, source: Source) -> Self:
@@ -89,7 +100,10 @@ class Model:
         context = 0 if images else source.config.max_position_embeddings
         sizes = [math.prod(spec.shape) for spec in flatten(source.model).values()]
         labels = getattr(source.config, "num_labels", None)
-        return cls(preset, source.preset.path, images, context, labels, sum(sizes))
+        return cls(
+            preset, source.preset.path, images, context, labels, sum(sizes), source.config.model_type, source.layers,
+            source.attention,
+        )  # fmt: skip
 
     @property
     def unit(self) -> str:
@@ -119,8 +133,9 @@ class Model:
 class Worker:
     """A process of bench_worker. After its first failure, which the row tells, it is asked nothing any more."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, patience: float):
         self.row = Row(name)
+        self._patience = patience
         self._firsts: list[float] = []
         self._speeds: list[float] = []
         self._spent = 0.0
@@ -131,14 +146,16 @@ class Worker:
         )  # fmt: skip
         self._send([str(place) for place in sys.path])
 
-    def ask(self, command: str, **details: Any) -> dict[str, Any] | None:
-        """The answer, None for a failure. Figures that a Row has a place for are put there."""
+    def ask(self, command: str, times: int = 1, **details: Any) -> dict[str, Any] | None:
+        """The answer, None for a failure. Figures that a Row has a place for are put there.
+
+        times: of the time that an answer may take.
+        """
         if self.row.error is not None:
             return None
         self._send({"command": command, **details})
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        answer = json.loads(line) if line.endswith("\n") else {"error": self._last_words()}
+        line, late = self._read(times * self._patience)
+        answer = json.loads(line) if line.endswith("\n") else {"error": late or self._last_words()}
         for key in answer.keys() & Row.__dataclass_fields__:
             setattr(self.row, key, answer[key])
         return answer if self.row.error is None else None
@@ -156,7 +173,7 @@ class Worker:
 
     def train(self, steps: int) -> None:
         before = self.row.peak_memory
-        if self.ask("train", steps=steps) and self.row.train_step_seconds is not None:
+        if self.ask("train", steps + 1, steps=steps) and self.row.train_step_seconds is not None:
             self.row.train_peak_memory = self.row.peak_memory
         self.row.peak_memory = before
 
@@ -171,6 +188,22 @@ class Worker:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
 
+    def _read(self, seconds: float) -> tuple[str, str | None]:
+        """A line, and what went wrong if the process had to be killed, which ends the line."""
+        late: list[str] = []
+
+        def stop() -> None:
+            late.append(f"no answer within {seconds / 60:.3g} minutes, so the process was killed")
+            self._process.kill()
+
+        timer = threading.Timer(seconds, stop)
+        timer.start()
+        try:
+            assert self._process.stdout
+            return self._process.stdout.readline(), next(iter(late), None)
+        finally:
+            timer.cancel()
+
     def _last_words(self) -> str:
         code = self._process.wait()
         self._stderr.seek(0)
@@ -181,19 +214,20 @@ class Worker:
 
 def measure(model: Model, workload: Workload, names: Sequence[str], show: Callable[[str], object]) -> list[Row]:
     """A row for each backend, in their order. show: is told what is being done."""
-    keys = ("task", "device", "dtype", "batch_size", "prompt_tokens", "max_new_tokens")
+    keys = ("task", "device", "dtype", "batch_size", "prompt_tokens", "max_new_tokens", "load_weights")
     request = {key: getattr(workload, key) for key in keys} | {"path": str(model.path)}
     if workload.task == IMAGES:
         request["num_classes"] = None if model.num_labels else 10  # an encoder alone gets a head
     # Weights in float32, and as much for all else.
     together = model.parameters < _SMALL and 8 * model.parameters * len(names) < (host_memory() or 0)
+    patience = _PATIENCE + workload.batch_size * (workload.prompt_tokens + workload.max_new_tokens)
     rows: list[Row] = []
     for group in [list(names)] if together else [[name] for name in names]:
         with contextlib.ExitStack() as stack:
             workers: list[Worker] = []
             for name in group:
                 show(f"{name} loads")
-                workers.append(Worker(name))
+                workers.append(Worker(name, patience))
                 stack.callback(workers[-1].end)
                 workers[-1].ask("load", backend=name, **request)
             for _ in range(workload.repeats):

@@ -32,7 +32,8 @@ class Subject(ABC):
     def __init__(self, request: dict[str, Any]):
         import numpy as np
 
-        options = {key: request[key] for key in ("backend", "device", "dtype", "num_classes") if key in request}
+        keys = ("backend", "device", "dtype", "load_weights", "num_classes")
+        options = {key: request[key] for key in keys if key in request}
         self.request = request
         self.task = self.task_class().from_preset(request["path"], offline=True, **options)
         self.backbone = getattr(self.task, "backbone", self.task)
@@ -46,8 +47,7 @@ class Subject(ABC):
     def pixels(self) -> "np.ndarray":
         """Noise as it comes out of preprocessing: float32 (B, C, H, W)."""
         config = self.backbone.config
-        size = [n * p for n, p in zip(config.grid, config.patch, strict=True)]
-        shape = (self.request["batch_size"], config.num_channels, *size)
+        shape = (self.request["batch_size"], config.num_channels, *config.size)
         return self.draw.standard_normal(shape, "float32")
 
     @abstractmethod
@@ -160,7 +160,7 @@ def load(request: dict[str, Any]) -> tuple[Subject, dict[str, Any]]:
 
 def main() -> None:
     """Serve until standard input ends."""
-    from modelhub.errors import ModelhubError, NoGradients
+    from modelhub.errors import BackendNotInstalled, ModelhubError, NoGradients
 
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not get between the answers
@@ -181,7 +181,8 @@ def main() -> None:
                     answer = {}
             answer["peak_memory"] = subject.backbone.xp.peak_memory()
         except ModelhubError as error:
-            answer = {"error": str(error)}
+            # Those that are measured are on the path: one that cannot be imported is broken, which can be repaired.
+            answer = {"error": str(error), "refused": not isinstance(error, BackendNotInstalled)}
         except Exception as error:  # whatever a framework raises is a finding
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)

@@ -87,7 +87,10 @@ class CausalLM(FineTuning):
         DownloadError; whatever fails, nothing half-loaded is left.
         """
         preset = os.fspath(preset)
-        backend = measured(backend, preset, cls.task, device, dtype, revision, offline, token, cache_dir)
+        backend = measured(
+            backend, preset, cls.task, device, dtype, revision, offline, token, cache_dir, load_weights, attention,
+            layers,
+        )  # fmt: skip
         xp = backend_with(backend, device, attention)
         with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
             if hasattr(source.model, "encode"):

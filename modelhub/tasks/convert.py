@@ -84,10 +84,8 @@ def converted(
         if to_gguf:
             if not hasattr(preset.config, "to_gguf"):
                 raise ConfigError(f"{name}: models of type {preset.config.model_type} cannot be written as GGUF files")
-            if preset.layers:
-                raise ConfigError(
-                    f"{name} has layers of its own ({', '.join(preset.layers.values())}): no GGUF has them"
-                )
+            if own := [*preset.layers.values(), *filter(None, [preset.attention])]:
+                raise ConfigError(f"{name} has layers of its own, or attention ({', '.join(own)}): no GGUF has them")
             metadata, extra = preset.config.to_gguf()
             metadata |= tokenizer.to_gguf(preset.config.vocab_size)
         exact, usual = _dtypes(preset)

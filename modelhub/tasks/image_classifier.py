@@ -11,14 +11,14 @@ import numpy as np
 
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.nn import Linear
-from modelhub.core.tree import Params, children, flatten, initial_value
+from modelhub.core.tree import Params, children, flatten
 from modelhub.errors import InputError
 from modelhub.families import vit
 from modelhub.processing.image import ImageProcessor
 from modelhub.processing.image_reading import as_list
-from modelhub.tasks.backbone import RANDOM, Backbone, backend_with, measured, provenance_of
+from modelhub.tasks.backbone import Backbone, backend_with, measured
 from modelhub.tasks.image_training import ImageTraining
-from modelhub.tasks.loading import Source, choose_dtype, customised, load_params, opened, random_params, try_layers
+from modelhub.tasks.loading import Source, opened, random_params
 from modelhub.training.image_examples import as_array
 from modelhub.training.images import channels_first, filled, prefetched
 
@@ -74,7 +74,10 @@ class ImageClassifier(ImageTraining):
         as in CausalLM.from_preset, with the same errors; InputError for a preset without a head if none is asked for.
         """
         preset = os.fspath(preset)
-        backend = measured(backend, preset, cls.task, device, dtype, revision, offline, token, cache_dir)
+        backend = measured(
+            backend, preset, cls.task, device, dtype, revision, offline, token, cache_dir, load_weights, attention,
+            layers,
+        )  # fmt: skip
         xp = backend_with(backend, device, attention)
         with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
             if not hasattr(source.model, "encode"):
@@ -84,10 +87,9 @@ class ImageClassifier(ImageTraining):
             told = any((source.preset.path / name).is_file() for name in _PROCESSORS)
             processor = ImageProcessor.from_folder(source.preset.path) if told else None
             count = _count(num_classes, labels)
-            if count is None:
-                backbone = Backbone.from_source(source, xp, dtype, load_weights, seed, layers)
-            else:
-                backbone = _with_new_head(source, xp, dtype, load_weights, seed, count, labels, layers)
+            if count is not None:
+                source = _with_new_head(source, count, labels)
+            backbone = Backbone.from_source(source, xp, dtype, load_weights, seed, layers)
         encoder = f"{backbone.config.model_type}."
         new_head = any(not place.startswith(encoder) for place in backbone.new_layers)
         return cls(backbone, processor, preset, new_head=new_head or count is not None or not load_weights)
@@ -224,11 +226,7 @@ class ImageClassifier(ImageTraining):
             self.preprocessor.save(folder)
 
     def _probe(self) -> np.ndarray:
-        shape = (
-            2,
-            self.config.num_channels,
-            *(n * p for n, p in zip(self.config.grid, self.config.patch, strict=True)),
-        )
+        shape = (2, self.config.num_channels, *self.config.size)
         pixels = np.sin(np.arange(np.prod(shape), dtype=np.float64) * 0.37).astype(np.float32).reshape(shape)
         return next(self._outputs([pixels]))[1]
 
@@ -257,41 +255,10 @@ def _count(num_classes: int | None, labels: Sequence[str] | None) -> int | None:
     return num_classes
 
 
-@dataclasses.dataclass(frozen=True)
-class _Headless:
-    """A NameMap that passes over what belongs to a head."""
-
-    names: Any
-    heads: tuple[str, ...]
-
-    def to_ours(self, name: str) -> Any:
-        found = self.names.to_ours(name)
-        return None if found is not None and found[0].startswith(self.heads) else found
-
-
-def _with_new_head(
-    source: Source, xp: Backend, dtype: str | None, load_weights: bool, seed: int, count: int,
-    labels: Sequence[str] | None, layers: Mapping[str, str] | None,
-) -> Backbone:  # fmt: skip
-    """The source's encoder under a head of its own kind, or of the user's, for other classes."""
+def _with_new_head(source: Source, count: int, labels: Sequence[str] | None) -> Source:
+    """The source's encoder under a head of its own kind for other classes."""
     named = {"id2label": dict(enumerate(labels)) if labels else None, "label2id": None}
     config = dataclasses.replace(source.config, num_labels=count, **named)
     plain = type(source.model).abstract(config)
     heads = {name for whole in (source.model, plain) for name, part in children(whole) if isinstance(part, Linear)}
-    dtype = choose_dtype(dtype, xp, source)
-    source, before = customised(dataclasses.replace(source, config=config, model=plain), layers, xp)
-    model, origin = source.model, RANDOM
-    if load_weights:
-        encoder: Any = dataclasses.replace(model, **dict.fromkeys(heads))
-        names: Any = _Headless(source.names, tuple(f"{name}." for name in heads))
-        params = load_params(dataclasses.replace(source, model=encoder, names=names), xp, dtype, seed)
-        for name, spec in flatten(model).items():
-            if name not in params:
-                params[name] = xp.put(initial_value(name, spec, seed).astype(dtype, copy=False))
-        origin = dataclasses.replace(provenance_of(source.preset), identity=None)  # as it is now it is nowhere else
-    else:
-        params = random_params(model, xp, dtype, seed)
-    try_layers(source, xp, params, before)
-    backbone = Backbone(model, params, xp, config, dtype, origin)
-    backbone.layers, backbone.new_layers = source.layers, source.new_layers
-    return backbone
+    return dataclasses.replace(source, config=config, model=plain, new_parts=tuple(sorted(heads)))

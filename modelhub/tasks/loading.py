@@ -17,7 +17,7 @@ from tqdm import tqdm
 from modelhub.core import custom
 from modelhub.core.backends.base import Backend
 from modelhub.core.tree import Module, Params, check, flatten, initial_value
-from modelhub.errors import CheckpointError, ConfigError, InputError
+from modelhub.errors import CheckpointError, ConfigError, InputError, ModelhubError
 from modelhub.families import family_of
 from modelhub.families.config import check_kinds
 from modelhub.families.kerashub import BACKBONES, backbone_of
@@ -32,7 +32,8 @@ log = logging.getLogger("modelhub")
 
 LARGEST_JSON = 10_000_000  # bytes of a config
 DTYPES = ("float32", "bfloat16", "float16")
-LAYERS = "modelhub_layers"  # in config.json: {pattern: name} of layers of the user's own
+# In config.json, of the user's own: [[pattern, name of a layer], ...], in that order; the name of an attention function
+LAYERS, ATTENTION = "modelhub_layers", "modelhub_attention"
 
 
 @dataclass
@@ -40,7 +41,8 @@ class Source(ABC):
     """An opened preset: everything that can be known of it without reading weights. Close it after loading.
 
     layers: {pattern: name} of the user's own, which are in `model` once `customised` has put them there; new_layers:
-    where those stand that the files know nothing of, so that their parameters may be missing there.
+    where those stand that the files know nothing of, so that their parameters may be missing there. new_parts: names of
+    parts of the model whose parameters start anew, whatever the files have. attention: the name of the user's own.
     """
 
     kind: ClassVar[str]  # of its names, as a family's `names` takes it
@@ -51,6 +53,8 @@ class Source(ABC):
     names: NameMap
     layers: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     new_layers: tuple[str, ...] = field(default=(), kw_only=True)
+    new_parts: tuple[str, ...] = field(default=(), kw_only=True)
+    attention: str | None = field(default=None, kw_only=True)
 
     @property
     def generation_config(self) -> dict[str, Any]:
@@ -158,13 +162,20 @@ def open_preset(preset: Preset) -> Source:
 
 
 def _open_hf(preset: Preset, data: dict[str, Any]) -> Source:
-    layers = data.pop(LAYERS, None) or {}
-    if not isinstance(layers, dict) or not all(isinstance(name, str) for name in layers.values()):
-        raise ConfigError(f"{preset.path}: {LAYERS} must be {{pattern: name of a layer}}, found {layers!r:.200}")
+    layers, attention = data.pop(LAYERS, None) or [], data.pop(ATTENTION, None)
+    if not isinstance(layers, list) or not all(map(_is_pair, layers)):
+        raise ConfigError(f"{preset.path}: {LAYERS} must be [[pattern, name of a layer], ...], found {layers!r:.200}")
+    if not isinstance(attention, str | None):
+        raise ConfigError(f"{preset.path}: {ATTENTION} must be the name of a function, found {attention!r:.200}")
     family = family_of(data.get("model_type"))
     config = family.Config.from_hf(data)
     names = family.names("hf", config)
-    return HuggingFaceSource(preset, config, family.Model.abstract(config), names, layers=layers)
+    model = family.Model.abstract(config)
+    return HuggingFaceSource(preset, config, model, names, layers=dict(layers), attention=attention)
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def _open_gguf(preset: Preset) -> Source:
@@ -266,12 +277,23 @@ def try_layers(source: Source, xp: Backend, params: Params, before: Mapping[str,
     """Run the model once on next to nothing, for what is wrong with layers of the user's own: a ConfigError."""
     if not before:
         return
-    model, config = custom.watched(xp, source.model, params, before), source.config
+    try:
+        _run_once(source.config, xp, params, custom.watched(xp, source.model, params, before))
+    except ModelhubError:
+        raise
+    except Exception as error:  # what the rest of the model asks of the user's layers may fail in any way
+        own = ", ".join(f"{name!r} for {pattern!r}" for pattern, name in source.layers.items())
+        raise ConfigError(
+            f"the model with layers of your own ({own}) raised {type(error).__name__}: {error}. A layer needs what the "
+            f"rest of the model reads of the one that it replaces"
+        ) from error
+
+
+def _run_once(config: Any, xp: Backend, params: Params, model: Any) -> None:
     if not hasattr(model, "encode"):
         model.logits(xp, model.model(xp, xp.array([[0, 1]], "int32")))
         return
-    sides = (rows * side for rows, side in zip(config.grid, config.patch, strict=True))
-    pixels = xp.zeros((1, config.num_channels, *sides), xp.dtype(next(iter(params.values()))))
+    pixels = xp.zeros((1, config.num_channels, *config.size), xp.dtype(next(iter(params.values()))))
     hidden = model.encode(xp, pixels)
     if config.num_labels:
         model.logits(xp, hidden)
@@ -280,21 +302,27 @@ def try_layers(source: Source, xp: Backend, params: Params, before: Mapping[str,
 def load_params(source: Source, xp: Backend, dtype: str, seed: int = 0) -> Params:
     """All weights, read one tensor at a time; nothing is read before all names and shapes are checked.
 
-    Parameters of new layers that the files do not have, or have in another shape, start from (seed, name).
+    Parameters of new layers that the files do not have, or have in another shape, start from (seed, name), and so do
+    those of new parts.
     """
     where = str(source.preset.path)
     checkpoint = source.checkpoint()
+    anew = tuple(f"{part}." for part in source.new_parts)
     try:
         plan: dict[str, tuple[str, Any]] = {}
         for theirs in checkpoint.tensors:
             if (renamed := source.names.to_ours(theirs)) is None:
                 continue
             ours, via = renamed
+            if ours.startswith(anew):
+                continue
             if ours in plan:
                 raise CheckpointError(f"{where}: tensors {plan[ours][0]!r} and {theirs!r} are both {ours!r}")
             plan[ours] = (theirs, via)
         shapes = {ours: via.our_shape(checkpoint.tensors[theirs].shape) for ours, (theirs, via) in plan.items()}
-        new = _new_params(source, plan, shapes)
+        wanted: dict[str, Any] = flatten(source.model)
+        new = {name: spec for name, spec in wanted.items() if name.startswith(anew)}
+        new |= _new_params(source, {name: spec for name, spec in wanted.items() if name not in new}, plan, shapes)
         check(source.model, shapes | {name: spec.shape for name, spec in new.items()}, where)
 
         def read(theirs: str, via: Any) -> np.ndarray:
@@ -317,11 +345,12 @@ def load_params(source: Source, xp: Backend, dtype: str, seed: int = 0) -> Param
     return params
 
 
-def _new_params(source: Source, plan: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+def _new_params(
+    source: Source, wanted: dict[str, Any], plan: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, Any]:
     """Specs of what the files lack, or have otherwise, of new layers; what those leave over goes from the plan."""
     if not source.new_layers:
         return {}
-    wanted: dict[str, Any] = flatten(source.model)
     inside = tuple(f"{place}." for place in source.new_layers)
     for name in [name for name in plan if name.startswith(inside)]:
         if name not in wanted or wanted[name].shape != shapes[name]:

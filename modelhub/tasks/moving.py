@@ -1,9 +1,9 @@
 """Moving a Backbone: to other backends and devices, and into and out of training loops of the user's own."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import numpy as np
 from tqdm import tqdm
@@ -12,22 +12,20 @@ from modelhub.core import custom
 from modelhub.core.backends import backend_class, get_backend, of
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.lora import MARK
-from modelhub.core.tree import Params
+from modelhub.core.tree import Params, listed
 from modelhub.errors import DeviceError, InputError
 from modelhub.tasks.adapters import Adapters
-from modelhub.training.engine import OptimizerState
 
 
 class Movable(Adapters):
     """What a Backbone can do with the memory that its arrays are in.
 
-    optimizer: what the last `fit` left. By id: _borrowed, arrays whose memory another framework's array has too, and
-    _outside, those that are written to from outside.
+    By id: _borrowed, arrays whose memory another framework's array has too, and _outside, those that are written to
+    from outside.
     """
 
     dtype: str
     untouched: Any
-    optimizer: OptimizerState | None = None
     _params: Params
     _hidden: Any
     _borrowed: WeakValueDictionary[int, Array]
@@ -50,10 +48,11 @@ class Movable(Adapters):
 
     def share(self, params: Params, xp: Backend | None = None, dtype: str | None = None) -> None:
         """Put arrays that will be written to from outside (torch's Parameters, TensorFlow's Variables) in the place of
-        all `params`, under the same names and with the same values.
+        all `params`, under the same names and with the same values. A merge is final from then on.
 
         xp, dtype: where they are now and what they are, if their owner has moved or cast them.
         """
+        self.keep_merged()  # what is trained from outside cannot be taken out of the weights again
         self.dtype = dtype or self.dtype
         identity = self.identity if self.has_adapter else None
         if xp is not None and (xp.name, xp.device) != (self.xp.name, self.xp.device):
@@ -82,11 +81,14 @@ class Movable(Adapters):
     def load_params(self, params: Mapping[str, Any]) -> None:
         """Take over weights from a training loop of the user's own: arrays of any framework under the names of
         `params`, all of them or those of trainable_names() alone. They are copied, in the model's dtype (an adapter's
-        in float32).
+        in float32). What the optimizer remembers of the last `fit` is dropped.
 
-        Raises InputError, with every name and shape that does not fit, before anything is changed; MixedBackends.
+        Raises InputError, with every name and shape that does not fit, before anything is changed, and for arrays that
+        are sharded over processes; MixedBackends.
         """
         owner = backend_class(of(params))
+        for name, x in params.items():
+            owner.check_whole(name, x)
         missing = [name for name in self.trainable_names() if name not in params]
         found = {name: tuple(x.shape) for name, x in params.items()}
         shapes = {name: tuple(x.shape) for name, x in self._params.items()}
@@ -98,23 +100,31 @@ class Movable(Adapters):
             if shapes.get(name, shape) != shape
         ]
         if problems:
-            shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
             raise InputError(
-                f"load_params: {len(problems)} of the arrays do not fit the model:\n  "
-                + "\n  ".join(shown)
-                + "\nGive the names and shapes of `params`, all of them or at least those of trainable_names()."
+                f"load_params: {len(problems)} of the arrays do not fit the model:\n{listed(problems)}\n"
+                "Give the names and shapes of `params`, all of them or at least those of trainable_names()."
             )
         xp, taken = self.xp, {}
         for name, x in params.items():
             holder = get_backend(owner.name, owner.device_of(x))
             cast = holder.cast(x, xp.dtype(self._params[name]))
             taken[name] = xp.copy(xp.adopt(cast, holder))
-        whole = any(MARK not in name for name in taken)
-        if whole:
+        base = [name for name in taken if MARK not in name]
+        if base:
             self.keep_merged()
+        identity = self.identity
+        if identity is not None and not all(
+            params[name] is self._params[name] or self._same(taken[name], self._params[name]) for name in base
+        ):
+            identity = None
         self.params = self._params | taken
-        if whole:
-            self.identity = None
+        self.identity = identity
+
+    def _same(self, x: Array, y: Array) -> bool:
+        try:
+            return np.array_equal(self.xp.get(x), self.xp.get(y))
+        except RuntimeError:  # a loop of the user's own has donated y: nobody knows
+            return False
 
     def destination(self, backend: str | None, device: str | None) -> Backend | None:
         """Where `to` would move the model; None: nowhere. Raises what `to` does."""
@@ -158,29 +168,38 @@ class Movable(Adapters):
         if instead is not None:
             places = {key: spots for key, spots in places.items() if spots[0][0] is not instead}
         self._hidden = None  # it holds on to the arrays
-        moved: list[list[tuple[Params, str]]] = []
+        moved: list[tuple[list[tuple[Params, str]], Callable[[], Array | None]]] = []
         try:
             for spots in tqdm(
                 places.values(), f"moving to {xp.name}", unit="tensor", delay=2, leave=False, disable=None
             ):  # fmt: skip
-                self._move(spots, self.xp, xp)
-                moved.append(spots)
+                moved.append((spots, self._move(spots, self.xp, xp)))
             self.xp = xp
         except BaseException:
-            for spots in moved:
-                self._move(spots, xp, self.xp)
+            for spots, outside in moved:
+                if (x := outside()) is None:
+                    self._move(spots, xp, self.xp)
+                else:  # a module still writes to it
+                    _put(spots, x)
             raise
         finally:
             self._compile()
 
-    def _move(self, spots: list[tuple[Params, str]], old: Backend, new: Backend) -> None:
+    def _move(self, spots: list[tuple[Params, str]], old: Backend, new: Backend) -> Callable[[], Array | None]:
+        """Returns what gives the array that was there, if it is still written to from outside."""
         held, name = spots[0]
-        outside = id(held[name]) in self._outside
-        x = new.adopt(old.copy(held[name]) if outside else held[name], old)
+        before = held[name]
+        outside = id(before) in self._outside
+        x = new.adopt(old.copy(before) if outside else before, old)
         if old.device == new.device and not outside:
             self._borrowed[id(x)] = x
-        for held, name in spots:
-            held[name] = x
+        _put(spots, x)
+        return ref(before) if outside else lambda: None
 
     def _compile(self) -> None:
         raise NotImplementedError
+
+
+def _put(spots: list[tuple[Params, str]], x: Array) -> None:
+    for held, name in spots:
+        held[name] = x

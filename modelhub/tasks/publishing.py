@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from modelhub.core import custom
 from modelhub.errors import BackendNotInstalled, CheckpointError, InputError
 from modelhub.hub import publish
 from modelhub.hub.card import CardFacts, check_card, inherited, missing_licence, notice, render_card
@@ -19,7 +20,7 @@ from modelhub.hub.provenance import Provenance, TrainingRun, write_provenance
 from modelhub.hub.sources import cache_root
 from modelhub.tasks.backbone import Backbone, at_address
 from modelhub.tasks.loading import DTYPES, stored_dtype
-from modelhub.tasks.saving import MAX_SHARD_SIZE, model_folder, write_backbone, write_card
+from modelhub.tasks.saving import MAX_SHARD_SIZE, model_folder, own_attention, write_backbone, write_card
 from modelhub.training.history import History
 
 # How far logits may be from those in memory, relative to the largest: a merged adapter sums in another order and rounds
@@ -55,14 +56,15 @@ class Publishing:
         """Write a Hugging Face model folder: config, weights (an active adapter merged in), tokenizer, model card.
 
         transformers and `from_preset` load it. The folder is replaced as a whole, or not at all; the task stays as it
-        is. dtype: of the weights in the files, "float32", "bfloat16" or "float16"; None: the model's. max_shard_size:
+        is. With layers or attention of the user's own only `from_preset` loads it, where they are registered. dtype: of
+        the weights in the files, "float32", "bfloat16" or "float16"; None: the model's. max_shard_size:
         bytes of a file of weights; more are split, with an index.
         """
-        self._save(Path(folder).resolve(), dtype, max_shard_size)
+        self._save(Path(folder).expanduser().resolve(), dtype, max_shard_size)
 
     def save_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Write the active adapter as a folder that PEFT, transformers and vLLM load, with a model card."""
-        self._save_adapter(Path(folder).resolve())
+        self._save_adapter(Path(folder).expanduser().resolve())
 
     def publish(
         self, address: str, private: bool = True, adapter_only: bool = False, revision: str | None = None,
@@ -183,7 +185,7 @@ class Publishing:
         weights = self.backbone.identity or Provenance()
         return dataclasses.replace(
             found, base=weights.base, base_model=weights.base_model, from_scratch=False, runs=active.runs,
-            base_licence=inherited(found) or found.base_licence,
+            base_licence=inherited(found) or found.base_licence, layers=tuple(self.backbone.layers.items()),
         )  # fmt: skip
 
     def _facts(self, adapter: bool, **facts: Any) -> CardFacts:
@@ -196,7 +198,8 @@ class Publishing:
         return CardFacts(
             task=self.task, model_type=backbone.config.model_type, dtype=backbone.dtype, provenance=self._told(adapter),
             parameters=sum(int(np.prod(x.shape)) for x in counted), adapter=adapter,
-            has_chat_template=self._chats(), **facts,
+            has_chat_template=self._chats(), layers=tuple(backbone.layers.items()), attention=own_attention(backbone),
+            own_family=backbone.config.model_type in custom.names("family"), **facts,
         )  # fmt: skip
 
     def _chats(self) -> bool:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from modelhub.core import custom
 from modelhub.errors import CheckpointError, InputError
 from modelhub.hub.files import GENERATED, MODEL_FILES, replacing, save_tensors
 from modelhub.tasks.backbone import Backbone
-from modelhub.tasks.loading import LAYERS
+from modelhub.tasks.loading import ATTENTION, LAYERS
 
 log = logging.getLogger("modelhub")
 
@@ -58,11 +59,8 @@ def write_backbone(
     written, not into those of the model. digests: gets the sha256 of each file of weights.
     """
     xp, dtype, get = backbone.xp, dtype or backbone.dtype, backbone.plain_param()
-    facts = {"dtype": dtype, "torch_dtype": dtype} | ({LAYERS: dict(backbone.layers)} if backbone.layers else {})
-    write_json(folder / "config.json", backbone.config.to_hf() | facts)
-    if backbone.layers:
-        own = ", ".join(sorted(set(backbone.layers.values())))
-        log.warning("modelhub loads this model where its own layers (%s) are registered; transformers cannot", own)
+    config = backbone.config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
+    write_json(folder / "config.json", config | _own_pieces(backbone, config.get("architectures") or []))
     shapes = {name: (tuple(backbone.params[name].shape), dtype) for name in backbone.plain_names()}
     sizes = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (shape, _) in shapes.items()}
     with tqdm(total=sum(sizes.values()), desc=f"writing {folder.name}", unit="B", unit_scale=True, delay=2,
@@ -84,6 +82,34 @@ def write_backbone(
             save_tensors({name: shapes[name] for name in names}, read, folder / file, {"format": "pt"}, digest)
             if digests is not None and digest is not None:
                 digests[file] = digest.hexdigest()
+
+
+def own_attention(backbone: Backbone) -> str | None:
+    """The name of the user's attention function, if there is one and it was registered."""
+    return custom.name_of(custom.own_attention(backbone.xp))
+
+
+def _own_pieces(backbone: Backbone, architectures: list[str]) -> dict[str, Any]:
+    """What config.json says of the user's own layers and attention; a warning where they are needed elsewhere.
+
+    Other tools get architectures that they do not know: with their own they would compute something else.
+    """
+    attention = own_attention(backbone)
+    found: dict[str, Any] = {}
+    if custom.own_attention(backbone.xp) is not None and attention is None:
+        log.warning(
+            "the attention function that the model was given is not saved: give it again as attention= when it is "
+            "loaded, or register it, and its name is saved"
+        )
+    if backbone.layers:
+        found[LAYERS] = [list(pair) for pair in backbone.layers.items()]  # JSON's objects have no order
+    if attention:
+        found[ATTENTION] = attention
+    if found:
+        own = ", ".join(sorted({*backbone.layers.values(), *filter(None, [attention])}))
+        log.warning("modelhub loads this model where its own pieces (%s) are registered; transformers cannot", own)
+        found["architectures"] = [f"Modelhub{name}" for name in architectures]
+    return found
 
 
 def write_card(folder: Path, card: str, old: Path) -> None:

@@ -48,7 +48,7 @@ class Compiled:
                 f'is on, or on its way to, {name}: call compile() with one of modelhub.optim first, such as "adamw"'
             )
         if self.settings.loss is not None:
-            custom.given("loss", self.settings.loss, name)
+            custom.carried("loss", self.settings.loss, self.backend, name)
 
 
 class Trainable(Publishing):
@@ -77,7 +77,10 @@ class Trainable(Publishing):
 
     @property
     def params(self) -> Params:
-        """{Hugging Face name: array of the backend}. Replace the dict to change weights; never change it in place."""
+        """{Hugging Face name: array of the backend}. Replace the dict to change weights; never change it in place.
+
+        New weights begin anew: what the optimizer remembers of the last `fit` is dropped.
+        """
         return self.backbone.params
 
     @params.setter
@@ -87,7 +90,8 @@ class Trainable(Publishing):
     @property
     def optimizer_state(self) -> Params | None:
         """{name: array of the backend}: what the optimizer remembers of the last `fit`, whose arrays the next one
-        consumes; None before the first and after `compile`."""
+        consumes; None before the first, after `compile`, once weights were replaced, and after one that failed in its
+        first step."""
         return None if self.backbone.optimizer is None else dict(self.backbone.optimizer.arrays)
 
     def to(self, backend: str | None = None, device: str | None = None) -> Self:
@@ -234,6 +238,7 @@ class Trainable(Publishing):
         if (kept := self.backbone.optimizer) is not None:
             arrays = {name: self.backbone.own(x) for name, x in kept.arrays.items()}
             engine.take_up(dataclasses.replace(kept, arrays=arrays), self.backbone.active_adapter)
+            self.backbone.optimizer = None  # a step consumes its arrays, and may fail; `publish` gives it back
         total = plan.total_steps(train)
         if verbose:
             self._describe(train, engine, shape, total, free)

@@ -92,7 +92,7 @@ class Engine:
         xp, self.state, self.offset = self.xp, dict(kept.arrays), kept.steps
         for name, x in self.trainable.items():
             if (master := self.state.get(f"master/{name}")) is not None:
-                # The user may have replaced the weights since.
+                # A loop of the user's own may have trained the weights since.
                 as_left = xp.cast(master, xp.dtype(x)) == x
                 self.state[f"master/{name}"] = xp.where(as_left, master, xp.cast(x, "float32"))
 

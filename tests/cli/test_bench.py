@@ -42,8 +42,10 @@ def test_tables():
         (("gemma3_tiny", "--preset", "gemma3_tiny"), "give one preset"),
         (("gemma3_tiny", "--backends", "numpy,mxnet"), "unknown backend 'mxnet'"),
         (("gemma3_tiny", "--backends", "numpy", "--device", "gpu"), "numpy failed: device 'gpu' was asked for"),
+        (("gemma3_tiny", "--dtype", "int8"), "dtype must be one of float32, bfloat16, float16, got 'int8'"),
     ],
 )
 def test_errors(arguments, says):
     done = run(*arguments)
     assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
+    assert not done.stdout  # no table of nothing

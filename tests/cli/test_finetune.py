@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from modelhub import CausalLM, cli, optim
-from modelhub.cli.finetune import TOP, read_recipe, recipe_keys
+from modelhub.cli.finetune import TOP, image_config, read_recipe, recipe_keys
 from modelhub.errors import InputError
 from modelhub.hub.resources import resource
 from modelhub.training import engine
@@ -388,3 +388,14 @@ main()
     done = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True, timeout=120)
     assert done.returncode == 130 and done.stdout == ""
     assert "stopped: the same command goes on after step 2" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_a_revision_reads(tmp_path, tiny_preset, monkeypatch):
+    """Of a preset that once read images."""
+    monkeypatch.setenv("MODELHUB_CACHE", str(tmp_path / "cache"))
+    for name, preset in {"model": tiny_preset, "model@v1": resource("presets") / "vit_tiny_fashion"}.items():
+        shutil.copytree(preset, tmp_path / name)
+        (tmp_path / name / "SHA256SUMS").unlink(missing_ok=True)
+    address = (tmp_path / "model").as_uri()
+    assert image_config(address, offline=False) is None
+    assert image_config(address, offline=False, revision="v1").size == (28, 28)

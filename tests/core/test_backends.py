@@ -155,6 +155,10 @@ CASES: dict[str, list[Case]] = {
         case(lambda xp: xp.array([1.0, 0.0], "bool"), lambda: np.array([True, False])),
         case(lambda xp: xp.array([1, 2], "bfloat16"), lambda: np.array([1, 2], ml_dtypes.bfloat16)),
     ],
+    "native_labels": [
+        case(lambda xp, x: xp.cast(xp.native_labels(x), "int32"), lambda x: x, np.array([3, 0, 2], np.int32)),
+        case(lambda xp, x: xp.native_labels(x), lambda x: x, POSITIVE),
+    ],
     "zeros": [
         case(lambda xp: xp.zeros((2, 3)), lambda: np.zeros((2, 3))),
         case(lambda xp: xp.zeros([4], "int32"), lambda: np.zeros(4, np.int32)),
@@ -356,6 +360,7 @@ ELSEWHERE = {
     "compile": "test_compile_binds_the_module",
     "owns": "test_of_names_the_backend",
     "device_of": "test_devices",
+    "check_whole": "test_an_array_in_one_piece",
     "lend": "test_arrays_of_other_backends",
     "adopt": "test_arrays_of_other_backends",
     "devices": "test_devices",
@@ -827,6 +832,10 @@ def test_of_refuses_what_is_no_array(backend):
         backends.of({"model.a": backend.zeros((1,)), "model.b": [1.0]})
     with pytest.raises(InputError, match="no array"):
         backends.of({})
+
+
+def test_an_array_in_one_piece(backend):  # test_to_training.py has sharded ones
+    assert backend.check_whole("a", backend.zeros((1,))) is None
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow", "numpy"])

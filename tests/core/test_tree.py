@@ -8,7 +8,7 @@ import pytest
 
 from modelhub.core import nn
 from modelhub.core.tree import Module, Spec, bind, check, flatten, initial_value
-from modelhub.errors import CheckpointError
+from modelhub.errors import CheckpointError, ConfigError
 
 
 @dataclass
@@ -136,6 +136,8 @@ def test_initial_values():
 
 
 def test_initial_values_depend_on_name_and_seed_only():
+    with pytest.raises(ConfigError, match="init of a Spec must be one of normal, .*, got 'nonsense'"):
+        Spec((4, 4), "nonsense")
     spec = Spec((4, 4))
     first = initial_value("a", spec, 0)
     initial_value("b", spec, 0)  # drawing another changes nothing

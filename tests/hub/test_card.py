@@ -399,6 +399,21 @@ def test_where_the_code_looks(address, theirs):
     assert f'CausalLM.from_preset("{address or "path/to/this/folder"}")' in first and theirs in second
 
 
+def test_pieces_of_ones_own():
+    """Nobody is sent to tools that would load the model without them."""
+    pieces = {"layers": (("mlp", "small"), ("lm_head", 'a "b" `')), "attention": "softmax", "own_family": True}
+    for adapter in (False, True):
+        facts = dataclasses.replace(FACTS, adapter=adapter, **pieces)
+        card, (code,) = render_card(facts), snippets(facts)
+        assert header(facts)["library_name"] == "modelhub"
+        assert "transformers," in card and "With transformers" not in card and "peft" not in card.lower()
+        for name in ("the layer `small`", "the attention `softmax`", "the family `gemma3_text`"):
+            assert name in card
+        compile(code, "card", "exec")
+        asked = r', layers={"mlp": "small", "lm_head": "a \"b\" `"}, attention="softmax")'
+        assert (asked in code) == adapter
+
+
 def test_the_code_for_images():
     first, second = snippets(changed(task="image-classification"))
     assert "ImageClassifier.from_preset" in first and "AutoModelForImageClassification" in second

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from modelhub.errors import InputError
 from modelhub.hub import files
-from modelhub.hub.files import MODEL_FILES, replacing
+from modelhub.hub.files import MODEL_FILES, adding, check_new, place, replacing
 
 
 def contents(folder):
@@ -129,3 +130,51 @@ def test_weights_that_saving_replaces(name):
 @pytest.mark.parametrize("name", ["model_best.safetensors", "model-ema.safetensors", "models.safetensors", "model.bin"])
 def test_weights_of_the_users_own(name):
     assert not MODEL_FILES.fullmatch(name)
+
+
+def add(target):
+    """A file and one that belongs beside it."""
+    with adding(target) as file:
+        file.write_text("file")
+        file.with_name(f"{file.name}.data").write_text("data")
+
+
+def test_a_file_and_what_belongs_to_it_appear_together(tmp_path, monkeypatch):
+    for which in (1, 2):
+        with monkeypatch.context() as patch:
+            broken_rename(patch, which)
+            with pytest.raises(OSError, match="Input/output error"):
+                add(tmp_path / "a")
+        assert not os.listdir(tmp_path)
+    add(tmp_path / "a")
+    assert contents(tmp_path) == {"a": "file", "a.data": "data"}
+
+
+@pytest.mark.parametrize("name", ["a", "a.data"])
+def test_what_appears_meanwhile_stays(tmp_path, name):
+    with pytest.raises(InputError, match="is there already"), adding(tmp_path / "a") as file:
+        file.write_text("file")
+        file.with_name("a.data").write_text("data")
+        (tmp_path / name).write_text("mine")
+    assert contents(tmp_path) == {name: "mine"}
+
+
+def test_a_link_that_leads_nowhere_is_something(tmp_path):
+    (tmp_path / "a").symlink_to("nowhere")
+    with pytest.raises(InputError, match="is there already"):
+        check_new(tmp_path / "b", tmp_path / "a")
+    check_new(tmp_path / "b")
+
+
+def test_places(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert place("~/new/a") == place(Path("new/a")) == tmp_path / "new" / "a"
+    assert os.listdir(tmp_path) == ["new"]
+    (tmp_path / "file").touch()
+    for path in ("file/a", "file/b/a"):
+        with pytest.raises(InputError, match=f"{path} cannot be written, its folder cannot be made"):
+            place(path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # for root everything can be written to
+    with pytest.raises(InputError, match="read-only to you"):
+        place("a")

@@ -116,7 +116,17 @@ def changed(**run):
     return dataclasses.asdict(WHOLE) | {"runs": [dataclasses.asdict(RUN) | run]}
 
 
+def test_layers(tmp_path):
+    made = dataclasses.replace(WHOLE, layers=(("mlp", "small"), ("layers.0.mlp", "large")))
+    write_provenance(tmp_path, made)
+    assert read_provenance(tmp_path) == made
+    table = dataclasses.asdict(WHOLE)
+    del table["layers"]  # of an earlier version
+    assert read_provenance(written(tmp_path, table)) == WHOLE
+
+
 DAMAGED = {
+    "layers": ({"layers": [["mlp"]]}, "layers is"),
     "empty": ("", "not JSON"),
     "no json": ("{", "not JSON"),
     "no utf-8": ("\udcff", "not JSON"),

@@ -111,7 +111,7 @@ def test_the_features_change_the_logits(family):
 
 
 def test_command(tmp_path, monkeypatch):
-    options = ["conformance", "--families", "vit", "--backends", "numpy,torch", "--dtypes", "float32"]
+    options = ["conformance", "--families", " vit", "--backends", "numpy, torch", "--dtypes", "float32 "]
     done = CliRunner().invoke(app, [*options, "--output", str(tmp_path / "page.md")])
     assert done.exit_code == 0 and done.stdout.strip() == str(tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text().count("| vit ") == 1
@@ -132,6 +132,10 @@ def test_bad_input(monkeypatch, tmp_path):
         conformance(backends=["mxnet"])
     done = CliRunner().invoke(app, ["conformance", "--output", str(tmp_path / "no" / "page.md")])
     assert isinstance(done.exception, InputError) and "there is no folder" in str(done.exception)
+    monkeypatch.setattr(module, "conformance", lambda *args, **kwargs: pytest.fail("it measured"))
+    for folder in (str(tmp_path), ""):
+        done = CliRunner().invoke(app, ["conformance", "--output", folder])
+        assert isinstance(done.exception, InputError) and "is a folder; give a file" in str(done.exception)
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find_spec(name))
     with pytest.raises(BackendNotInstalled, match="pip install transformers"):

@@ -103,6 +103,23 @@ def test_a_backbone_and_single_modules(lm, tiny_preset):
     close(fn(params, x[..., :3]), x[..., :3] @ params["weight"].T + params["bias"])
 
 
+def test_parameters_on_the_host(lm):
+    params, fn = to_jax(lm)
+    host = jax.device_get(params)
+    close(fn(host, IDS), jax.jit(fn)(host, IDS))
+
+
+def test_a_layers_arrays_may_be_donated(tiny_preset):
+    lm = CausalLM.from_preset(str(tiny_preset), backend="torch", device="cpu")
+    kept = dict(lm.params)
+    before = {name: x.clone() for name, x in kept.items()}
+    wanted = lm.to("jax").logits(IDS)
+    params, _ = to_jax(lm.backbone.module.model.layers[0])
+    jax.block_until_ready(jax.jit(lambda p: {name: x * 2 for name, x in p.items()}, donate_argnums=0)(params))
+    assert all((x == before[name]).all() for name, x in kept.items())
+    close(lm.logits(IDS), wanted)
+
+
 def test_half_precision(tiny_preset):
     lm = CausalLM.from_preset(str(tiny_preset), backend="jax", dtype="bfloat16")
     params, fn = to_jax(lm)
@@ -347,4 +364,8 @@ def test_mistakes(lm):
         InputError, match="expected a CausalLM, an ImageClassifier, a Backbone or a Module, got builtins.str"
     ):
         to_jax("gemma")
+    with pytest.raises(InputError, match="input_ids must be integers .* got float32"):
+        fn(params, IDS.astype(np.float32))
+    with pytest.raises(InputError, match=r"attention_mask must be of shape \(batch, time\), got \(1, 1, 20, 20\)"):
+        jax.jit(fn)(params, IDS, np.ones((1, 1, 20, 20)))
     close(fn(params, IDS), lm.logits(IDS))

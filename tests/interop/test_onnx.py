@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,6 +247,31 @@ def test_the_command(tmp_path):
     assert isinstance(done.exception, InputError) and "remove it" in str(done.exception)
 
 
+def test_the_command_checks_before_it_loads(tmp_path, monkeypatch):
+    for task_class in (CausalLM, ImageClassifier):
+        monkeypatch.setattr(task_class, "from_preset", lambda *args, **kwargs: pytest.fail("it was loaded"))
+
+    def refused(name, *options):
+        done = CliRunner().invoke(app, ["convert", "vit_tiny_fashion", str(tmp_path / name), *options])
+        assert isinstance(done.exception, InputError | BackendNotInstalled), done.exception
+        return str(done.exception)
+
+    assert "dtype must be float32 for a .tflite file, got 'float16'" in refused("a.tflite", "--dtype", "float16")
+    for dtype in ("bfloat16", "q8_0"):
+        message = refused("a.onnx", "--dtype", dtype)
+        assert f"dtype must be float32 or float16 for a .onnx file, got '{dtype}'" in message
+    for suffix in (".pb", ".bin", ".pt", ".safetensors", ".h5", ".keras", ".mlmodel"):
+        message = refused(f"a{suffix}")
+        assert f"no {suffix} files are written; give a name that ends in .gguf, .onnx or .tflite" in message
+    assert "leave out --force" in refused("a.onnx", "--force")
+    (tmp_path / "taken.onnx").touch()
+    assert "there already" in refused("taken.onnx")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else find_spec(name))
+    assert "pip install onnx" in refused("a.onnx")
+    assert os.listdir(tmp_path) == ["taken.onnx"]
+
+
 # --- bad input
 
 
@@ -260,8 +286,17 @@ def test_bad_input(tmp_path, monkeypatch):
         to_onnx("llama", tmp_path / "a.onnx")
     with pytest.raises(InputError, match="a single Module"):
         to_onnx(Linear.abstract(3, 4), tmp_path / "a.onnx")
-    with pytest.raises(InputError, match="opset"):
-        to_onnx(lm, tmp_path / "a.onnx", opset=3)
+    (tmp_path / "a.onnx").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"a\.onnx is there already"):
+        to_onnx(lm, tmp_path / "a.onnx")
+    (tmp_path / "a.onnx").unlink()
+    with pytest.raises(InputError, match="cannot be written"):
+        to_onnx(lm, taken / "a.onnx")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, "export", lambda *args, **kwargs: pytest.fail("it was exported"))
+        for opset in (3, 17, 99, "x", 18.0, True):
+            with pytest.raises(InputError, match="opset must be a whole number from 18 to"):
+                to_onnx(lm, tmp_path / "a.onnx", opset=opset)
     with pytest.raises(ConfigError, match="torch cannot export this llama model"):
         to_onnx(with_layer("onnx_looks_at_values"), tmp_path / "a.onnx")
     find_spec = importlib.util.find_spec
@@ -271,6 +306,14 @@ def test_bad_input(tmp_path, monkeypatch):
             to_onnx(lm, tmp_path / "a.onnx")
     assert os.listdir(tmp_path) == ["taken.onnx"]
     assert np.isfinite(lm.logits([[1, 2, 3]])).all()
+
+
+def test_an_opset_that_is_too_new_for_torch(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(onnx.defs, "onnx_opset_version", lambda: 99)
+    with pytest.raises(InputError, match="opset 99 was asked for, and torch.onnx writes 18"):
+        to_onnx(task("vit", "numpy"), tmp_path / "a.onnx", opset=99)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not os.listdir(tmp_path)
 
 
 def test_a_layer_that_torch_cannot_run(tmp_path):

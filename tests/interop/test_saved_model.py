@@ -1,6 +1,7 @@
 """SavedModels run where modelhub is not, LiteRT files in LiteRT's own interpreter."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -182,6 +183,12 @@ class TestFolder:
             modelhub.to_saved_model(clf, folder, overwrite=True)
         with pytest.raises(InputError, match="is a file"):
             modelhub.to_saved_model(clf, folder / "notes.txt")
+        (folder / "link").symlink_to("nowhere")
+        with pytest.raises(InputError, match="leads nowhere"):
+            modelhub.to_saved_model(clf, folder / "link")
+        (folder / "link").unlink()
+        with pytest.raises(InputError, match="cannot be written"):
+            modelhub.to_saved_model(clf, folder / "notes.txt" / "model")
         assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
         assert (folder / "notes.txt").read_text() == "mine"
 
@@ -194,7 +201,28 @@ class TestFolder:
         modelhub.to_saved_model(clf, folder, overwrite=True)
         found = tf.saved_model.load(str(folder)).signatures["serving_default"](pixel_values=PIXELS)
         np.testing.assert_allclose(found["logits"], clf.logits({"pixel_values": PIXELS}), atol=1e-5)
-        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        (tmp_path / "current").symlink_to("model")
+        modelhub.to_saved_model(clf, tmp_path / "current", overwrite=True)
+        assert {path.name: path.is_symlink() for path in tmp_path.iterdir()} == {"model": False, "current": True}
+
+    def test_other_files_are_never_removed(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        clf, folder = classifier("tensorflow"), tmp_path / "model"
+        assert modelhub.to_saved_model(clf, "~/model") == folder
+        (folder / "notes.txt").write_text("mine")
+        with pytest.raises(InputError, match="holds notes.txt, which overwrite=True would remove"):
+            modelhub.to_saved_model(clf, folder, overwrite=True)
+        (folder / "notes.txt").unlink()
+        before = (folder / "saved_model.pb").read_bytes()
+
+        def slow(module, path, signatures):
+            (folder / "notes.txt").write_text("mine")  # meanwhile
+
+        monkeypatch.setattr(tf.saved_model, "save", slow)
+        with pytest.raises(InputError, match=r"notes\.txt"):
+            modelhub.to_saved_model(clf, folder, overwrite=True)
+        assert (folder / "notes.txt").read_text() == "mine"
+        assert (folder / "saved_model.pb").read_bytes() == before and os.listdir(tmp_path) == ["model"]
 
     def test_a_failure_leaves_nothing(self, tmp_path, monkeypatch):
         def failing(module, path, signatures):
@@ -281,4 +309,9 @@ class TestLiteRT:
         path.write_text("mine")
         with pytest.raises(InputError, match="there already"):
             modelhub.to_litert(lm, path)
-        assert path.read_text() == "mine"
+        monkeypatch.setenv("HOME", str(tmp_path))
+        with pytest.raises(InputError, match="there already"):
+            modelhub.to_litert(lm, "~/lm.tflite")
+        with pytest.raises(InputError, match="cannot be written"):
+            modelhub.to_litert(lm, path / "lm.tflite")
+        assert path.read_text() == "mine" and os.listdir(tmp_path) == ["lm.tflite"]

@@ -265,6 +265,37 @@ def test_a_single_module():
     np.testing.assert_allclose(modelhub.to_tensorflow(bind(skeleton, arrays))(tf.constant(x)), np.full((4, 2), 8.0))
 
 
+def test_a_layer_of_a_task_is_a_copy_unless_it_is_live(lm):
+    layer = modelhub.to_tensorflow(lm.backbone.module.model.layers[0])
+    wanted = lm.logits(IDS)
+    for variable in layer.variables:
+        variable.assign_add(tf.ones_like(variable))
+    np.testing.assert_array_equal(lm.logits(IDS), wanted)
+    lm.enable_lora(2)
+    module = modelhub.to_tensorflow(lm)
+    norm = modelhub.to_tensorflow(lm.backbone.module.model.norm)
+    assert norm.params["weight"] is module.params["model.norm.weight"]
+
+
+def test_wrong_ids_and_masks(lm):
+    module = modelhub.to_tensorflow(lm)
+    with pytest.raises(InputError, match="input_ids must be integers .* got <dtype: 'float32'>"):
+        module(IDS.astype(np.float32))
+    with pytest.raises(InputError, match=r"attention_mask must be of shape \(batch, time\), got \(1, 1, 12, 12\)"):
+        module(IDS, np.ones((1, 1, 12, 12)))
+    with pytest.raises(InputError, match=r"input_ids must be of shape \(batch, time\), got an unknown one"):
+        tf.function(module, [tf.TensorSpec(None, tf.int32)], autograph=False)(IDS)
+
+
+def test_without_dropout_nothing_is_drawn(lm):
+    module = modelhub.to_tensorflow(lm)
+    tf.random.set_seed(1)
+    wanted = tf.random.uniform((3,)).numpy()
+    tf.random.set_seed(1)
+    module(IDS, training=True)
+    np.testing.assert_array_equal(tf.random.uniform((3,)), wanted)
+
+
 def test_something_else_is_refused():
     with pytest.raises(InputError, match="expected a CausalLM"):
         modelhub.to_tensorflow("gemma3_tiny")

@@ -250,6 +250,20 @@ def test_moving_the_module_moves_the_task(lm):
     assert {x.dtype for x in lm.params.values()} == {torch.float32}
 
 
+def test_what_the_task_has_got_since_goes_along(lm):
+    net = to_torch(lm)
+    lm.enable_lora(rank=2)
+    net.bfloat16()
+    assert lm.dtype == "bfloat16" and all(x is lm.params[name] for name, x in net.named_parameters())
+    assert {x.dtype for name, x in lm.params.items() if ".lora." in name} == {torch.float32}
+    np.testing.assert_allclose(lm.logits(IDS), net(IDS).logits.detach(), atol=0.3)
+    assert lm.generate("The river", max_new_tokens=4) is not None
+    name = "model.layers.0.mlp.up_proj.weight"
+    lm.params = lm.params | {name: lm.params[name].detach().clone()}
+    net.float()
+    assert lm.dtype == "float32" and {x.dtype for x in lm.params.values()} == {torch.float32}
+
+
 def test_copies_are_nobodys(lm):
     net = to_torch(lm)
     copied = copy.deepcopy(net)
@@ -378,11 +392,40 @@ def test_a_single_module():
         net = to_torch(Gated(nn.Linear(tensors[0]), [tensors[1]], gate))
         wanted = x @ tensors[0].T * 6
         close(net(x), wanted if gate is None else torch.sigmoid(gate) * wanted)
-        assert net.inner.weight.data_ptr() == tensors[0].data_ptr()
         names = {"inner.weight", "scales.0", *(("gate",) if gate is not None else ())}
         assert net.state_dict().keys() == names
     net.factor = 4.0
     close(net(x), torch.sigmoid(tensors[2]) * wanted * 2)
+
+
+def test_a_layer_of_a_task_is_a_copy(tiny_preset):
+    """Its arrays may be those of another framework, and what the task keeps of a prompt was made with them."""
+    lm = CausalLM.from_preset(str(tiny_preset), backend="jax", device="cpu", dtype="float32")
+    kept = dict(lm.params)
+    before = {name: np.array(x) for name, x in kept.items()}
+    lm.to("torch")
+    wanted = lm.logits(IDS)
+    with torch.no_grad():
+        for parameter in to_torch(lm.backbone.module.model.layers[0]).parameters():
+            parameter.add_(1)
+    assert all((np.asarray(x) == before[name]).all() for name, x in kept.items())
+    np.testing.assert_array_equal(lm.logits(IDS), wanted)
+    net = to_torch(lm)  # live: its Parameters stay what they are
+    norm = net.model.norm.requires_grad_(False)
+    single = to_torch(lm.backbone.module.model.norm)
+    assert single.weight is norm.weight and not norm.weight.requires_grad
+
+
+def test_what_is_frozen_stays_frozen(lm):
+    net = to_torch(lm).requires_grad_(False)
+    net.model.norm.requires_grad_(True)
+    to_torch(lm.backbone)
+    assert [name for name, x in net.named_parameters() if x.requires_grad] == ["model.norm.weight"]
+    lm.enable_lora(rank=2)  # the task's own choice
+    names = [name for name, x in to_torch(lm).named_parameters() if x.requires_grad]
+    assert names == lm.backbone.trainable_names()
+    lm.set_adapter(None)
+    assert all(x.requires_grad for x in to_torch(lm).parameters())
 
 
 def test_dropout_of_an_adapter(lm):
@@ -403,6 +446,28 @@ def test_dropout_of_an_adapter(lm):
     assert torch.equal(noisy(1), noisy(1)) and not torch.equal(noisy(1), noisy(2))
     assert not torch.equal(noisy(1), quiet)
     close(net.eval()(IDS).logits, quiet, 1e-7)
+
+
+def test_dropout_is_the_same_when_blocks_are_recomputed(lm):
+    lm.enable_lora(rank=4, dropout=0.5)
+    net, found = to_torch(lm).train(), []
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    for recomputed in (False, True):
+        net.is_gradient_checkpointing = recomputed
+        torch.manual_seed(3)
+        found.append(gradients(net, net(IDS, labels=IDS).loss))
+    assert all(torch.allclose(found[0][name], x, atol=1e-6) for name, x in found[1].items())
+
+
+def test_without_dropout_nothing_is_drawn(lm):
+    net = to_torch(lm).train()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    net(IDS, labels=IDS).loss.backward()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_dropout_of_an_encoder(tmp_path):
@@ -435,7 +500,11 @@ def test_gradient_checkpointing(lm):
     wanted = gradients(net, net(IDS, labels=IDS).loss)
     calls = []
     net.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    net.gradient_checkpointing_enable()
+    for options in ({"use_reentrant": True}, {"determinism_check": "none"}):
+        with pytest.raises(InputError, match=f"leave {options} out"):
+            net.gradient_checkpointing_enable(options)
+    assert not net.is_gradient_checkpointing
+    net.gradient_checkpointing_enable({"use_reentrant": False})
     found = gradients(net, net(IDS, labels=IDS).loss)
     assert len(calls) == 2 and all(torch.allclose(found[name], x, atol=1e-6) for name, x in wanted.items())
     net.gradient_checkpointing_disable()
@@ -453,8 +522,14 @@ def test_bad_input(lm):
     assert to_torch(net) is net
     with pytest.raises(InputError, match=r"input_ids must be called with tensors of torch, got a numpy.ndarray"):
         net(IDS.numpy())
-    with pytest.raises(InputError, match=r"integers of shape \(batch, time\), got torch.int64 \(20,\)"):
+    with pytest.raises(InputError, match=r"input_ids must be of shape \(batch, time\), got \(20,\)"):
         net(IDS[0])
+    with pytest.raises(InputError, match=r"attention_mask must be .* got \(1, 1, 20, 20\)"):
+        net(IDS, torch.ones(1, 1, 20, 20).tril())
+    with pytest.raises(InputError, match=r"attention_mask must be .* got \(20,\)"):
+        net(IDS, MASK[0])
+    with pytest.raises(InputError, match=r"position_ids must be .* got \(20,\)"):
+        net(IDS, position_ids=torch.arange(20))
     with pytest.raises(InputError, match="got torch.float32"):
         net(IDS.float())
     with pytest.raises(InputError, match="no embeddings"):

@@ -1,21 +1,27 @@
 """Measuring backends in processes of their own, and the verdicts that backend="fastest" goes by."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from modelhub import CausalLM, ImageClassifier
-from modelhub.core.backends import installed
-from modelhub.errors import InputError, PresetNotFound, UnknownBackend
+import modelhub
+from modelhub import Backbone, CausalLM, ImageClassifier, nn
+from modelhub.core import custom
+from modelhub.core.backends import NAMES, installed
+from modelhub.errors import ConfigError, DeviceError, InputError, PresetNotFound, UnknownBackend
+from modelhub.families import gemma
 from modelhub.tasks import bench as benches
 from modelhub.tasks import bench_processes
 from modelhub.tasks.bench import FASTEST, bench, fastest
 from modelhub.tasks.bench_processes import BACKBONE, IMAGES, TEXT, Row
+from modelhub.tasks.loading import ATTENTION, LAYERS
 
 SHORT = {"prompt_tokens": 16, "max_new_tokens": 8}
 
@@ -46,7 +52,7 @@ def measured(monkeypatch):
         speeds = {"jax": 20.0, "torch": 310.4, "tensorflow": 5.25}
         rows = [Row(name, device="cpu", per_second=speeds.get(name)) for name in names]
         for row in rows:
-            row.error = None if row.per_second else "no"
+            row.error, row.refused = (None, False) if row.per_second else ("no", True)
         return rows
 
     monkeypatch.setattr(benches, "measure", measure)
@@ -110,7 +116,7 @@ def test_fastest_measures_once(processes, tmp_path):
 
 @pytest.mark.parametrize("preset", ["gemma3_tiny", "vit_tiny_fashion"])
 def test_a_backbone_alone(preset, tmp_path):
-    model = benches._look(preset, None, True, None, tmp_path)
+    model = benches._look(preset, None, True, None, tmp_path, True)
     workload = benches.Workload(BACKBONE, "cpu", prompt_tokens=16, repeats=1)
     [row] = bench_processes.measure(model, workload, ["numpy"], print)
     assert row.error is None and row.per_second > 0
@@ -124,6 +130,137 @@ def test_the_line_says_why(measured, tmp_path, capsys):
     assert capsys.readouterr().err == f"{line}; measured on {day}, kept in {kept}\n"
     [workload] = measured
     assert (workload.prompt_tokens, workload.max_new_tokens, workload.train_steps) == (64, 32, 0)
+
+
+def test_a_broken_backend_decides_for_a_day(tmp_path, monkeypatch, capsys):
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(benches, "installed", lambda: ["jax", "numpy"])
+    assert fastest("gemma3_tiny", task=BACKBONE, device="cpu", cache_dir=tmp_path) == "numpy"
+    said = capsys.readouterr().err
+    assert "(jax failed); measured on" in said and ", for this day only, as failures may pass: jax: " in said
+    [kept] = (tmp_path / "fastest").glob("*.json")
+
+    def measure(model, workload, names, show):
+        return [Row(name, per_second=2.0 if name == "jax" else 1.0) for name in names]
+
+    monkeypatch.setattr(benches, "measure", measure)
+    assert fastest("gemma3_tiny", task=BACKBONE, device="cpu", cache_dir=tmp_path) == "numpy"
+    data = json.loads(kept.read_text())
+    data["verdict"]["measured"] = "2001-01-01"
+    kept.write_text(json.dumps(data))
+    assert fastest("gemma3_tiny", task=BACKBONE, device="cpu", cache_dir=tmp_path) == "jax"
+
+
+def test_what_modelhub_itself_refuses_lasts(tmp_path):
+    model = benches._look("gemma3_tiny", None, True, None, tmp_path, True)
+    [row] = bench_processes.measure(model, benches.Workload(TEXT, "gpu"), ["numpy"], print)
+    assert row.error and row.refused
+
+
+def test_random_weights_need_no_files(tiny_preset, tmp_path, monkeypatch):
+    folder = tmp_path / "no weights"
+    shutil.copytree(tiny_preset, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    monkeypatch.setattr(benches, "installed", lambda: ["numpy", "torch"])
+    lm = CausalLM.from_preset(str(folder), backend=FASTEST, device="cpu", load_weights=False, cache_dir=str(tmp_path))
+    assert lm.backend in ("numpy", "torch")
+    [kept] = (tmp_path / "fastest").glob("*.json")
+    assert set(json.loads(kept.read_text())["verdict"]["speeds"]) == {"numpy", "torch"}
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """Layers and an attention, registered for torch alone and for all backends."""
+    monkeypatch.setattr(custom, "_registered", list(custom._registered))
+
+    @dataclass
+    class Same(nn.Module):
+        gate_proj: nn.Linear
+        up_proj: nn.Linear
+        down_proj: nn.Linear
+
+        @classmethod
+        def replacing(cls, old):
+            return cls(old.gate_proj, old.up_proj, old.down_proj)
+
+        def __call__(self, xp, x):
+            return self.down_proj(xp, self.up_proj(xp, x))
+
+    def attention(xp, q, k, v, mask, scale):
+        return q
+
+    for backend in ("torch", None):
+        modelhub.register("layer", f"bench {backend}", backend)(Same)
+        modelhub.register("attention", f"bench {backend}", backend)(attention)
+
+
+@pytest.mark.parametrize("options", [{"layers": {"mlp": "bench torch"}}, {"attention": "bench torch"}])
+def test_pieces_for_one_backend_decide(measured, pieces, tmp_path, capsys, options):
+    lm = CausalLM.from_preset("gemma3_tiny", backend=FASTEST, device="cpu", cache_dir=str(tmp_path), **options)
+    assert lm.backend == "torch" and not measured
+    assert "fastest: torch for gemma3_tiny, because of pieces of your own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"layers": {"mlp": "bench None"}}, {"attention": "bench None"}, {"attention": lambda q, k, v, mask, scale: q}],
+)
+@pytest.mark.parametrize("task", [CausalLM, Backbone, ImageClassifier])
+def test_pieces_that_may_run_anywhere_cannot_be_measured(measured, pieces, tmp_path, task, options):
+    preset = "vit_tiny_fashion" if task is ImageClassifier else "gemma3_tiny"
+    with pytest.raises(InputError, match="cannot measure pieces of your own .*; name a backend: jax, torch"):
+        task.from_preset(preset, backend=FASTEST, cache_dir=str(tmp_path), **options)
+    assert not measured
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"layers": {"mlp": "nobody's"}}, "no layer"),
+        ({"layers": ["bench torch"]}, "layers must be"),
+        ({"attention": "nobody's"}, "no attention"),
+    ],
+)
+def test_loading_tells_what_is_wrong_with_pieces(measured, pieces, tmp_path, options, says):
+    with pytest.raises(ConfigError, match=says):
+        CausalLM.from_preset("gemma3_tiny", backend=FASTEST, device="cpu", cache_dir=str(tmp_path), **options)
+    assert not measured
+
+
+def test_pieces_of_a_folder(measured, pieces, tiny_preset, tmp_path):
+    folder = shutil.copytree(tiny_preset, tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+
+    def ask(own, **options):
+        (folder / "config.json").write_text(json.dumps(config | own))
+        return fastest(folder, task=TEXT, cache_dir=tmp_path, **options)
+
+    assert ask({LAYERS: [["mlp", "bench torch"]]}) == "torch"
+    assert ask({ATTENTION: "bench torch"}) == "torch"
+    with pytest.raises(InputError, match="the layer 'bench None'"):
+        ask({LAYERS: [["mlp", "bench torch"]]}, layers={"mlp": "bench None"})
+    assert not measured
+
+
+def test_a_family_of_the_users_own(measured, pieces, tiny_preset, tmp_path):
+    @modelhub.register("family", "bench gemma")
+    class Family:
+        Model, names = gemma.Model, staticmethod(gemma.names)
+
+        class Config(gemma.Config):
+            @classmethod
+            def from_hf(cls, data):
+                found = super().from_hf(data | {"model_type": "gemma3_text"})
+                found.model_type = data["model_type"]
+                return found
+
+    folder = shutil.copytree(tiny_preset, tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bench gemma"}))
+    with pytest.raises(InputError, match="the family 'bench gemma'"):
+        fastest(folder, task=TEXT, cache_dir=tmp_path)
+    assert not measured
 
 
 def test_what_a_verdict_depends_on(measured, tmp_path, monkeypatch):
@@ -193,8 +330,8 @@ def test_backends_that_fail_say_so(tmp_path):
 
 
 def test_no_backend_at_all(measured, tmp_path, monkeypatch):
-    monkeypatch.setattr(benches, "measure", lambda *_: [Row("jax", error="no memory"), Row("numpy", error="slow")])
-    with pytest.raises(InputError, match="'fastest'.*gemma3_tiny: jax: no memory; numpy: slow"):
+    monkeypatch.setattr(benches, "measure", lambda *_: [Row(n, error="no" if n == "jax" else "slow") for n in NAMES])
+    with pytest.raises(InputError, match="'fastest'.*gemma3_tiny: jax: no; torch, tensorflow, numpy: slow"):
         fastest("gemma3_tiny", task=TEXT, cache_dir=tmp_path)
 
 
@@ -210,6 +347,14 @@ def test_a_process_that_dies(tmp_path, monkeypatch, code, says):
     monkeypatch.setattr(bench_processes, "_START", f"import sys; sys.stdin.readline(); {code}")
     report = bench("gemma3_tiny", backends=["numpy", "jax"], train=True, cache_dir=tmp_path)
     assert len(report.rows) == 2 and all(says in row.error for row in report.rows)
+
+
+def test_a_process_that_hangs(tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(bench_processes, "_START", "import sys, time; sys.stdin.readline(); time.sleep(60)")
+    monkeypatch.setattr(bench_processes, "_PATIENCE", 0.3)
+    [row] = bench("vit_tiny_fashion", backends=["numpy"], cache_dir=tmp_path).rows
+    assert row.error == "no answer within 0.005 minutes, so the process was killed" and not row.refused
+    assert processes[0].poll() is not None
 
 
 def test_stopping_leaves_no_process(tmp_path, processes):
@@ -248,11 +393,20 @@ def test_modules_of_the_working_directory_are_not_taken(tmp_path, monkeypatch):
         ({"prompt_tokens": 1000, "max_new_tokens": 25}, InputError, "at most 1024"),
         ({"max_new_tokens": 2}, InputError, "3 or more"),
         ({"preset": "gemma3_tinny"}, PresetNotFound, "gemma3_tiny"),
+        ({"dtype": "int8"}, InputError, "dtype must be one of float32"),
+        ({"device": "gpuu"}, DeviceError, "device must be cpu, gpu"),
     ],
 )
 def test_bad_input_is_told_before_anything_runs(options, error, says, processes, tmp_path):
     with pytest.raises(error, match=says):
         bench(**{"preset": "gemma3_tiny", "cache_dir": tmp_path} | options)
+    assert not processes
+
+
+@pytest.mark.parametrize(("options", "says"), [({"dtype": "int8"}, "'int8'"), ({"device": "gpuu"}, "'gpuu'")])
+def test_the_callers_mistake_starts_nothing(options, says, processes, tmp_path):
+    with pytest.raises((InputError, DeviceError), match=says):
+        fastest("gemma3_tiny", task=TEXT, cache_dir=tmp_path, **options)
     assert not processes
 
 

@@ -110,6 +110,11 @@ def softmax_attention(xp, q, k, v, mask, scale):
     return xp.matmul(xp.softmax(scores), repeated[1])
 
 
+@register("attention", "halved")
+def halved_attention(xp, q, k, v, mask, scale):
+    return softmax_attention(xp, q, k, v, mask, scale / 2)
+
+
 @register("loss", "cross entropy")
 def cross_entropy(xp, logits, labels):
     return xp.logsumexp(logits) - xp.take_along_axis(logits, xp.expand_dims(labels, 1), 1)[:, 0]
@@ -253,6 +258,21 @@ class TestLoRA:
         assert_close(again.logits(IDS), logits)
         assert_close(load(tmp_path / "whole").logits(IDS), logits)
 
+    def test_an_adapter_goes_on_the_same_layers(self, tiny_preset, tmp_path):
+        lm = load(tiny_preset, layers={"lm_head": "test two-layer head"})
+        lm.enable_lora(rank=2)
+        lm.save_adapter(tmp_path / "task")
+        lm.backbone.save_adapter(tmp_path / "backbone")
+        for folder in ("task", "backbone"):
+            for layers in (None, {"lm_head": "test scaled head"}):
+                other = load(tiny_preset, layers=layers)
+                with pytest.raises(CheckpointError, match="layers={'lm_head': 'test two-layer head'}, where they are"):
+                    other.load_adapter(tmp_path / folder)
+                assert not other.backbone.adapters
+            again = load(tiny_preset, layers={"lm_head": "test two-layer head"})
+            again.load_adapter(tmp_path / folder)
+            assert np.array_equal(again.logits(IDS), lm.logits(IDS))
+
     def test_all_linear_leaves_the_head_out(self, tiny_preset):
         lm = load(tiny_preset, layers={"lm_head": "test two-layer head"})
         lm.enable_lora(targets="all-linear")
@@ -291,10 +311,57 @@ class TestSaving:
 
     def test_config_and_a_word_of_warning(self, saved, tmp_path, caplog):
         folder, logits = saved
-        assert json.loads((folder / "config.json").read_text())["modelhub_layers"] == SAVED
+        config = json.loads((folder / "config.json").read_text())
+        assert config["modelhub_layers"] == [list(pair) for pair in SAVED.items()]
+        assert config["architectures"] == ["ModelhubGemma3ForCausalLM"]  # no other tool has it
         load(folder).save_to_preset(tmp_path / "again")
         assert "transformers cannot" in caplog.text and "not in the checkpoint" not in caplog.text
         assert_close(load(tmp_path / "again").logits(IDS), logits)
+
+    def test_in_their_order(self, tiny_preset, tmp_path):
+        """In the order of their names the pattern for all would come last."""
+        layers = {"model.layers.*.mlp": "test same mlp", "layers.1.mlp": "test small mlp"}
+        lm = load(tiny_preset, layers=layers)
+        lm.save_to_preset(tmp_path / "saved")
+        again = load(tmp_path / "saved")
+        assert [type(layer.mlp) for layer in again.backbone.model.model.layers] == [SameMLP, SmallMLP]
+        assert np.array_equal(again.logits(IDS), lm.logits(IDS))
+
+    def test_attention(self, tiny_preset, tmp_path, caplog):
+        lm = load(tiny_preset, attention="test halved")
+        lm.save_to_preset(tmp_path / "saved")
+        assert "own pieces (test halved) are registered" in caplog.text
+        again = load(tmp_path / "saved", "torch")
+        assert_close(again.logits(IDS), lm.logits(IDS))
+        plain = load(tmp_path / "saved", attention=softmax_attention)  # what is asked for wins
+        assert_close(plain.logits(IDS), load(tiny_preset).logits(IDS))
+        assert np.abs(plain.logits(IDS) - lm.logits(IDS)).max() > 1e-3
+        with pytest.raises(
+            ConfigError, match=r"no attention 'test gone'.*@modelhub.register\(\"attention\", 'test gone'"
+        ):
+            load(changed(tmp_path / "saved", tmp_path / "gone", modelhub_attention="test gone"))
+        from modelhub.tasks.convert import convert
+
+        with pytest.raises(ConfigError, match="or attention"):
+            convert(str(tmp_path / "saved"), tmp_path / "model.gguf")
+
+    def test_attention_without_a_name(self, tiny_preset, tmp_path, caplog):
+        lm = load(tiny_preset, attention=lambda xp, q, k, v, mask, scale: softmax_attention(xp, q, k, v, mask, scale))
+        lm.save_to_preset(tmp_path / "saved")
+        assert "is not saved: give it again as attention=" in caplog.text
+        assert "modelhub_attention" not in (tmp_path / "saved/config.json").read_text()
+
+    def test_the_card_sends_nobody_to_transformers(self, saved, tiny_preset, tmp_path, monkeypatch):
+        card = (saved[0] / "README.md").read_text()
+        assert "library_name: modelhub" in card and "the layer `test two-layer head`" in card
+        assert "AutoModel" not in card and "layers=" not in card
+        lm = load(tiny_preset, layers=SAVED, attention="test halved")
+        lm.enable_lora(rank=2)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        lm.save_adapter("~/adapter")
+        card = (tmp_path / "adapter/README.md").read_text()
+        asked = ", ".join(f'"{pattern}": "{name}"' for pattern, name in SAVED.items())
+        assert f'layers={{{asked}}}, attention="test halved")' in card and "PeftModel" not in card
 
     def test_said_again(self, saved, caplog):
         folder, logits = saved
@@ -302,13 +369,16 @@ class TestSaving:
         assert "not in the checkpoint" not in caplog.text
 
     def test_not_registered_here(self, saved, tmp_path):
-        copy = changed(saved[0], tmp_path / "copy", modelhub_layers=SAVED | {"lm_head": "test gone"})
+        copy = changed(saved[0], tmp_path / "copy", modelhub_layers=[["lm_head", "test gone"]])
         with pytest.raises(ConfigError, match=r"there is no layer 'test gone'; registered: .*@modelhub.register"):
             load(copy)
 
     def test_damaged(self, saved, tmp_path):
-        with pytest.raises(ConfigError, match="modelhub_layers must be"):
-            load(changed(saved[0], tmp_path / "list", modelhub_layers=["mlp"]))
+        for kind, wrong in {"list": ["mlp"], "object": SAVED, "numbers": [["mlp", 3]]}.items():
+            with pytest.raises(ConfigError, match="modelhub_layers must be"):
+                load(changed(saved[0], tmp_path / kind, modelhub_layers=wrong))
+        with pytest.raises(ConfigError, match="modelhub_attention must be"):
+            load(changed(saved[0], tmp_path / "attention", modelhub_attention=["mine"]))
         copy = changed(saved[0], tmp_path / "copy")
         tensors = load_file(copy / "model.safetensors")
         del tensors["model.layers.1.mlp.gain"]
@@ -403,6 +473,25 @@ class TestOneFramework:
         with pytest.raises(ConfigError, match="was given for torch, and the model is on its way to numpy"):
             lm.to(backend="numpy")
         assert np.array_equal(lm.logits(IDS), before)
+        register("attention", "bare")(bare)  # a name does not make it one for all
+        with pytest.raises(ConfigError, match="was given for torch, and the model is on its way to numpy"):
+            lm.to(backend="numpy")
+
+    @pytest.mark.parametrize("registered", [False, True])
+    def test_a_loss_of_one_framework_does_not_move(self, tiny_preset, registered):
+        def plain(logits, labels):
+            import torch
+
+            return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+        lm = load(tiny_preset, "torch")
+        losses = trained(lm, register("loss", "plain")(plain) and "test plain" if registered else plain)
+        assert losses == pytest.approx(trained(load(tiny_preset, "torch")), rel=1e-4)
+        with pytest.raises(ConfigError, match="the loss function .*plain was given for torch, .* to numpy.*compile"):
+            lm.to(backend="numpy")
+        assert lm.backend == "torch"
+        lm.compile(loss="test focal")
+        assert lm.to(backend="numpy").backend == "numpy"
 
 
 @dataclass
@@ -491,6 +580,38 @@ class TestMistakes:
         with pytest.raises(ConfigError, match="no sampler 'nope'"):
             lm.generate("In", 1, sampler="nope")
 
+    def test_arguments(self, tiny_preset):
+        """Told when they are given, and not at first use."""
+        with pytest.raises(ConfigError, match=r"cannot be called as fn\(q, k, v, mask, scale=scale\).*\(xp, q, k"):
+            load(tiny_preset, attention=lambda q, k, v: q)
+        lm = load(tiny_preset)
+        with pytest.raises(ConfigError, match=r"cannot be called as fn\(logits, labels\), .*missing a required"):
+            lm.compile(loss=lambda xpx, logits, labels: logits)
+        with pytest.raises(ConfigError, match=r"cannot be called as fn\(xp, logits, uniform\)"):
+            lm.generate("In", 1, sampler=lambda xp, logits: logits)
+        with pytest.raises(ConfigError, match=r"cannot be called as fn\(logits\)"):
+            lm.generate("In", 1, sampler=lambda logits, uniform: logits)
+
+    def test_what_the_model_reads(self, tiny_preset):
+        """The scale of the embeddings, and a tied head, want the table."""
+
+        @register("layer", "nameless table")
+        @dataclass
+        class Table(nn.Module):
+            table: Any
+
+            @classmethod
+            def replacing(cls, old):
+                return cls(old.weight)
+
+            def __call__(self, xp, ids):
+                return xp.embedding(self.table, ids)
+
+        with pytest.raises(
+            ConfigError, match=r"\('test nameless table' for 'embed_tokens'\) raised AttributeError: .*wei"
+        ):
+            load(tiny_preset, layers={"embed_tokens": "test nameless table"})
+
     def test_patterns(self, tiny_preset):
         with pytest.raises(ConfigError, match=r"'ffn' means no layer.*model.layers.\*.mlp, model.layers.\*.mlp.gate"):
             load(tiny_preset, layers={"ffn": "test same mlp"})
@@ -552,6 +673,24 @@ class TestImages:
         found = self.load(name, layers=layers, attention="test softmax")
         assert_close(found.logits(self.PIXELS), wanted)
         assert np.abs(wanted - self.load().logits(self.PIXELS)).max() > 0.1
+
+    def test_a_loss_of_torchs_own(self):
+        from torch.nn.functional import cross_entropy as theirs
+
+        found = []
+        for loss in (None, lambda logits, labels: theirs(logits, labels, reduction="none")):
+            clf = self.load("torch")
+            clf.compile(learning_rate=1e-3, loss=loss)
+            found.append(clf.fit(self.DATA, steps=2, batch_size=4, verbose=False).history["loss"])
+        np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+
+    def test_the_card_and_attention(self, tmp_path):
+        clf = self.load(layers={"classifier": "test two-layer head"}, attention="test halved")
+        clf.save_to_preset(tmp_path / "saved")
+        again = self.again(tmp_path / "saved", "numpy")
+        assert np.array_equal(again.logits(self.PIXELS), clf.logits(self.PIXELS))
+        card = (tmp_path / "saved/README.md").read_text()
+        assert "library_name: modelhub" in card and "the attention `test halved`" in card and "AutoModel" not in card
 
     @pytest.mark.parametrize("name", TRAINING)
     @pytest.mark.parametrize("frozen", [True, False])

@@ -282,6 +282,31 @@ def test_memory_that_runs_out_on_the_way(tiny_preset, monkeypatch):
     assert lm.to("jax").backend == "jax"
 
 
+def test_a_module_is_still_the_models_after_a_move_that_failed(tiny_preset, monkeypatch):
+    from modelhub import to_torch
+
+    lm = load(tiny_preset, "torch", lora=True)
+    net = to_torch(lm)
+    mine = list(lm.params.values())
+    lm.set_adapter("mine")
+    xp = get_backend("jax", "cpu")
+    adopt, calls = type(xp).adopt, itertools.count()
+
+    def fails(self, x, owner):
+        if next(calls) == 20:
+            raise MemoryError("no more")
+        return adopt(self, x, owner)
+
+    monkeypatch.setattr(type(xp), "adopt", fails)
+    with pytest.raises(MemoryError):
+        lm.to("jax")
+    assert all(x is y for x, y in zip(lm.params.values(), mine, strict=True)) and lm.backbone.shared
+    before = lm.logits(IDS)
+    with torch.no_grad():
+        net.model.norm.weight.add_(1)
+    assert np.abs(lm.logits(IDS) - before).max() > 1e-2
+
+
 def test_a_native_optimizer(tiny_preset):
     lm = load(tiny_preset, "torch")
     params = lm.params

@@ -26,6 +26,7 @@ from movable import (
 from modelhub import optim
 from modelhub.core.backends import installed
 from modelhub.errors import InputError, MixedBackends
+from modelhub.training.engine import Engine
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,34 @@ def test_shared_parameters_in_another_dtype(tiny_preset):
     assert lm.to("jax").dtype == "bfloat16" and lm.generate(PROMPT, 4)
 
 
+def test_what_a_module_trained_of_merged_weights_stays(tiny_preset):
+    from modelhub import to_torch
+
+    lm = load(tiny_preset, "torch", lora=True)
+    lm.merge_lora()
+    net = to_torch(lm)
+    assert lm.backbone.active_adapter is None and lm.backbone.identity is None
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.5)
+    trained = values(lm)
+    lm.enable_lora(rank=2, name="second")
+    assert_same({name: x for name, x in values(lm).items() if name in trained}, trained)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_merging_what_a_module_trains_keeps_no_graph(tiny_preset, use_dora):
+    from modelhub import to_torch
+
+    lm = load(tiny_preset, "torch")
+    to_torch(lm)  # everything requires gradients
+    lm.enable_lora(rank=2, use_dora=use_dora)
+    assert all(x.is_leaf for x in lm.params.values())
+    to_torch(lm)
+    lm.merge_lora()
+    assert all(x.is_leaf for x in lm.params.values())
+
+
 # --- training ---------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +251,67 @@ def test_weights_put_in_between_are_what_is_trained(tiny_preset):
     lm.load_params({name: x * 2 for name, x in lm.params.items()})
     lm.fit(batches(2), verbose=False)
     assert_same(values(lm), {name: 2 * x for name, x in wanted.items()})
+
+
+def test_replaced_weights_begin_anew(tiny_preset):
+    """The folds of a cross-validation do not know of each other."""
+    lm = load(tiny_preset, "torch")
+    lm.compile(optim.AdamW(1e-3))
+    start = {name: x.clone() for name, x in lm.params.items()}
+    found = []
+    for put in (lm.load_params, lambda params: setattr(lm, "params", params), lm.load_params):
+        put(start)
+        assert lm.optimizer_state is None
+        lm.fit(batches(2), verbose=False)
+        found.append(values(lm))
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])
+
+
+def test_training_in_place_and_switching_keep_the_optimizer_state(tiny_preset):
+    from modelhub import to_torch
+
+    lm = trainer(tiny_preset, "torch")
+    lm.fit(batches(2), verbose=False)
+    kept = lm.optimizer_state
+    train_by_torch(lm)
+    to_torch(lm)
+    lm.merge_lora()
+    lm.unmerge_lora()
+    lm.set_adapter("other")
+    lm.set_adapter("mine")
+    assert all(x is kept[name] for name, x in lm.optimizer_state.items())
+
+
+def test_an_adapter_with_the_name_of_an_old_one_begins_anew(tiny_preset):
+    lm = load(tiny_preset, "torch")
+    lm.enable_lora(rank=2)
+    lm.fit(batches(2), verbose=False)
+    lm.merge_lora()
+    lm.backbone.share({name: torch.nn.Parameter(x) for name, x in lm.params.items()})
+    lm.enable_lora(rank=2, seed=1)
+    assert lm.optimizer_state is None
+
+
+def test_a_step_that_fails_leaves_the_model_as_it_was(tiny_preset, monkeypatch):
+    """It has consumed the optimizer's state: XLA has its memory."""
+    lm = load(tiny_preset, "jax")
+    lm.enable_lora(rank=2)
+    lm.fit(batches(1), verbose=False)
+    before, train = values(lm), Engine.train
+
+    def fails(self, *args):
+        train(self, *args)
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(Engine, "train", fails)
+    with pytest.raises(MemoryError):
+        lm.fit(batches(1), verbose=False)
+    monkeypatch.undo()
+    assert lm.optimizer_state is None
+    assert_same(values(lm), before)
+    lm.to("torch").fit(batches(1), verbose=False)
+    assert lm.optimizer_state
 
 
 @pytest.mark.parametrize("optimizer", [optax.adamw(1e-3), torch.optim.AdamW], ids=["optax", "torch"])
@@ -311,6 +401,51 @@ def test_an_adapter_alone(tiny_preset):
     for name, x in values(lm).items():
         np.testing.assert_array_equal(x, np.full_like(x, 0.25) if name in names else before[name])
     assert {lm.backbone.xp.dtype(lm.params[name]) for name in names} == {"float32"}
+
+
+@pytest.mark.parametrize("name", installed())
+def test_an_adapter_and_the_base_that_it_is_for(tiny_preset, name):
+    """A loop of the user's own gives all of them back; only the adapter was trained."""
+    lm = load(tiny_preset, name, lora=True)
+    trained, identity = lm.backbone.trainable_names(), lm.backbone.identity
+    lm.load_params({key: np.array(x) * (2 if key in trained else 1) for key, x in values(lm).items()})
+    assert lm.backbone.identity is identity is not None
+    lm.load_params(lm.params | {"model.norm.weight": lm.params["model.norm.weight"] + 1})
+    assert lm.backbone.identity is None
+
+
+def test_weights_of_a_loop_that_donated_the_models(tiny_preset):
+    import jax
+
+    lm = load(tiny_preset, "jax", lora=True)
+    step = jax.jit(lambda params: {name: x * 2 for name, x in params.items()}, donate_argnums=0)
+    wanted = {name: x * 2 for name, x in values(lm).items()}
+    lm.load_params(step(lm.params))
+    assert lm.backbone.identity is None
+    assert_same(values(lm), wanted)
+
+
+def test_sharded_weights_are_not_taken(tiny_preset):
+    from torch import distributed
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    from modelhub import to_torch
+
+    lm = load(tiny_preset, "torch")
+    wanted, net = values(lm), to_torch(load(tiny_preset, "torch"))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for block in net.model.layers:
+            fully_shard(block)
+        fully_shard(net)
+        with pytest.raises(InputError, match=r"sharded.*get_model_state_dict\(.*full_state_dict=True"):
+            lm.load_params(net.state_dict())
+        lm.params = {name: torch.zeros_like(x) for name, x in lm.params.items()}
+        lm.load_params(get_model_state_dict(net, options=StateDictOptions(full_state_dict=True)))
+        assert_same(values(lm), wanted)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_load_params_that_do_not_fit(tiny_preset):

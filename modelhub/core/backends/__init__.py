@@ -108,23 +108,27 @@ def of(arrays: Mapping[str, Any]) -> str:
         first.setdefault(owner, path)
     if len(first) > 1:
         found = " and ".join(f"{path} is on {name}" for name, path in first.items())
-        raise MixedBackends(f"arrays of two frameworks in one call: {found}. Move the model with lm.to(backend=...).")
+        raise MixedBackends(
+            f"arrays of two frameworks in one call: {found}. Convert those of one; lm.to(backend=...) moves a model."
+        )
     if not first:
         raise InputError("no arrays were given, so they belong to no backend")
     return next(iter(first))
 
 
-def backend_of(*arrays: Any) -> Backend:
+def backend_of(*arrays: Any, **named: Any) -> Backend:
     """The backend of arrays that a user holds, on the device of the first: for functions called in loops of their own.
 
-    Of a tracer, in jax.jit or tf.function, one that leaves the device to the framework. Errors as for `of`.
+    Of a tracer, in jax.jit or tf.function, one that leaves the device to the framework. Errors as for `of`, where
+    arrays without a name are called "array 1", "array 2" ...
     """
+    arrays = *arrays, *named.values()
     torch = sys.modules.get("torch")
     if torch is not None and torch.compiler.is_dynamo_compiling():
         device = str(arrays[0].device)
         _prepare_torch(device)
         return _in_torch_compile[device]
-    name = of({f"array {number}": array for number, array in enumerate(arrays, 1)})
+    name = of(named or {f"array {number}": array for number, array in enumerate(arrays, 1)})
     return _open(name, backend_class(name).device_of(arrays[0]))
 
 

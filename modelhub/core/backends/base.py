@@ -36,7 +36,8 @@ class Backend:
     eager: ClassVar[bool]  # True where programs compiled with hot=False take any new shape at no cost
     traced: ClassVar[bool]  # True where those compiled with hot=None are made anew for each shape
     device: str  # "cpu", "gpu:0", "tpu:0", "mps:0"
-    dropout_keys: Array | None = None  # (B,) int32, one per row, while training with dropout
+    # (B,) int32, one per row, while training with dropout; or a function that draws them.
+    dropout_keys: Array | Callable[[], Array] | None = None
     training: bool = False
     remat: bool = False
     own_attention: Callable | None = None  # the user's, in place of ours
@@ -88,6 +89,10 @@ class Backend:
         """The values in memory of their own."""
         raise NotImplementedError
 
+    @staticmethod
+    def check_whole(name: str, x: Array) -> None:
+        """Raise InputError for an array, called `name`, of which this process has only a part."""
+
     def lend(self, x: Array) -> Any:
         """x as another backend's `adopt` gets it: an object with __dlpack__ over the memory of x, which is whole."""
         return x
@@ -108,10 +113,13 @@ class Backend:
         """total + new. CONSUMES `total`: in place where arrays can be written to."""
         return total + new
 
-    def for_training(self, dropout_keys: Array | None = None, remat: bool = False) -> Self:
+    def for_training(
+        self, dropout_keys: Array | Callable[[], Array] | None = None, remat: bool = False
+    ) -> Self:  # fmt: skip
         """This backend as the forward pass of a training step gets it.
 
-        dropout_keys (B,) int32: what `dropout` draws from, one number per row of the batch; None: no dropout.
+        dropout_keys (B,) int32: what `dropout` draws from, one number per row of the batch; None: no dropout. Or a
+        function that draws them, called where something drops.
         remat: keep only the inputs of blocks for the backward pass, which computes the rest again.
         """
         changed = copy.copy(self)
@@ -127,6 +135,10 @@ class Backend:
         changed = copy.copy(self)
         changed.own_attention = fn
         return changed
+
+    def native_labels(self, x: Array) -> Array:
+        """Labels, integers or shares of the classes, in the dtype that the framework's own losses take."""
+        return x
 
     def native_optimizer(self, optimizer: Any) -> Any:
         """The framework's own optimizer with the methods of optim.Optimizer; None for what is none."""
@@ -451,7 +463,8 @@ class Backend:
             return x
         shape = batch, *rest = self.shape(x)
         count = math.prod(rest)
-        keys = self.reshape(self.dropout_keys, (batch, 1))
+        keys = self.dropout_keys() if callable(self.dropout_keys) else self.dropout_keys
+        keys = self.reshape(keys, (batch, 1))
         bits = _mixed(_mixed(keys ^ salt) + self.reshape(self.arange(count), (1, count)))
         kept = (bits & 0xFFFFFF) >= int(rate * 2**24)
         return self.where(self.reshape(kept, shape), x * (1.0 / (1.0 - rate)), x * 0.0)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from modelhub.core.backends.base import Array, Backend, Shape, bound_once, host_copy
-from modelhub.errors import ConfigError
+from modelhub.errors import ConfigError, InputError
 
 _DTYPES = {
     "float32": torch.float32,
@@ -181,6 +181,15 @@ class TorchBackend(Backend):
     def copy(self, x: Array) -> Array:
         return x.detach().clone()
 
+    @staticmethod
+    def check_whole(name: str, x: Array) -> None:
+        if hasattr(x, "full_tensor"):  # a DTensor, whose memory is not that of its values
+            raise InputError(
+                f"{name} is sharded over processes (a {type(x).__name__}). Give the gathered weights: "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict(net, "
+                "options=StateDictOptions(full_state_dict=True))"
+            )
+
     def lend(self, x: Array) -> Any:
         if x.is_cuda:
             torch.cuda.synchronize(x.device)  # TensorFlow knows nothing of torch's streams
@@ -190,6 +199,9 @@ class TorchBackend(Backend):
         if not self._beside(owner):
             return x.detach().to(self._device) if owner.name == self.name else self.put(owner.get(x))
         return torch.from_dlpack(owner.lend(x)).view(_DTYPES[owner.dtype(x)]).to(self._device)
+
+    def native_labels(self, x: Array) -> Array:
+        return x if x.is_floating_point() else x.long()
 
     def native_optimizer(self, optimizer: Any) -> Any:
         if isinstance(optimizer, torch.optim.Optimizer):
