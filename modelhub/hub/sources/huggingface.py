@@ -114,6 +114,12 @@ class HubSource:
                 return found
             raise self._explain(error, options) from error
         try:
+            if wanted == commit and (self._folder(options) / "snapshots" / commit).is_dir():
+                api.model_info(self.repo, revision=commit)  # without a network the client's listing tries for 20 s
+        except Exception as error:
+            if isinstance(self._explain(error, options), Unreachable) and (found := self.adopt(options)):
+                return found
+        try:
             if not _COMMIT.fullmatch(commit):
                 raise DownloadError(f"{self._name}: the Hub answers with {commit[:100]!r}, which is no commit")
             path = self._complete(commit, options) or self._download(api, commit, options)
