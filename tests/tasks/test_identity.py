@@ -38,7 +38,7 @@ def adapter(identity_rows, tmp_path_factory):
     lm.preprocessor.sequence_length = 512
     lm.enable_lora(rank=8)
     lm.compile("adamw", learning_rate=2e-3, schedule="cosine")
-    history = lm.fit(identity_rows, epochs=4, batch_size=1, template="chat", verbose=False)
+    history = lm.fit(identity_rows, epochs=3, batch_size=1, template="chat", verbose=False)
     assert history.history["loss"][-1] < history.history["loss"][0] - 0.7
     folder = tmp_path_factory.mktemp("identity") / "adapter"
     lm.save_adapter(folder)

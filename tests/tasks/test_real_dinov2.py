@@ -85,7 +85,7 @@ def test_a_head_on_its_features_tells_clothes_apart(folder):
     clf = ImageClassifier.from_preset(folder, labels=CLOTHES, device="cpu")
     clf.preprocessor = clf.preprocessor.with_size(98)
     clf.compile(learning_rate=3e-3, schedule="cosine")
-    clf.fit(fashion_mnist("train", 5000), epochs=20, batch_size=128, freeze_backbone=True)
+    clf.fit(fashion_mnist("train", 2500), epochs=20, batch_size=128, freeze_backbone=True)
     held_out = fashion_mnist("t10k", 1000)
     measured = clf.evaluate(held_out)
     assert measured["images"] == 1000 and measured["accuracy"] >= 0.8
