@@ -86,7 +86,7 @@ class ImageConfig:
             found.append(f"layer_norm_eps={self.layer_norm_eps!r} must be above 0 and below 1")
         if self.hidden_size % self.num_attention_heads:
             found.append(f"hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
-        if any(size % patch for size, patch in zip(_both(self.image_size), _both(self.patch_size), strict=True)):
+        if any(size % patch for size, patch in zip(self.size, self.patch, strict=True)):
             found.append(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
         if self.pooling not in vision.POOLINGS:
             found.append(f"pooling={self.pooling!r} must be one of {', '.join(vision.POOLINGS)}")

@@ -21,7 +21,7 @@ class TextRow:
         if any(not string for string in stop):
             raise InputError("a stop string is empty: it would stop every answer before its first character")
         self._stream = stream
-        self.stop_ids = stop_ids
+        self._stop_ids = stop_ids
         self._stop = tuple(stop)
         self._held = ""
         self._cut = False  # by a stop string
@@ -33,7 +33,7 @@ class TextRow:
     def push(self, token_id: int, logprob: float = 0.0) -> str:
         if self.done:
             return ""
-        if token_id in self.stop_ids:
+        if token_id in self._stop_ids:
             self.done = True
             return self.flush()
         self.tokens.append(token_id)

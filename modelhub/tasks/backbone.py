@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from modelhub.core import custom
-from modelhub.core.backends import get_backend, of
+from modelhub.core.backends import FASTEST, get_backend, of
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.lora import MARK
 from modelhub.core.tree import Params, bind
@@ -80,9 +80,9 @@ class Backbone(Movable):
         self._use(model, params)
 
     def _use(self, model: Any, params: Params) -> None:
-        self.model, identity, optimizer = model, self.identity, self.optimizer
-        self.params = params
-        self.identity, self.optimizer = identity, optimizer  # the same weights, with or without an adapter
+        """The same weights, with or without an adapter."""
+        self.model = model
+        self._put(params)
         self._compile()
 
     def _compile(self) -> None:
@@ -143,13 +143,17 @@ class Backbone(Movable):
 
     @params.setter
     def params(self, params: Params) -> None:
+        before = self._params
+        self._put(params)
+        if not self.has_adapter and any(params.get(name) is not x for name, x in before.items()):
+            self.identity = None  # trained, or put there by the user
+        self.optimizer = None
+
+    def _put(self, params: Params) -> None:
         found = of(params)
         if found != self.xp.name:
             raise MixedBackends(f"the model is on {self.xp.name} and the new weights are on {found}")
-        if not self.has_adapter and any(params.get(name) is not x for name, x in self._params.items()):
-            self.identity = None  # trained, or put there by the user
-        self._params = params
-        self.untouched = self.optimizer = None
+        self._params, self.untouched = params, None
 
     @property
     def module(self) -> Any:
@@ -248,7 +252,7 @@ def measured(
     attention: Callable | str | None, layers: Mapping[str, str] | None,
 ) -> str | None:  # fmt: skip
     """The backend that "fastest" means; any other name as it is."""
-    if backend != "fastest":
+    if backend != FASTEST:
         return backend
     from modelhub.tasks.bench import fastest
 

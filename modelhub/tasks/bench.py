@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from modelhub.core import custom
-from modelhub.core.backends import NAMES, installed
+from modelhub.core.backends import FASTEST, NAMES, installed
 from modelhub.errors import ConfigError, DeviceError, InputError, UnknownBackend
 from modelhub.hub.sources import cache_root
 from modelhub.tasks.bench_processes import BACKBONE, IMAGES, TEXT, Model, Row, Workload, measure
-from modelhub.tasks.loading import DTYPES, opened
+from modelhub.tasks.loading import check_dtype, opened
 
-FASTEST = "fastest"  # in place of a backend's name
 _FOLDER = "fastest"  # in the cache
 _PACKAGES = ("modelhub", *NAMES, "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "tensorflow-cpu")
 # Variables that decide what the frameworks see and use.
@@ -162,8 +161,7 @@ def machine() -> dict[str, Any]:
 
 def _check(device: str | None, dtype: str | None) -> None:
     """What no backend can do, before each is started to say so."""
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_dtype(dtype)
     if device is not None and not re.fullmatch(r"cpu|(gpu|cuda|tpu|mps)(:\d+)?", device):
         raise DeviceError(f"device must be cpu, gpu, tpu, mps, or one of several, such as gpu:1; got {device!r}")
 

@@ -242,13 +242,17 @@ def stored_dtype(config: Any) -> str | None:
     return stored
 
 
+def check_dtype(dtype: str | None) -> None:
+    if dtype not in (None, *DTYPES):
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
 def choose_dtype(dtype: str | None, xp: Backend, source: Source) -> str:
     """None: float32 on CPU, the checkpoint's own elsewhere."""
     if dtype is None:
         stored = stored_dtype(source.config) or "bfloat16"
         dtype = "float32" if xp.device == "cpu" or stored not in DTYPES else stored
-    if dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_dtype(dtype)
     return dtype
 
 

@@ -112,13 +112,12 @@ class Movable(Adapters):
         base = [name for name in taken if MARK not in name]
         if base:
             self.keep_merged()
-        identity = self.identity
-        if identity is not None and not all(
+        if self.identity is not None and not all(
             params[name] is self._params[name] or self._same(taken[name], self._params[name]) for name in base
         ):
-            identity = None
-        self.params = self._params | taken
-        self.identity = identity
+            self.identity = None
+        self._put(self._params | taken)
+        self.optimizer = None
 
     def _same(self, x: Array, y: Array) -> bool:
         try:
@@ -195,6 +194,9 @@ class Movable(Adapters):
             self._borrowed[id(x)] = x
         _put(spots, x)
         return ref(before) if outside else lambda: None
+
+    def _put(self, params: Params) -> None:
+        raise NotImplementedError
 
     def _compile(self) -> None:
         raise NotImplementedError

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from modelhub.core import custom
-from modelhub.errors import BackendNotInstalled, CheckpointError, InputError
+from modelhub.errors import BackendNotInstalled, CheckpointError
 from modelhub.hub import publish
 from modelhub.hub.card import CardFacts, check_card, inherited, missing_licence, notice, render_card
 from modelhub.hub.files import licence_files
 from modelhub.hub.provenance import Provenance, TrainingRun, write_provenance
 from modelhub.hub.sources import cache_root
 from modelhub.tasks.backbone import Backbone, at_address
-from modelhub.tasks.loading import DTYPES, stored_dtype
+from modelhub.tasks.loading import DTYPES, check_dtype, stored_dtype
 from modelhub.tasks.saving import MAX_SHARD_SIZE, model_folder, own_attention, write_backbone, write_card
 from modelhub.training.history import History
 
@@ -146,8 +146,7 @@ class Publishing:
     def _save(
         self, target: Path, dtype: str | None, max_shard_size: int, digests: dict[str, str] | None = None, **facts: Any
     ) -> None:
-        if dtype is not None and dtype not in DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        check_dtype(dtype)
         with model_folder(target) as work:
             self._write_processors(work)
             write_backbone(work, self.backbone, dtype, max_shard_size, digests)

@@ -64,6 +64,7 @@ class Engine:
         self._dtype = settings.compute_dtype or compute_dtype(xp, params)
         self.frozen = {name: _compute(xp, settings, name, x) for name, x in params.items() if name not in names}
         self.trainable = {name: xp.copy(x) for name, x in params.items() if name in names}
+        self._shapes = {name: tuple(x.shape) for name, x in self.trainable.items()}
         self.state: Params = settings.optimizer.init(xp, self.trainable)
         self.offset = 0  # steps of runs before this one that the state has seen
         self.scaling = optim.LossScale() if self._dtype == "float16" else None
@@ -85,9 +86,8 @@ class Engine:
 
     def take_up(self, kept: OptimizerState, adapter: str | None) -> None:
         """Go on with the state of an earlier run, if it is of the same parameters. Its arrays are consumed."""
-        shapes = {name: tuple(x.shape) for name, x in self.trainable.items()}
         same_slots = not self.state or self.state.keys() == kept.arrays.keys()  # torch's optimizers have none so far
-        if (kept.adapter, kept.shapes) != (adapter, shapes) or not same_slots:
+        if (kept.adapter, kept.shapes) != (adapter, self._shapes) or not same_slots:
             return
         xp, self.state, self.offset = self.xp, dict(kept.arrays), kept.steps
         for name, x in self.trainable.items():
@@ -98,8 +98,7 @@ class Engine:
 
     def left(self, step: int, adapter: str | None) -> OptimizerState:
         """What a later run may take up after `step` of this one."""
-        shapes = {name: tuple(x.shape) for name, x in self.trainable.items()}
-        return OptimizerState(self.state, self.offset + step, shapes, adapter)
+        return OptimizerState(self.state, self.offset + step, self._shapes, adapter)
 
     def train(self, batches: Iterable[Batch], step: int, learning_rate: float) -> dict[str, float]:
         """One step, counted from 1, on all the batches together: the objective's sums (loss, accuracy, ...) over their

@@ -261,9 +261,8 @@ def test_too_little_memory(tiny_preset, monkeypatch):
     still_there(lm, params)
 
 
-def test_memory_that_runs_out_on_the_way(tiny_preset, monkeypatch):
-    lm = load(tiny_preset, "torch", lora=True)
-    wanted, logits = values(lm), lm.logits(IDS)
+def runs_out_of_memory(lm, monkeypatch):
+    """The move to JAX fails at the 21st array."""
     xp = get_backend("jax", "cpu")
     adopt, calls = type(xp).adopt, itertools.count()
 
@@ -275,6 +274,12 @@ def test_memory_that_runs_out_on_the_way(tiny_preset, monkeypatch):
     monkeypatch.setattr(type(xp), "adopt", fails)
     with pytest.raises(MemoryError):
         lm.to("jax")
+
+
+def test_memory_that_runs_out_on_the_way(tiny_preset, monkeypatch):
+    lm = load(tiny_preset, "torch", lora=True)
+    wanted, logits = values(lm), lm.logits(IDS)
+    runs_out_of_memory(lm, monkeypatch)
     assert lm.backend == "torch"
     assert_same(values(lm), wanted)
     np.testing.assert_array_equal(lm.logits(IDS), logits)
@@ -289,17 +294,7 @@ def test_a_module_is_still_the_models_after_a_move_that_failed(tiny_preset, monk
     net = to_torch(lm)
     mine = list(lm.params.values())
     lm.set_adapter("mine")
-    xp = get_backend("jax", "cpu")
-    adopt, calls = type(xp).adopt, itertools.count()
-
-    def fails(self, x, owner):
-        if next(calls) == 20:
-            raise MemoryError("no more")
-        return adopt(self, x, owner)
-
-    monkeypatch.setattr(type(xp), "adopt", fails)
-    with pytest.raises(MemoryError):
-        lm.to("jax")
+    runs_out_of_memory(lm, monkeypatch)
     assert all(x is y for x, y in zip(lm.params.values(), mine, strict=True)) and lm.backbone.shared
     before = lm.logits(IDS)
     with torch.no_grad():

@@ -15,9 +15,11 @@ from modelhub.errors import BackendNotInstalled, InputError, MixedBackends, Unkn
 
 # Preference order. Value: the class; its module has the framework's name and is imported on first use.
 NAMES = {"jax": "JaxBackend", "torch": "TorchBackend", "tensorflow": "TensorflowBackend", "numpy": "NumpyBackend"}
+FASTEST = "fastest"  # in place of a name, where there is a model to measure them with
 
 __all__ = [
-    "NAMES", "Array", "Backend", "backend_class", "backend_of", "get_backend", "installed", "of", "set_backend",
+    "FASTEST", "NAMES", "Array", "Backend", "backend_class", "backend_of", "get_backend", "installed", "of",
+    "set_backend",
 ]  # fmt: skip
 
 _default: str | None = None
@@ -73,7 +75,7 @@ def _check_name(name: str) -> None:
     if name not in NAMES:
         raise UnknownBackend(
             f"unknown backend {name!r}; choose one of {', '.join(NAMES)}, or None for the best installed; from_preset "
-            'also takes "fastest"'
+            f'also takes "{FASTEST}"'
         )
 
 
