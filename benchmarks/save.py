@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from modelhub import CausalLM
-from modelhub.tasks.saving import MAX_SHARD_SIZE
+from modelhub.model.saving import MAX_SHARD_SIZE
 
 
 def write_and_sync(source: Path, target: Path) -> None:

@@ -7,8 +7,8 @@ import torch
 from safetensors.numpy import save_file
 
 from modelhub.hub.preset import resolve
-from modelhub.tasks.loading import load_params, open_preset
-from modelhub.tasks.saving import write_json
+from modelhub.model.loading import load_params, open_preset
+from modelhub.model.saving import write_json
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4,

@@ -29,7 +29,7 @@ def bench(
     as_json: options.Json = False,
 ) -> None:
     """Measure each backend with a preset on this machine, in a process of its own: load time, speed, memory."""
-    from modelhub.tasks import bench as benches
+    from modelhub.bench import compare as benches
 
     if (preset is None) == (named is None):
         raise InputError("give one preset: modelhub bench NAME, or modelhub bench --preset NAME")

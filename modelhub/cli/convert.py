@@ -39,7 +39,7 @@ def convert(
         err.print(f"{file.name}: {size_of(file) / 1e6:,.1f} MB")
         print(file)
         return
-    from modelhub.tasks.convert import converted
+    from modelhub.conversion import converted
 
     written, before = converted(
         source, target, dtype, adapter=adapter, force=force, revision=revision, offline=offline

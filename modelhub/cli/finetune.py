@@ -19,8 +19,8 @@ from modelhub.hub import adapters
 from modelhub.hub.preset import resolve
 from modelhub.hub.registry import find_card
 from modelhub.hub.resources import resource
-from modelhub.tasks import saving
-from modelhub.tasks.loading import open_preset
+from modelhub.model import saving
+from modelhub.model.loading import open_preset
 from modelhub.training import Callback, History, checkpoints
 from modelhub.training.image_examples import Examples, read_examples
 from modelhub.training.records import read_records

@@ -139,7 +139,7 @@ def _of_files(preset: Any) -> dict[str, Any]:
     import math
 
     from modelhub.core.tree import flatten
-    from modelhub.tasks.loading import open_preset
+    from modelhub.model.loading import open_preset
 
     source = open_preset(preset)
     try:

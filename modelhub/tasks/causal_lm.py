@@ -17,13 +17,13 @@ from modelhub.generation.beam import BeamOptions
 from modelhub.generation.decode import Engine
 from modelhub.generation.sampling import Sampler
 from modelhub.generation.text import TextRow
+from modelhub.model.backbone import Backbone, backend_with, measured
+from modelhub.model.loading import opened
+from modelhub.model.saving import write_json
 from modelhub.processing.chat_template import ChatTemplate
 from modelhub.processing.tokenizer import Tokenizer
 from modelhub.tasks.answers import Generation, RunStats, Score
-from modelhub.tasks.backbone import Backbone, backend_with, measured
 from modelhub.tasks.finetuning import FineTuning, Preprocessor
-from modelhub.tasks.loading import opened
-from modelhub.tasks.saving import write_json
 
 
 class _Rendered(str):

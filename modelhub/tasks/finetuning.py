@@ -11,13 +11,13 @@ import numpy as np
 from modelhub.core import head
 from modelhub.errors import ConfigError, InputError, ModelhubError
 from modelhub.processing.tokenizer import Tokenizer
-from modelhub.tasks.training import Trainable, called, check_batch_size, check_split
 from modelhub.training.batches import BatchSource, prepare
 from modelhub.training.callbacks import Callback
 from modelhub.training.engine import Engine, Settings
 from modelhub.training.history import History
 from modelhub.training.objectives import TextObjective
 from modelhub.training.records import read_records, rows_of
+from modelhub.training.trainer import Trainable, called, check_batch_size, check_split
 
 
 @dataclass

@@ -14,11 +14,11 @@ from modelhub.core.nn import Linear
 from modelhub.core.tree import Params, children, flatten
 from modelhub.errors import InputError
 from modelhub.families import vit
+from modelhub.model.backbone import Backbone, backend_with, measured
+from modelhub.model.loading import Source, opened, random_params
 from modelhub.processing.image import ImageProcessor
 from modelhub.processing.image_reading import as_list
-from modelhub.tasks.backbone import Backbone, backend_with, measured
 from modelhub.tasks.image_training import ImageTraining
-from modelhub.tasks.loading import Source, opened, random_params
 from modelhub.training.image_examples import as_array
 from modelhub.training.images import channels_first, filled, prefetched
 

@@ -15,7 +15,6 @@ from modelhub.errors import ConfigError, DataError, InputError
 from modelhub.processing.augment import Augment
 from modelhub.processing.image import ImageProcessor
 from modelhub.processing.image_reading import OnError
-from modelhub.tasks.training import Trainable, called, check_batch_size, check_split
 from modelhub.training.batches import BatchSource
 from modelhub.training.callbacks import Callback, optional_package
 from modelhub.training.engine import Engine, Settings
@@ -23,6 +22,7 @@ from modelhub.training.history import History
 from modelhub.training.image_examples import Examples, read_examples
 from modelhub.training.images import ImageBatches, ReadyImages
 from modelhub.training.objectives import ImageObjective
+from modelhub.training.trainer import Trainable, called, check_batch_size, check_split
 
 
 class ImageTraining(Trainable):

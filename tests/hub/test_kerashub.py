@@ -21,8 +21,8 @@ from modelhub.errors import CheckpointError, ConfigError, TokenizerError
 from modelhub.families import family_of, kerashub
 from modelhub.hub.checkpoint import TensorInfo
 from modelhub.hub.kerashub import H5Checkpoint, open_kerashub
+from modelhub.model.loading import opened
 from modelhub.processing.tokenizer import Tokenizer
-from modelhub.tasks.loading import opened
 
 MODELS = ("gemma", "gemma2", "gemma3", "llama2", "llama3", "llama31", "mistral")
 BYTE_LEVEL = ("llama3", "llama31")

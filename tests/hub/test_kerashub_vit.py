@@ -16,8 +16,8 @@ import pytest
 from modelhub.core.tree import flatten
 from modelhub.errors import CheckpointError, ConfigError
 from modelhub.hub.preset import resolve
+from modelhub.model.loading import open_preset
 from modelhub.processing.image import ImageProcessor
-from modelhub.tasks.loading import open_preset
 
 WITH_HEAD = ("vit", "vit_bfloat16", "vit_no_class_token", "vit_softmax")
 MODELS = ("vit_backbone", *WITH_HEAD)

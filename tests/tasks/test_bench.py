@@ -13,15 +13,15 @@ import pytest
 
 import modelhub
 from modelhub import Backbone, CausalLM, ImageClassifier, nn
+from modelhub.bench import compare as benches
+from modelhub.bench import processes as bench_processes
+from modelhub.bench.compare import FASTEST, bench, fastest
+from modelhub.bench.processes import BACKBONE, IMAGES, TEXT, Row
 from modelhub.core import custom
 from modelhub.core.backends import NAMES, installed
 from modelhub.errors import ConfigError, DeviceError, InputError, PresetNotFound, UnknownBackend
 from modelhub.families import gemma
-from modelhub.tasks import bench as benches
-from modelhub.tasks import bench_processes
-from modelhub.tasks.bench import FASTEST, bench, fastest
-from modelhub.tasks.bench_processes import BACKBONE, IMAGES, TEXT, Row
-from modelhub.tasks.loading import ATTENTION, LAYERS
+from modelhub.model.loading import ATTENTION, LAYERS
 
 SHORT = {"prompt_tokens": 16, "max_new_tokens": 8}
 

@@ -14,13 +14,13 @@ from tiny_preset import LINES
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 
 from modelhub import CausalLM
+from modelhub.conversion import convert
 from modelhub.errors import ConfigError, DownloadError, InputError, TokenizerError
 from modelhub.families import family_of
 from modelhub.hub.checkpoint import open_folder
 from modelhub.hub.gguf import open_gguf
+from modelhub.model import loading
 from modelhub.processing.tokenizer import Tokenizer as OurTokenizer
-from modelhub.tasks import loading
-from modelhub.tasks.convert import convert
 
 IDS = [[int(i) for i in np.random.default_rng(0).integers(4, 400, 40)]]
 TEXTS = ["Hello  world", "  a\n\n\nb", "🚀 3.14", "x" + " " * 40 + "y", "<bos>hi<|end|> <b>", "漢字"]

@@ -340,7 +340,7 @@ class TestSaving:
             ConfigError, match=r"no attention 'test gone'.*@modelhub.register\(\"attention\", 'test gone'"
         ):
             load(changed(tmp_path / "saved", tmp_path / "gone", modelhub_attention="test gone"))
-        from modelhub.tasks.convert import convert
+        from modelhub.conversion import convert
 
         with pytest.raises(ConfigError, match="or attention"):
             convert(str(tmp_path / "saved"), tmp_path / "model.gguf")
@@ -387,7 +387,7 @@ class TestSaving:
             load(copy)
 
     def test_no_gguf(self, saved, tmp_path):
-        from modelhub.tasks.convert import convert
+        from modelhub.conversion import convert
 
         with pytest.raises(ConfigError, match="layers of its own"):
             convert(str(saved[0]), tmp_path / "model.gguf")
@@ -782,7 +782,7 @@ class TestFamily:
 
 @pytest.mark.parametrize("task", [CausalLM, Backbone, ImageClassifier])
 def test_fastest_is_measured(tiny_preset, monkeypatch, task):
-    from modelhub.tasks import bench
+    from modelhub.bench import compare as bench
 
     asked = []
 

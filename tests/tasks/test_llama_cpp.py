@@ -8,9 +8,9 @@ import pytest
 from tiny_families import CONFIGS, KINDS, TEMPLATE, write_preset
 
 from modelhub import CausalLM
+from modelhub.conversion import convert
 from modelhub.errors import DownloadError
 from modelhub.hub.preset import resolve
-from modelhub.tasks.convert import convert
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="llama.cpp is not installed: pip install llama-cpp-python (builds for some minutes)"

@@ -14,8 +14,8 @@ from modelhub import CausalLM
 from modelhub.errors import CheckpointError, InputError
 from modelhub.hub.preset import Preset
 from modelhub.hub.provenance import Provenance, read_provenance
-from modelhub.tasks import publishing
-from modelhub.tasks.backbone import provenance_of
+from modelhub.model.backbone import provenance_of
+from modelhub.publishing import publishing
 
 QUIET = {"verbose": False}
 IDS = [[2, 5, 9, 17, 33, 6]]
@@ -275,7 +275,7 @@ def test_a_killed_save_leaves_what_was_there(lm, tmp_path, tiny_preset):
     script = f"""
 import time
 from modelhub import CausalLM
-from modelhub.tasks import saving
+from modelhub.model import saving
 lm = CausalLM.from_preset({str(tiny_preset)!r}, backend="numpy", load_weights=False, seed=7)
 def stop(*args):
     print("half", flush=True)

@@ -17,12 +17,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from modelhub.bench.processes import BACKBONE, IMAGES, TEXT, Model, Row, Workload, measure
 from modelhub.core import custom
 from modelhub.core.backends import FASTEST, NAMES, installed
 from modelhub.errors import ConfigError, DeviceError, InputError, UnknownBackend
 from modelhub.hub.sources import cache_root
-from modelhub.tasks.bench_processes import BACKBONE, IMAGES, TEXT, Model, Row, Workload, measure
-from modelhub.tasks.loading import check_dtype, opened
+from modelhub.model.loading import check_dtype, opened
 
 _FOLDER = "fastest"  # in the cache
 _PACKAGES = ("modelhub", *NAMES, "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "tensorflow-cpu")

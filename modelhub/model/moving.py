@@ -14,7 +14,7 @@ from modelhub.core.backends.base import Array, Backend
 from modelhub.core.lora import MARK
 from modelhub.core.tree import Params, listed
 from modelhub.errors import DeviceError, InputError
-from modelhub.tasks.adapters import Adapters
+from modelhub.model.adapters import Adapters
 
 
 class Movable(Adapters):

@@ -17,7 +17,6 @@ from modelhub.families.naming import NameMap
 from modelhub.hub.adapters import AdapterFiles, read_adapter, write_adapter
 from modelhub.hub.preset import resolve_adapter
 from modelhub.hub.provenance import Provenance, TrainingRun, read_provenance, write_provenance
-from modelhub.training.engine import OptimizerState
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Adapters:
     params: Params
     adapters: dict[str, Adapter]
     active_adapter: str | None
-    optimizer: OptimizerState | None = None
+    optimizer: Any = None
     provenance: Provenance  # of the weights without any adapter
     identity: Provenance | None  # what they are, as base and base_model; None: there is no other copy of them
     _replaced: Params  # the base weights that merge_lora has put others in place of

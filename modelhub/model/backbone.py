@@ -28,8 +28,8 @@ from modelhub.hub.files import licence_files
 from modelhub.hub.preset import Preset
 from modelhub.hub.provenance import PRESET, Provenance, read_provenance
 from modelhub.hub.sources import HubSource
-from modelhub.tasks.loading import Source, choose_dtype, customised, load_params, opened, random_params, try_layers
-from modelhub.tasks.moving import Movable
+from modelhub.model.loading import Source, choose_dtype, customised, load_params, opened, random_params, try_layers
+from modelhub.model.moving import Movable
 
 log = logging.getLogger("modelhub")
 
@@ -254,7 +254,7 @@ def measured(
     """The backend that "fastest" means; any other name as it is."""
     if backend != FASTEST:
         return backend
-    from modelhub.tasks.bench import fastest
+    from modelhub.bench.compare import fastest
 
     return fastest(
         preset, task=task, device=device, dtype=dtype, revision=revision, offline=offline, token=token,

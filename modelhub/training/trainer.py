@@ -13,8 +13,8 @@ import numpy as np
 from modelhub.core import custom, head, optim
 from modelhub.core.tree import Params
 from modelhub.errors import ConfigError, InputError
-from modelhub.tasks.backbone import Backbone
-from modelhub.tasks.publishing import Publishing
+from modelhub.model.backbone import Backbone
+from modelhub.publishing.publishing import Publishing
 from modelhub.training.batches import BatchSource
 from modelhub.training.callbacks import Callback, ProgressBar
 from modelhub.training.engine import Engine, Settings

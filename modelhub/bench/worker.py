@@ -1,4 +1,4 @@
-"""One backend in a process of its own, started by modelhub.tasks.bench: lines of JSON in, lines of JSON out.
+"""One backend in a process of its own, started by modelhub.bench.compare: lines of JSON in, lines of JSON out.
 
 The first line is the request, of which the model is loaded and run once; then "repeat" and "train", as often as they
 come. Nothing heavy is imported before the clock runs: what a framework takes to import belongs to the figures.
@@ -117,7 +117,7 @@ class Images(Subject):
 class Encoder(Subject):
     """Hidden states of random tokens, or of noise."""
 
-    module, kind = "modelhub.tasks.backbone", "Backbone"
+    module, kind = "modelhub.model.backbone", "Backbone"
 
     def once(self) -> tuple[float, float]:
         shape = self.request["batch_size"], self.request["prompt_tokens"]

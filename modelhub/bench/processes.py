@@ -20,15 +20,14 @@ from typing import Any, Self
 from modelhub.core.backends.base import host_memory
 from modelhub.core.tree import flatten
 from modelhub.errors import InputError
-from modelhub.tasks.loading import Source
+from modelhub.model.loading import Source
 
 TEXT, IMAGES, BACKBONE = "causal-lm", "image-classification", "backbone"  # the tasks that can be measured
 _SMALL = 500_000_000  # parameters
 _PATIENCE = 600.0  # seconds for an answer, and one more for each token: longer means that the process hangs
 # The modules that this process would find, whatever is in the working directory.
 _START = (
-    "import json, sys; sys.path[:] = json.loads(sys.stdin.readline()); "
-    "from modelhub.tasks.bench_worker import main; main()"
+    "import json, sys; sys.path[:] = json.loads(sys.stdin.readline()); from modelhub.bench.worker import main; main()"
 )
 
 
@@ -131,7 +130,7 @@ class Model:
 
 
 class Worker:
-    """A process of bench_worker. After its first failure, which the row tells, it is asked nothing any more."""
+    """A process of worker.py. After its first failure, which the row tells, it is asked nothing any more."""
 
     def __init__(self, name: str, patience: float):
         self.row = Row(name)

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from modelhub.core import custom
 from modelhub.errors import CheckpointError, InputError
 from modelhub.hub.files import GENERATED, MODEL_FILES, replacing, save_tensors
-from modelhub.tasks.backbone import Backbone
-from modelhub.tasks.loading import ATTENTION, LAYERS
+from modelhub.model.backbone import Backbone
+from modelhub.model.loading import ATTENTION, LAYERS
 
 log = logging.getLogger("modelhub")
 

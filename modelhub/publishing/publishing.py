@@ -18,9 +18,9 @@ from modelhub.hub.card import CardFacts, check_card, inherited, missing_licence,
 from modelhub.hub.files import licence_files
 from modelhub.hub.provenance import Provenance, TrainingRun, write_provenance
 from modelhub.hub.sources import cache_root
-from modelhub.tasks.backbone import Backbone, at_address
-from modelhub.tasks.loading import DTYPES, check_dtype, stored_dtype
-from modelhub.tasks.saving import MAX_SHARD_SIZE, model_folder, own_attention, write_backbone, write_card
+from modelhub.model.backbone import Backbone, at_address
+from modelhub.model.loading import DTYPES, check_dtype, stored_dtype
+from modelhub.model.saving import MAX_SHARD_SIZE, model_folder, own_attention, write_backbone, write_card
 from modelhub.training.history import History
 
 # How far logits may be from those in memory, relative to the largest: a merged adapter sums in another order and rounds

@@ -12,9 +12,9 @@ from modelhub.errors import ConfigError, InputError
 from modelhub.families import family_of
 from modelhub.families.naming import KEEP
 from modelhub.hub import gguf_writer
-from modelhub.tasks.backbone import Backbone
+from modelhub.model.backbone import Backbone
+from modelhub.model.loading import DTYPES, HuggingFaceSource, Source, opened
 from modelhub.tasks.causal_lm import CausalLM
-from modelhub.tasks.loading import DTYPES, HuggingFaceSource, Source, opened
 
 log = logging.getLogger("modelhub")
 
