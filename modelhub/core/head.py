@@ -3,10 +3,15 @@
 Only positions with loss reach the head, ROWS at a time, and the vocabulary comes in blocks. The logits of one piece are
 kept between the pass that finds the largest and the one that multiplies the probabilities back: two products per piece,
 where recomputing would take three. Gradients come out of the forward pass; `surrogate` hands them to the backward pass.
+
+Losses that need the log-probabilities of all tokens before they can say what each of them weighs (preferences,
+rewards) go through `through_logprobs`: each token's own gradient is kept and scaled afterwards, so that a frozen head
+still takes two products; the weights of a trained one take a second pass.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from modelhub.core.backends.base import Array, Backend
@@ -38,11 +43,11 @@ def loss_and_gradients(
     Gradients: {"hidden": (N, D) float32, parameter name: its shape, float32}; nothing here is differentiable.
     """
     wanted = [name for name in head_names(skeleton) if name in trainable] if gradients else []
-    params = {name: xp.stop_gradient(array) for name, array in params.items()}
+    params = _constant(xp, skeleton, params)
     model: Any = bind(skeleton, params)
     hidden = xp.stop_gradient(hidden)
     rows = min(ROWS, batch["places"].shape[0])
-    plain = loss is None and (model.lm_head is None or _is_plain(model.lm_head))
+    plain = loss is None and _is_plain(model)
 
     def piece(i: Array, state: dict[str, Array]) -> dict[str, Array]:
         places = xp.slice_rows(batch["places"], i * rows, rows)
@@ -68,9 +73,107 @@ def loss_and_gradients(
     return {name: state.pop(name) for name in ("loss", "correct")}, state
 
 
-def _is_plain(head: Any) -> bool:
-    """Whether it is one product, and nothing of the user's own."""
-    return type(head) is Linear and head.bias is None and head.lora is None
+def token_logprobs(
+    xp: Backend, skeleton: Module, params: Params, hidden: Array, batch: Mapping[str, Array]
+) -> Array:  # fmt: skip
+    """(M,) float32: the log-probability of each label at its place, 0 beyond count; a constant.
+
+    hidden, batch: as for `loss_and_gradients`.
+    """
+    return _pieces(xp, skeleton, _constant(xp, skeleton, params), xp.stop_gradient(hidden), batch)["logprobs"][:, 0]
+
+
+def through_logprobs(
+    xp: Backend, skeleton: Module, params: Params, hidden: Array, batch: Mapping[str, Array], trainable: frozenset[str],
+    fn: Callable[[Array], tuple[Array, Any]], gradients: bool = True,
+) -> tuple[Array, Any, dict[str, Array]]:  # fmt: skip
+    """value, more = fn(log-probabilities), and the gradients of value.
+
+    fn: any function of the (M,) log-probabilities that `token_logprobs` gives to a float32 scalar and more results; it
+    is differentiated by them, and must leave out those beyond count, which are 0. The rest as for
+    `loss_and_gradients`, whose gradients these equal where fn is minus their sum.
+    """
+    wanted = [name for name in head_names(skeleton) if name in trainable] if gradients else []
+    params, hidden = _constant(xp, skeleton, params), xp.stop_gradient(hidden)
+    found = _pieces(xp, skeleton, params, hidden, batch, gradients)
+    logprobs = found["logprobs"][:, 0]
+    if not gradients:
+        return *fn(logprobs), {}
+    (value, more), slopes = xp.value_and_grad(lambda variables: fn(variables["logprobs"]))({"logprobs": logprobs})
+    meant = xp.arange(logprobs.shape[0]) < batch["count"]
+    slopes = xp.expand_dims(xp.where(meant, slopes["logprobs"], xp.zeros(())), 1)
+    by_name = {"hidden": xp.add_rows(xp.zeros(hidden.shape), batch["places"], found["units"] * slopes)}
+    if wanted:
+        by_name |= _of_weights(xp, skeleton, params, hidden, batch, wanted, slopes, found["logprobs"], found["totals"])
+    return value, more, by_name
+
+
+def _pieces(
+    xp: Backend, skeleton: Module, params: Params, hidden: Array, batch: Mapping[str, Array], gradients: bool = False
+) -> dict[str, Array]:
+    """Per position with loss: logprobs (M, 1), and if asked for units (M, D), their gradients by the hidden states, and
+    totals (M, 1), the logarithms of what the probabilities were divided by. Zeros beyond count."""
+    model: Any = bind(skeleton, params)
+    room = batch["places"].shape[0]
+    rows = min(ROWS, room)
+
+    def piece(i: Array, state: dict[str, Array]) -> dict[str, Array]:
+        places = xp.slice_rows(batch["places"], i * rows, rows)
+        labels = xp.slice_rows(batch["labels"], i * rows, rows)
+        index = i * rows + xp.arange(rows)
+        valid = xp.expand_dims(xp.cast(index < batch["count"], "float32"), 1)
+        h = xp.take(hidden, places)
+        if _is_plain(model):
+            scores = _scores(xp, model, h, labels, gradients)
+            found = {"logprobs": scores.logprob, "units": scores.unit, "totals": scores.peak + xp.log(scores.total)}
+        else:
+            found = _any_scores(xp, skeleton, params, h, labels, gradients)
+        return {name: xp.add_rows(x, index, found[name] * valid) for name, x in state.items()}
+
+    state = {"logprobs": xp.zeros((room, 1))}
+    if gradients:
+        state |= {"units": xp.zeros((room, hidden.shape[1])), "totals": xp.zeros((room, 1))}
+    return xp.loop((batch["count"] + (rows - 1)) // rows, piece, state)
+
+
+def _of_weights(
+    xp: Backend, skeleton: Module, params: Params, hidden: Array, batch: Mapping[str, Array], wanted: list[str],
+    slopes: Array, logprobs: Array, totals: Array,
+) -> dict[str, Array]:  # fmt: skip
+    """The gradients of the sum of slopes (M, 1) times log-probabilities by the head's own parameters."""
+    model: Any = bind(skeleton, params)
+    rows = min(ROWS, batch["places"].shape[0])
+
+    def piece(i: Array, state: dict[str, Array]) -> dict[str, Array]:
+        places, labels, slope, logprob, total = (
+            xp.slice_rows(x, i * rows, rows) for x in (batch["places"], batch["labels"], slopes, logprobs, totals)
+        )
+        h = xp.take(hidden, places)
+        if _is_plain(model):
+            scores = _Scores(logprob, logprob + total, total, xp.full((rows, 1), 1.0))
+            found = {wanted[0]: _of_weight(xp, model, h, labels, scores, -slope)}
+        else:
+
+            def summed(variables: Params) -> tuple[Array, None]:
+                z, own = _all_logits(xp, bind(skeleton, params | variables), h, labels)
+                return xp.sum((own - xp.logsumexp(z, axis=1, keepdims=True)) * slope), None
+
+            _, found = xp.value_and_grad(summed)({name: params[name] for name in wanted})
+        return {name: xp.add_into(x, xp.cast(found[name], "float32")) for name, x in state.items()}
+
+    state = {name: xp.zeros(params[name].shape) for name in wanted}
+    return xp.loop((batch["count"] + (rows - 1)) // rows, piece, state)
+
+
+def _constant(xp: Backend, skeleton: Module, params: Params) -> Params:
+    """The params, of which the head's are constants: nothing else is used here."""
+    return params | {name: xp.stop_gradient(params[name]) for name in head_names(skeleton)}
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether the head is one product, and nothing of the user's own."""
+    head = model.lm_head
+    return head is None or (type(head) is Linear and head.bias is None and head.lora is None)
 
 
 def surrogate(xp: Backend, values: Mapping[str, Array], gradients: Mapping[str, Array]) -> Array:
@@ -88,20 +191,33 @@ def _blocks(vocabulary: int) -> tuple[int, int]:
     return n, vocabulary // n
 
 
-def _cross_entropy(
-    xp: Backend, model: Any, h: Array, labels: Array, valid: Array, gradients: bool, of_weight: bool
-) -> tuple[Array, Array, dict[str, Array]]:
-    """Sum of losses, number of correct positions, gradients by hidden states (R, D) and weight (V, D)."""
-    weight, cap = model.head_weight, model.softcap
+@dataclass
+class _Scores:
+    """What a piece of R positions comes to; all (R, 1) float32 but unit.
+
+    logprob: of the labels; own: their logits; peak: what the logits were compared with; total: the sum of exp(logits -
+    peak); logits: as `scan` gave them, and those of what is left of the vocabulary; unit (R, D): the gradient of each
+    logprob by its hidden states.
+    """
+
+    logprob: Array
+    own: Array
+    peak: Array
+    total: Array
+    logits: tuple[Any, Array | None] | None = None
+    unit: Array | None = None
+
+
+def _scores(xp: Backend, model: Any, h: Array, labels: Array, gradients: bool) -> _Scores:
+    """h: hidden states (R, D); labels (R,)."""
+    weight = model.head_weight
     dtype, rows = xp.dtype(weight), h.shape[0]
     n, size = _blocks(weight.shape[0])
     done, rest = n * size, weight.shape[0] - n * size
 
     def logits(state: tuple[Array, Array], first: Array, width: int) -> tuple[tuple[Array, Array], Array]:
         peak, own = state
-        z = xp.cast(xp.linear(h, xp.slice_rows(weight, first, width)), "float32")
-        if cap:
-            z = xp.tanh(z / cap) * cap
+        z = _block(xp, model, h, first, width)
         place = labels - first
         inside = (place >= 0) & (place < width)
         here = xp.take_along_axis(z, xp.expand_dims(xp.minimum(xp.maximum(place, 0), width - 1), 1), 1)
@@ -109,12 +225,10 @@ def _cross_entropy(
 
     state = xp.full((rows, 1), -1e30), xp.zeros((rows, 1))
     state, zs = xp.scan(lambda state, j, _: logits(state, j * size, size), state, n)
+    z_rest = None
     if rest:
         state, z_rest = logits(state, done, rest)
     peak, own = state
-
-    def slope(z: Array) -> Array | float:
-        return 1.0 - (z / cap) * (z / cap) if cap else 1.0
 
     def back(state: tuple[Array, Array], first: Array, width: int, z: Array) -> tuple[Array, Array]:
         total, dh = state
@@ -122,7 +236,7 @@ def _cross_entropy(
         total = total + xp.sum(e, axis=1, keepdims=True)
         if not gradients:
             return total, dh
-        e = xp.cast(e * slope(z) if cap else e, dtype)
+        e = xp.cast(_sloped(model, e, z), dtype)
         part = xp.matmul(e, xp.slice_rows(weight, first, width))
         return total, xp.add_into(dh, xp.cast(part, "float32"))
 
@@ -131,25 +245,57 @@ def _cross_entropy(
     if rest:
         sums = back(sums, done, rest, z_rest)
     total, dh = sums
+    found = _Scores(own - peak - xp.log(total), own, peak, total, (zs, z_rest))
+    if gradients:
+        found.unit = _sloped(model, xp.cast(xp.embedding(weight, labels), "float32"), own) - dh / total
+    return found
+
+
+def _block(xp: Backend, model: Any, h: Array, first: Array, width: int) -> Array:
+    """Logits (R, width) float32 of a part of the vocabulary."""
+    z = xp.cast(xp.linear(h, xp.slice_rows(model.head_weight, first, width)), "float32")
+    return xp.tanh(z / model.softcap) * model.softcap if model.softcap else z
+
+
+def _sloped(model: Any, x: Array, z: Array) -> Array:
+    """x times the slope of the cap where it made z."""
+    return x * (1.0 - (z / model.softcap) * (z / model.softcap)) if model.softcap else x
+
+
+def _of_weight(xp: Backend, model: Any, h: Array, labels: Array, scores: _Scores, shares: Array) -> Array:
+    """The gradient (V, D) float32 of minus the sum of shares (R, 1) times logprob by the weight."""
+    vocabulary = model.head_weight.shape[0]
+    n, size = _blocks(vocabulary)
+    done, rest = n * size, vocabulary - n * size
+    wide = xp.cast(h, "float32")
+    scaled = xp.cast(wide * (shares / scores.total), xp.dtype(model.head_weight))
+    zs, z_rest = scores.logits or (None, None)
+
+    def of_block(first: Array, width: int, z: Array | None) -> Array:
+        z = _block(xp, model, h, first, width) if z is None else z
+        e = xp.cast(_sloped(model, xp.exp(z - scores.peak), z), xp.dtype(scaled))
+        return xp.cast(xp.matmul(xp.transpose(e, (1, 0)), scaled), "float32")
+
+    _, parts = xp.scan(lambda state, j, z: (state, of_block(j * size, size, z)), xp.zeros(()), n, zs)
+    dw = xp.joined(parts)
+    if rest:
+        dw = xp.concat([dw, of_block(done, rest, z_rest)])
+    return xp.add_rows(dw, labels, -_sloped(model, wide * shares, scores.own))
+
+
+def _cross_entropy(
+    xp: Backend, model: Any, h: Array, labels: Array, valid: Array, gradients: bool, of_weight: bool
+) -> tuple[Array, Array, dict[str, Array]]:
+    """Sum of losses, number of correct positions, gradients by hidden states (R, D) and weight (V, D)."""
+    scores = _scores(xp, model, h, labels, gradients)
     valid = xp.expand_dims(valid, 1)
-    loss = xp.sum((peak + xp.log(total) - own) * valid)
-    correct = xp.sum(xp.cast(own >= peak, "float32") * valid)
+    loss = -xp.sum(scores.logprob * valid)
+    correct = xp.sum(xp.cast(scores.own >= scores.peak, "float32") * valid)
     if not gradients:
         return loss, correct, {}
-    own_slope = valid * slope(own)
-    found = {"hidden": dh * (valid / total) - xp.cast(xp.take(weight, labels), "float32") * own_slope}
+    found = {"hidden": scores.unit * -valid}
     if of_weight:
-        scaled = xp.cast(xp.cast(h, "float32") * (valid / total), dtype)
-
-        def of_block(z: Array) -> Array:
-            e = xp.cast(xp.exp(z - peak) * slope(z), dtype)
-            return xp.cast(xp.matmul(xp.transpose(e, (1, 0)), scaled), "float32")
-
-        _, parts = xp.scan(lambda state, _, z: (state, of_block(z)), xp.zeros(()), n, zs)
-        dw = xp.joined(parts)
-        if rest:
-            dw = xp.concat([dw, of_block(z_rest)])
-        found["weight"] = xp.add_rows(dw, labels, -xp.cast(h, "float32") * own_slope)
+        found["weight"] = _of_weight(xp, model, h, labels, scores, valid)
     return loss, correct, found
 
 
@@ -160,9 +306,8 @@ def _any_loss(
     """As _cross_entropy, by automatic differentiation of the piece: a loss of the user's, or a head with an adapter."""
 
     def summed(variables: Params) -> tuple[Array, Array]:
-        model: Any = bind(skeleton, params | variables)
-        logits = model.logits(xp, variables["hidden"])
-        own = xp.take_along_axis(logits, xp.expand_dims(labels, 1), 1)
+        model = bind(skeleton, params | variables)
+        logits, own = _all_logits(xp, model, variables["hidden"], labels)
         correct = xp.sum(xp.cast(own >= xp.max(logits, axis=1, keepdims=True), "float32")[:, 0] * valid)
         losses = loss(logits, labels) if loss else xp.logsumexp(logits, axis=1) - own[:, 0]
         if tuple(losses.shape) != tuple(labels.shape):
@@ -178,3 +323,27 @@ def _any_loss(
         return value, correct, {}
     (value, correct), found = xp.value_and_grad(summed)(variables)
     return value, correct, {name: xp.cast(gradient, "float32") for name, gradient in found.items()}
+
+
+def _any_scores(
+    xp: Backend, skeleton: Module, params: Params, h: Array, labels: Array, gradients: bool
+) -> dict[str, Array]:
+    """As `_pieces` has them, by automatic differentiation. A position's logprob depends on its hidden states alone, so
+    the gradient of their sum is each one's own."""
+
+    def summed(variables: Params) -> tuple[Array, dict[str, Array]]:
+        logits, own = _all_logits(xp, bind(skeleton, params), variables["hidden"], labels)
+        totals = xp.logsumexp(logits, axis=1, keepdims=True)
+        return xp.sum(own - totals), {"logprobs": own - totals, "totals": totals}
+
+    if not gradients:
+        return summed({"hidden": h})[1]
+    (_, found), units = xp.value_and_grad(summed)({"hidden": h})
+    found = {name: xp.stop_gradient(x) for name, x in found.items()}
+    return found | {"units": xp.cast(units["hidden"], "float32")}
+
+
+def _all_logits(xp: Backend, model: Any, h: Array, labels: Array) -> tuple[Array, Array]:
+    """Logits (R, V) of one piece by the head itself, and those of the labels (R, 1)."""
+    logits = model.logits(xp, h)
+    return logits, xp.take_along_axis(logits, xp.expand_dims(labels, 1), 1)

@@ -191,3 +191,138 @@ def test_blocks_cover_the_vocabulary(vocabulary):
     count, size = head._blocks(vocabulary)
     assert size <= head.BLOCK and 0 <= vocabulary - count * size < size + 1
     assert count <= 2 * -(-vocabulary // head.BLOCK)
+
+
+# --- log-probabilities of tokens ----------------------------------------------------------------------------------------
+
+
+COUNTS = (0, 1, ROWS, ROWS + 3, POSITIONS)  # none, a part of a piece, exactly one, more than one, all
+BETA = 0.3
+
+
+def preference(xp):
+    """-log sigmoid(beta (what the first two thirds sum to, minus the rest)): no token's weight is known before."""
+
+    def fn(logprobs):
+        better = xp.cast(xp.arange(POSITIONS) % 3 < 2, "float32")
+        difference = xp.sum(logprobs * better) - xp.sum(logprobs * (1.0 - better))
+        return -xp.log(xp.sigmoid(BETA * difference)), {"difference": xp.stop_gradient(difference)}
+
+    return fn
+
+
+def places_of(count, vocabulary):
+    rng = np.random.default_rng(2)
+    places, labels = np.zeros((2, POSITIONS), np.int32)
+    places[:count] = np.sort(rng.permutation(POSITIONS)[:count])
+    labels[:count] = rng.integers(0, vocabulary, count)
+    labels[: count // 2] = vocabulary - 1  # the last token of all, several times
+    return {"places": places, "labels": labels, "count": np.int32(count)}
+
+
+def oracle_of_preference(skeleton, params, hidden, batch):
+    """Log-probabilities, the loss and its gradients in float64."""
+    leaves = {name: torch.tensor(array, dtype=torch.float64, requires_grad=True) for name, array in params.items()}
+    hidden = torch.tensor(hidden, dtype=torch.float64, requires_grad=True)
+    logits = hidden @ leaves["model.embed_tokens.weight" if skeleton.lm_head is None else "lm_head.weight"].T
+    logits = logits + leaves.get("lm_head.bias", 0.0)
+    if "lm_head.lora.lora_A" in leaves:
+        logits = logits + hidden @ leaves["lm_head.lora.lora_A"].T @ leaves["lm_head.lora.lora_B"].T
+    if skeleton.softcap:
+        logits = skeleton.softcap * torch.tanh(logits / skeleton.softcap)
+    count = int(batch["count"])
+    picked = torch.log_softmax(logits, -1)[torch.tensor(batch["places"]).long(), torch.tensor(batch["labels"]).long()]
+    logprobs = torch.where(torch.arange(POSITIONS) < count, picked, 0.0)
+    better = torch.arange(POSITIONS) % 3 < 2
+    loss = -torch.log(torch.sigmoid(BETA * (logprobs[better].sum() - logprobs[~better].sum())))
+    found = torch.autograd.grad(loss, [hidden, *leaves.values()], allow_unused=True, materialize_grads=True)
+    return logprobs.detach().numpy(), loss.item(), dict(zip(["hidden", *leaves], found, strict=True))
+
+
+def arrays_of(xp, params, batch):
+    return {n: xp.array(x) for n, x in params.items()}, {n: xp.array(x, "int32") for n, x in batch.items()}
+
+
+@pytest.mark.parametrize("name", installed())
+@pytest.mark.parametrize("case", CASES)
+def test_logprobs(small, name, case):
+    xp = get_backend(name, "cpu")
+    skeleton, params = make(case)
+    program = xp.compile(lambda p, h, b: head.token_logprobs(xp, skeleton, p, h, b), training=True)
+    hidden = np.random.default_rng(1).normal(size=(POSITIONS, WIDTH)).astype(np.float32)
+    for count in COUNTS:
+        batch = places_of(count, CASES[case][1])
+        wanted, *_ = oracle_of_preference(skeleton, params, hidden, batch)
+        arrays, given = arrays_of(xp, params, batch)
+        np.testing.assert_allclose(xp.get(program(arrays, xp.array(hidden), given)), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in installed() if name != "numpy"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_gradients_through_logprobs(small, name, case, trained):
+    xp = get_backend(name, "cpu")
+    skeleton, params = make(case)
+    trainable = frozenset(params) if trained else frozenset({"model.norm.weight"})  # of which the head knows nothing
+
+    def run(arrays, hidden, batch):
+        return head.through_logprobs(xp, skeleton, arrays, hidden, batch, trainable, preference(xp))
+
+    program = xp.compile(run, training=True)
+    hidden = np.random.default_rng(1).normal(size=(POSITIONS, WIDTH)).astype(np.float32)
+    for count in COUNTS:
+        batch = places_of(count, CASES[case][1])
+        logprobs, loss, wanted = oracle_of_preference(skeleton, params, hidden, batch)
+        arrays, given = arrays_of(xp, params, batch)
+        value, more, gradients = program(arrays, xp.array(hidden), given)
+        assert float(xp.get(value)) == pytest.approx(loss, rel=1e-5, abs=1e-5)
+        better = np.arange(POSITIONS) % 3 < 2
+        difference = logprobs[better].sum() - logprobs[~better].sum()
+        assert float(xp.get(more["difference"])) == pytest.approx(difference, rel=1e-5, abs=1e-4)
+        of_head = set(flatten(skeleton.lm_head, "lm_head")) if skeleton.lm_head else {"model.embed_tokens.weight"}
+        assert gradients.keys() == {"hidden"} | (of_head if trained else set())
+        for key, gradient in gradients.items():
+            assert xp.dtype(gradient) == "float32"
+            peak = max(float(wanted[key].abs().max()), 1e-3)
+            np.testing.assert_allclose(
+                xp.get(gradient), wanted[key].numpy(), atol=1e-5 * peak, rtol=1e-5, err_msg=f"{count} {key}"
+            )
+
+
+@pytest.mark.parametrize("name", [name for name in installed() if name != "numpy"])
+def test_minus_the_sum_of_logprobs_is_cross_entropy(small, name):
+    xp = get_backend(name, "cpu")
+    skeleton, params = make("capped")
+    arrays, batch = arrays_of(xp, params, places_of(POSITIONS, 53))
+    hidden = xp.array(np.random.default_rng(1).normal(size=(POSITIONS, WIDTH)).astype(np.float32))
+    whole, wanted = head.loss_and_gradients(xp, skeleton, arrays, hidden, batch, frozenset(params))
+    value, _, gradients = head.through_logprobs(
+        xp, skeleton, arrays, hidden, batch, frozenset(params), lambda logprobs: (-xp.sum(logprobs), None)
+    )  # fmt: skip
+    assert float(xp.get(value)) == pytest.approx(float(xp.get(whole["loss"])), rel=1e-6)
+    assert gradients.keys() == wanted.keys()
+    for key, gradient in gradients.items():
+        np.testing.assert_allclose(xp.get(gradient), xp.get(wanted[key]), rtol=1e-5, atol=1e-5)
+
+
+def test_all_logits_are_never_there(monkeypatch):
+    """What XLA takes for it depends on a piece, not on the number of tokens times the vocabulary."""
+    jax = pytest.importorskip("jax")
+    xp = get_backend("jax", "cpu")
+    monkeypatch.setattr(head, "ROWS", 16)
+    monkeypatch.setattr(head, "BLOCK", 512)
+    tokens, vocabulary = 512, 4096
+    skeleton, _ = make("untied")
+    weight = jax.ShapeDtypeStruct((vocabulary, WIDTH), "float32")
+    params = {name: jax.ShapeDtypeStruct(spec.shape, "float32") for name, spec in flatten(skeleton).items()}
+    params |= {"lm_head.weight": weight, "model.embed_tokens.weight": weight}
+    integers = jax.ShapeDtypeStruct((tokens,), "int32")
+    batch = {"places": integers, "labels": integers, "count": jax.ShapeDtypeStruct((), "int32")}
+
+    def run(arrays, hidden, batch):
+        fn = lambda logprobs: (-xp.sum(xp.log(xp.sigmoid(logprobs))), None)  # noqa: E731
+        return head.through_logprobs(xp, skeleton, arrays, hidden, batch, frozenset(params), fn)
+
+    compiled = jax.jit(run).lower(params, jax.ShapeDtypeStruct((tokens, WIDTH), "float32"), batch).compile()
+    taken = compiled.memory_analysis().temp_size_in_bytes
+    assert taken < 0.2 * 4 * tokens * vocabulary, taken
