@@ -12,6 +12,7 @@ from modelhub.errors import ConfigError, InputError
 from modelhub.families import family_of
 from modelhub.families.naming import KEEP
 from modelhub.hub import gguf_writer
+from modelhub.hub.gguf_settings import write_settings
 from modelhub.model.backbone import Backbone
 from modelhub.model.loading import DTYPES, HuggingFaceSource, Source, opened
 from modelhub.tasks.causal_lm import CausalLM
@@ -108,8 +109,13 @@ def _write_gguf(lm: CausalLM, target: Path, metadata: dict[str, Any], extra: dic
             "llama.cpp knows no sliding window for this model: the file says that its context is the window, %d tokens",
             context,
         )
-    if (end := _end_of_turn(lm, metadata.get("tokenizer.ggml.eos_token_id"))) is not None:
-        metadata["tokenizer.ggml.eot_token_id"] = end
+    listed = lm.generation_config.get("eos_token_id")
+    ends = [end for end in listed if end in lm.stop_ids] if isinstance(listed, list) else []
+    ends += sorted(lm.stop_ids.difference(ends))
+    settings, lost = write_settings(lm.generation_config, metadata, ends, next(iter(lm._end_of_turn), None))
+    metadata |= settings
+    if lost:
+        log.warning("%s does not say, since GGUF files have no place for it: %s", target.name, "; ".join(lost))
     names, param = family_of(config.model_type).names("gguf", config), lm.backbone.plain_param()
     ours = {names.to_theirs(name)[0]: name for name in lm.backbone.plain_names()}
 
@@ -122,16 +128,6 @@ def _write_gguf(lm: CausalLM, target: Path, metadata: dict[str, Any], extra: dic
     shapes = {theirs: x.shape for theirs, x in extra.items()}
     shapes |= {theirs: lm.params[name].shape for theirs, name in ours.items()}
     gguf_writer.write_gguf(target, metadata, shapes, read, dtype)
-
-
-def _end_of_turn(lm: CausalLM, eos: int | None) -> int | None:
-    """What ends an answer besides `eos`; llama.cpp finds the usual names by itself.
-
-    The token that the chat template puts there; without a template the first at which generation stops.
-    """
-    listed = lm.generation_config.get("eos_token_id")
-    others = listed if isinstance(listed, list) and not lm._chats() else []
-    return next((token for token in [*lm._end_of_turn, *others] if token != eos), None)
 
 
 def _dtypes(source: Source) -> tuple[str, str]:

@@ -149,12 +149,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
     After an exception `target` is what it was. Who else writes there meanwhile waits.
     """
-    from filelock import FileLock
-
-    work = target.with_name(f".{target.name}.saving")
-    lock = target.with_name(f".{target.name}.lock")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock, mode=0o666):  # of a folder that many publish to
+    with _alone(target) as work:
         try:
             _restore(work, target)
             shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed
@@ -163,6 +158,38 @@ def replacing(target: Path) -> Iterator[Path]:
             replace_folder(work, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def replacing_file(target: Path) -> Iterator[Path]:
+    """As `replacing`, for one file: a path to write to, at which nothing is."""
+    with _alone(target) as work:
+        try:
+            work.unlink(missing_ok=True)  # left by a process that was killed
+            yield work
+            _sync(work)
+            os.replace(work, target)
+            _sync(target.parent)
+        finally:
+            with suppress(OSError):  # it would hide why writing failed
+                work.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[Path]:
+    """Where what is going to be `target` is written, for no more than one process at a time; the others wait.
+
+    The name is always the same one, so that what a killed process leaves there is found by the next.
+    """
+    from filelock import FileLock
+
+    work = target.with_name(f".{target.name}.saving")
+    lock = target.with_name(f".{target.name}.lock")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock, mode=0o666):  # of a folder that many publish to
+        try:
+            yield work
+        finally:
             with suppress(OSError):  # Windows does it when the lock is released
                 lock.unlink()  # who waits for it sees that it is gone, and makes a new one
 

@@ -6,10 +6,7 @@ else.
 """
 
 import math
-import os
-import secrets
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from tqdm import tqdm
 
 from modelhub.errors import BackendNotInstalled, CheckpointError
 from modelhub.hub.checkpoint import shown
+from modelhub.hub.files import replacing_file
 
 # dtype -> ggml type of the matrices, general.file_type
 DTYPES = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
@@ -32,14 +30,16 @@ def write_gguf(
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], np.ndarray],
     dtype: str = "float16",
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a .gguf file tensor by tensor; it is whole, or what was there before stays as it was.
 
-    metadata: key -> str, bool, int (uint32 in the file), float (float32), or a list or array of str, bool, int (int32)
-        or float (float32). general.architecture must be there; general.file_type is added.
+    metadata: key -> str, bool, int (uint32 in the file, int32 below 0), float (float32), or a list or array of str,
+        bool, int (int32) or float (float32). general.architecture must be there; general.file_type is added.
     shapes: GGUF's name of each tensor -> its shape, outermost first. read(name): that tensor, in any float dtype.
     dtype: of the matrices, one of DTYPES; vectors and norms are float32. In "q8_0" a matrix whose rows are no multiple
         of 32 is float16.
+    check: is given the finished file before it takes its name; what it raises leaves things as they were.
 
     Raises CheckpointError for values that the dtype cannot hold, and when writing fails; BackendNotInstalled without
     the gguf library.
@@ -55,29 +55,25 @@ def write_gguf(
     for name, shape in shapes.items():
         writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kinds[name])
 
-    work = path.with_name(f".{path.name}.{secrets.token_hex(4)}.saving")  # two processes may write the same file
     bar = tqdm(total=sum(sizes.values()), desc=f"writing {path.name}", unit="B", unit_scale=True, delay=2, leave=False,
                disable=None)  # fmt: skip
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer.write_header_to_file(work)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name in shapes:
-            writer.write_tensor_data(_encoded(gguf, name, read(name), kinds[name]))
-            bar.update(sizes[name])
-        for stream in writer.fout:
-            stream.flush()
-            os.fsync(stream.fileno())
-        writer.close()
-        os.replace(work, path)
+        with replacing_file(path) as work:
+            try:
+                writer.write_header_to_file(work)
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+                for name in shapes:
+                    writer.write_tensor_data(_encoded(gguf, name, read(name), kinds[name]))
+                    bar.update(sizes[name])
+            finally:
+                writer.close()
+            if check is not None:
+                check(work)
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error}. What was there before is as it was") from error
     finally:
         bar.close()
-        writer.close()
-        with suppress(OSError):  # it would hide why writing failed
-            work.unlink(missing_ok=True)
 
 
 def _library() -> Any:
@@ -110,7 +106,7 @@ def _add(gguf: Any, writer: Any, key: str, value: Any) -> None:
     elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
-        writer.add_uint32(key, value)
+        (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
     else:

@@ -24,6 +24,7 @@ from modelhub.families.kerashub import BACKBONES, backbone_of
 from modelhub.families.naming import KEEP, NameMap
 from modelhub.hub.checkpoint import Checkpoint, open_folder
 from modelhub.hub.gguf import GGUFFile, open_gguf
+from modelhub.hub.gguf_settings import end_tokens, read_settings
 from modelhub.hub.kerashub import H5Checkpoint, has_weights, is_kerashub, open_kerashub
 from modelhub.hub.preset import Preset, resolve
 from modelhub.processing.tokenizer import Tokenizer
@@ -91,6 +92,12 @@ class GGUFSource(Source):
     kind = "gguf"
     gguf: GGUFFile
 
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        generation = read_settings(self.gguf.metadata)
+        check_kinds(generation, "GGUF metadata")
+        return generation
+
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self.gguf.metadata)
 
@@ -110,10 +117,9 @@ class KerasHubSource(Source):
     def generation_config(self) -> dict[str, Any]:
         """What ends a text: KerasHub has it in the code of its tasks. Chat models end their turns otherwise."""
         tokenizer = self._tokenizer
-        ends = [tokenizer.token_to_id(token) for token in ("<end_of_turn>", "<|eot_id|>")]
         found = {
             "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": [index for index in (tokenizer.eos_token_id, *ends) if index is not None],
+            "eos_token_id": end_tokens(tokenizer.token_to_id, [tokenizer.eos_token_id], tokenizer.special_ids),
             "pad_token_id": tokenizer.pad_token_id,
         }
         return {key: value for key, value in found.items() if value is not None}

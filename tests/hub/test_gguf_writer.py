@@ -2,7 +2,9 @@
 
 import resource
 import signal
+import subprocess
 import sys
+import threading
 import tracemalloc
 
 import gguf
@@ -108,16 +110,47 @@ def test_an_impossible_place_is_said(tmp_path):
 
 
 def test_two_at_once_do_not_mix(tmp_path):
-    path, inner = tmp_path / "a.gguf", {"w": np.full((4, 32), 2, np.float32)}
+    path, second = tmp_path / "a.gguf", {"w": np.full((4, 32), 2, np.float32)}
+    thread = threading.Thread(target=write, args=(path, second))
 
     def read(name):
-        write(path, inner)  # another one, while this one is being written
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()  # it waits for the first
         return np.ones((4, 32), np.float32)
 
-    write_gguf(path, ARCH, {"v": (4, 32)}, read)
+    write_gguf(path, ARCH, {"v": (4, 32)}, read, check=lambda work: open_gguf(work).read("v"))
+    thread.join(20)
     with open_gguf(path) as file:
-        np.testing.assert_array_equal(file.read("v"), np.ones((4, 32)))
+        np.testing.assert_array_equal(file.read("w"), second["w"])
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_gone(tmp_path):
+    path = tmp_path / "a.gguf"
+    killed = (
+        "import os, sys, pathlib, numpy as np; from modelhub.hub.gguf_writer import write_gguf; "
+        "write_gguf(pathlib.Path(sys.argv[1]), {'general.architecture': 'llama'}, {'a': (4, 32), 'b': (4, 32)}, "
+        "lambda name: np.ones((4, 32)) if name == 'a' else os.kill(os.getpid(), 9))"
+    )
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", killed, str(path)]).returncode == -9
+        assert not path.exists() and len(list(tmp_path.glob(".a.gguf*.saving"))) == 1
+    write(path, tensors())
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_what_a_check_refuses_takes_no_place(tmp_path):
+    path = write(tmp_path / "a.gguf", tensors())
+    before = path.read_bytes()
+
+    def refuse(work):
+        assert open_gguf(work).tensors.keys() == {"w"}  # whole by then
+        raise CheckpointError("no")
+
+    with pytest.raises(CheckpointError, match="no"):
+        write_gguf(path, ARCH, {"w": (4, 32)}, lambda name: np.ones((4, 32), np.float32), check=refuse)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
