@@ -98,14 +98,14 @@ def write_settings(
         end_of_turn = next((index for index in others if tokens[index] not in END_TOKENS), None)
     if end_of_turn is not None:
         found[f"{prefix}.eot_token_id"] = end_of_turn
-    known = _ends(metadata | found, tokens, types)
-    if missing := [index for index in others if index not in known]:
-        found[f"{prefix}.eom_token_id"] = missing[0]
-        known = _ends(metadata | found, tokens, types)
+    known = _ends({**metadata, **found}, tokens, types)
+    if rest := [index for index in others if index not in known]:
+        found[f"{prefix}.eom_token_id"] = rest[0]
+        known = _ends({**metadata, **found}, tokens, types)
     if {*known} != {*ends} and ends:
         found[_ALL_ENDS] = list(ends)
-    if missing := [repr(tokens[index]) for index in others if index not in known]:
-        lost.append(f"that {', '.join(missing)} ends an answer: llama.cpp has room for three such tokens")
+    if unknown := [repr(tokens[index]) for index in others if index not in known]:
+        lost.append(f"that {', '.join(unknown)} ends an answer: llama.cpp has room for three such tokens")
     return found | _write_sampling(generation_config), lost + _lost(generation_config)
 
 
