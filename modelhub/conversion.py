@@ -11,6 +11,7 @@ from modelhub.core.backends import get_backend
 from modelhub.errors import ConfigError, InputError
 from modelhub.families import family_of
 from modelhub.families.naming import KEEP
+from modelhub.habits import explained
 from modelhub.hub import gguf_writer
 from modelhub.hub.gguf_settings import write_settings
 from modelhub.model.backbone import Backbone
@@ -23,6 +24,7 @@ log = logging.getLogger("modelhub")
 _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"} | {dtype: dtype for dtype in DTYPES}
 
 
+@explained
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],

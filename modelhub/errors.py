@@ -60,6 +60,21 @@ class InputError(ModelhubError, ValueError):
     """An argument that cannot be used: an empty prompt, ids out of range, a sampling value that makes no sense."""
 
 
+class WrongCall(InputError, TypeError):
+    """A call that Python itself refuses: an argument is missing, or there is one too many."""
+
+
+class UnknownArgument(WrongCall):
+    """A keyword that a call does not have; the message says what it is called here.
+
+    names: the keywords. known: those that there are.
+    """
+
+    def __init__(self, message: str, names: tuple[str, ...] = (), known: list[str] | None = None):
+        super().__init__(message)
+        self.names, self.known = names, known or []
+
+
 class DataError(ModelhubError, ValueError):
     """Data to train on that cannot be read, is of no known form, or leaves nothing to learn from."""
 

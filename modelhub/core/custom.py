@@ -18,6 +18,7 @@ from modelhub.core.backends.base import Array, Backend
 from modelhub.core.nn import Linear
 from modelhub.core.tree import Module, Params, Spec, bind, children, flatten, with_parts
 from modelhub.errors import ConfigError, ModelhubError
+from modelhub.habits import explained
 
 FAMILY = ("Config", "Model", "names")  # what a family has
 _LIKE = {
@@ -53,6 +54,7 @@ class Registered:
 _registered: list[Registered] = []  # the last of a name counts; earlier ones may still be in use
 
 
+@explained
 def register(kind: str, name: str, backend: str | None = None) -> Callable[[T], T]:
     """A decorator that makes a piece of the user's own known as `name`. The piece stays as it is.
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from modelhub.core.backends.base import Array, Backend, Shape
 from modelhub.errors import ConfigError
+from modelhub.habits import explained
 
 Arrays = dict[str, Array]
 Add = Callable[[Array, Array], Array]
@@ -163,6 +164,7 @@ class Optimizer:
         raise NotImplementedError
 
 
+@explained
 @dataclass(frozen=True)
 class SGD(Optimizer):
     """Stochastic gradient descent as torch.optim.SGD, with momentum as in Sutskever et al. 2013 (nesterov) or plain.
@@ -194,6 +196,7 @@ class SGD(Optimizer):
         return -lr * g
 
 
+@explained
 @dataclass(frozen=True)
 class Adam(Optimizer):
     """Kingma and Ba 2014, arXiv:1412.6980, as torch.optim.Adam. Weight decay adds to the gradient."""
@@ -220,6 +223,7 @@ class Adam(Optimizer):
         return -lr * (change + decay * p if decay and self._decoupled else change)
 
 
+@explained
 @dataclass(frozen=True)
 class AdamW(Adam):
     """Loshchilov and Hutter 2017, arXiv:1711.05101, as torch.optim.AdamW: weight decay apart from the gradient."""
@@ -229,6 +233,7 @@ class AdamW(Adam):
     _decoupled: ClassVar[bool] = True
 
 
+@explained
 @dataclass(frozen=True)
 class Adafactor(Optimizer):
     """Shazeer and Stern 2018, arXiv:1804.04235, as torch.optim.Adafactor: no first moment, and of the second, for all
@@ -273,6 +278,7 @@ class Adafactor(Optimizer):
         return -(change + lr * decay * p if decay else change)
 
 
+@explained
 @dataclass(frozen=True)
 class Lion(Optimizer):
     """Chen et al. 2023, arXiv:2302.06675, as optax.lion: steps of the sign of the momentum. It wants learning rates 3
@@ -297,6 +303,7 @@ class Lion(Optimizer):
         return -lr * (sign + decay * p if decay else sign)
 
 
+@explained
 @dataclass(frozen=True)
 class Muon(Optimizer):
     """Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, as torch.optim.Muon: steps of the momentum with
@@ -501,6 +508,7 @@ class Schedule:
         raise NotImplementedError
 
 
+@explained
 @dataclass(frozen=True, kw_only=True)
 class Constant(Schedule):
     """1, after the warm-up."""
@@ -511,6 +519,7 @@ class Constant(Schedule):
         return 1.0
 
 
+@explained
 @dataclass(frozen=True, kw_only=True)
 class Linear(Schedule):
     """A straight line from 1 to final_ratio."""
@@ -525,6 +534,7 @@ class Linear(Schedule):
         return self.final_ratio + (1.0 - self.final_ratio) * (1.0 - progress)
 
 
+@explained
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Linear):
     """Half a cosine wave from 1 to final_ratio (Loshchilov and Hutter 2016, arXiv:1608.03983)."""

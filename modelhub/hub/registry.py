@@ -42,6 +42,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modelhub.errors import ConfigError, InputError, ModelhubError, PresetNotFound
+from modelhub.habits import explained
 from modelhub.hub.resources import resource
 from modelhub.hub.sources import EmbeddedSource, HttpsSource, HubSource, PackageSource, Part, Source, source_of
 
@@ -66,6 +67,7 @@ class Card:
     base_model: str | None  # the repository on the Hugging Face Hub that a fine-tune names as its base
 
 
+@explained
 def list_presets(family: str | None = None, task: str | None = None, max_params: float | None = None) -> list[Card]:
     """All cards in order of their names; family, task and max_params (parameters, at most) narrow the list.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelhub.core.backends import backend_class
 from modelhub.core.tree import Params
+from modelhub.habits import explained
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["to_jax", "to_litert", "to_onnx", "to_saved_model", "to_tensorflow", "to_torch"]
 
 
+@explained
 def to_torch(x: Any) -> "torch.nn.Module":
     """x as a torch.nn.Module: a CausalLM, an ImageClassifier, a Backbone, or a single Module.
 
@@ -42,6 +44,7 @@ def to_torch(x: Any) -> "torch.nn.Module":
     return interop.to_torch(x)
 
 
+@explained
 def to_jax(x: Any) -> tuple[Params, Callable[..., Any]]:
     """A model's parameters and its forward pass as a pure function, for jit, grad, vmap, shard_map, optax, flax.
 
@@ -65,6 +68,7 @@ def to_jax(x: Any) -> tuple[Params, Callable[..., Any]]:
     return interop.to_jax(x)
 
 
+@explained
 def to_tensorflow(x: Any) -> "tf.Module":
     """A tf.Module of a CausalLM, an ImageClassifier, a Backbone or a Module, for GradientTape loops.
 
@@ -84,6 +88,7 @@ def to_tensorflow(x: Any) -> "tf.Module":
     return interop.to_tensorflow(x)
 
 
+@explained
 def to_saved_model(x: Any, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Write a CausalLM, an ImageClassifier or a Backbone as a SavedModel, and return its folder.
 
@@ -107,6 +112,7 @@ def to_saved_model(x: Any, directory: str | os.PathLike[str], *, overwrite: bool
     return interop.to_saved_model(x, directory, overwrite=overwrite)
 
 
+@explained
 def to_litert(x: Any, path: str | os.PathLike[str], *, sequence_length: int = 128, batch_size: int = 1) -> Path:
     """Write the forward pass of a CausalLM, an ImageClassifier or a Backbone as a .tflite file, and return its path.
 
@@ -124,6 +130,7 @@ def to_litert(x: Any, path: str | os.PathLike[str], *, sequence_length: int = 12
     return interop.to_litert(x, path, sequence_length=sequence_length, batch_size=batch_size)
 
 
+@explained
 def to_onnx(x: Any, path: str | os.PathLike[str], *, opset: int | None = None) -> Path:
     """Write the forward pass of a CausalLM, an ImageClassifier or a Backbone as an ONNX file; returns where it is.
 

@@ -1,6 +1,7 @@
 """LoRA on a Backbone: enabling, switching, merging, and PEFT's folders."""
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,12 +15,13 @@ from modelhub.core.tree import Params, flatten
 from modelhub.errors import CheckpointError, InputError
 from modelhub.families import family_of
 from modelhub.families.naming import NameMap
+from modelhub.habits import Habits
 from modelhub.hub.adapters import AdapterFiles, read_adapter, write_adapter
 from modelhub.hub.preset import resolve_adapter
 from modelhub.hub.provenance import Provenance, TrainingRun, read_provenance, write_provenance
 
 
-@dataclass
+@dataclass(repr=False)
 class Adapter:
     """One adapter. params: its arrays, under our names; those of the active one are in the Backbone's params too.
 
@@ -32,6 +34,13 @@ class Adapter:
     model: Any
     runs: tuple[TrainingRun, ...] = ()  # what trained it
 
+    def __repr__(self) -> str:
+        about = self.described()
+        count = sum(math.prod(x.shape) for x in self.params.values())
+        return (
+            f"Adapter(rank={about['rank']}, alpha={about['alpha']:g}, targets={about['targets']}, {count:,} parameters)"
+        )
+
     def described(self) -> dict[str, Any]:
         """For a model card: JSON values."""
         kinds = sorted({module.rpartition(".")[2] for module in self.modules})
@@ -39,7 +48,7 @@ class Adapter:
         return plain | {"alpha": self.config.alpha or self.config.rank, "targets": kinds}
 
 
-class Adapters:
+class Adapters(Habits):
     """What a Backbone can do with adapters; at most one of them is active at a time.
 
     base_model: the skeleton without any. adapters: all of them by name. active_adapter: a name or None. optimizer: what

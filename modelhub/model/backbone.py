@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from modelhub.core import custom
 from modelhub.core.backends import FASTEST, get_backend, of
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.lora import MARK
-from modelhub.core.tree import Params, bind
+from modelhub.core.tree import Params, bind, flatten
 from modelhub.errors import CheckpointError, InputError, MixedBackends
 from modelhub.generation.decode import hidden_states
 from modelhub.hub.card import inherited
@@ -154,6 +155,16 @@ class Backbone(Movable):
         if found != self.xp.name:
             raise MixedBackends(f"the model is on {self.xp.name} and the new weights are on {found}")
         self._params, self.untouched = params, None
+
+    def __repr__(self) -> str:
+        count = sum(math.prod(spec.shape) for spec in flatten(self.base_model).values())
+        return f"Backbone({self.config.model_type!r}, {count:,} parameters, {self.placed()})"
+
+    def placed(self) -> str:
+        """For reprs: backend, device, dtype, and the adapter if there is one."""
+        where = f"backend={self.xp.name!r}, device={self.xp.device!r}, dtype={self.dtype!r}"
+        state = " (merged)" if self._replaced else ""
+        return where if self.active_adapter is None else f"{where}, adapter={self.active_adapter!r}{state}"
 
     @property
     def module(self) -> Any:

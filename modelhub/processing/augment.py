@@ -13,12 +13,14 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from modelhub.errors import InputError
+from modelhub.habits import explained
 from modelhub.processing.image import Box, ImageProcessor
 
 _ASPECT = (3 / 4, 4 / 3)  # of random crops, as in Szegedy et al. 2014, arXiv:1409.4842
 _STRONGEST = 30  # RandAugment's magnitude
 
 
+@explained
 @dataclass(frozen=True)
 class Augment:
     """What is done to training images; None and 0 switch a part off.

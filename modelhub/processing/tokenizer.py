@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from modelhub.errors import TokenizerError
+from modelhub.habits import Habits
 from modelhub.processing import spm
 from modelhub.processing.guards import guarded
 from modelhub.processing.tokenizer_files import (
@@ -24,7 +25,7 @@ from modelhub.processing.tokenizer_gguf import read_gguf, write_gguf
 from modelhub.processing.tokenizer_keras import is_kerashub, read_kerashub
 
 
-class Tokenizer:
+class Tokenizer(Habits):
     """Text to token ids and back. Made by `from_folder` or `from_gguf`; safe to share between threads.
 
     vocab_size: number of ids, added tokens included (transformers' `len(tokenizer)`).

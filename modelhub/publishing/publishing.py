@@ -13,6 +13,7 @@ import numpy as np
 
 from modelhub.core import custom
 from modelhub.errors import BackendNotInstalled, CheckpointError
+from modelhub.habits import Habits
 from modelhub.hub import publish
 from modelhub.hub.card import CardFacts, check_card, inherited, missing_licence, notice, render_card
 from modelhub.hub.files import licence_files
@@ -28,7 +29,7 @@ from modelhub.training.history import History
 _TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
 
 
-class Publishing:
+class Publishing(Habits):
     """Mixed into tasks. They say what they are (`task`), how to look at their outputs, and what goes with weights."""
 
     task: str  # as in the registry's cards

@@ -117,7 +117,7 @@ class CausalLM(FineTuning):
         self._generator = None
 
     def __repr__(self) -> str:
-        return f"CausalLM({self.preset!r}, backend={self.backend!r}, device={self.device!r}, dtype={self.dtype!r})"
+        return f"CausalLM({self._described()})"
 
     def logits(self, token_ids: Any) -> np.ndarray:
         """float32 logits (batch, time, vocabulary) of token ids (batch, time): lists, or an array of any framework."""

@@ -145,10 +145,7 @@ class ImageClassifier(ImageTraining):
         return cls(backbone, processor, new_head=True)
 
     def __repr__(self) -> str:
-        return (
-            f"ImageClassifier({self.preset!r}, {self.config.num_labels} classes, backend={self.backend!r}, "
-            f"device={self.device!r}, dtype={self.dtype!r})"
-        )
+        return f"ImageClassifier({self._described(f'{self.config.num_labels} classes')})"
 
     # --- prediction ---------------------------------------------------------------------------------------------
 

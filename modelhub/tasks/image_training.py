@@ -255,6 +255,9 @@ class ImageTraining(Trainable):
         read = np.flatnonzero(np.concatenate(kept))
         return dataclasses.replace(batches, examples=batches.examples.only(read), pooled=found[read])
 
+    def _trainable_names(self) -> list[str]:
+        return self._trained_names(self.backbone_frozen and not self.has_adapter)
+
     def _trained_names(self, frozen: bool) -> list[str]:
         encoder = f"{self.config.model_type}."
         head = [name for name in self.params if not name.startswith(encoder)]

@@ -16,6 +16,7 @@ from typing import IO, Any, TextIO
 from tqdm import tqdm
 
 from modelhub.errors import BackendNotInstalled, InputError
+from modelhub.habits import Habits
 from modelhub.hub.files import replacing
 
 Logs = dict[str, float]
@@ -23,7 +24,7 @@ Logs = dict[str, float]
 _STARTS = {start[:size] for start in (b'{"step', b'{"epoc') for size in range(1, 7)}  # of JSONLogger's lines
 
 
-class Callback:
+class Callback(Habits):
     """Base of all callbacks: override what you need.
 
     step: counts the optimizer steps of the whole run, also over a resume; 1 is the first. epoch: from 0, as in Keras.

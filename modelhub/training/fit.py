@@ -11,6 +11,7 @@ from typing import Any
 
 from modelhub.core.tree import Params
 from modelhub.errors import CheckpointError, DataError, InputError, ResumeError, TrainingError
+from modelhub.habits import instead_of
 from modelhub.training import checkpoints
 from modelhub.training.batches import Batch, BatchSource
 from modelhub.training.callbacks import Callback
@@ -68,7 +69,9 @@ class Run:
         self.callbacks = [self.history, *callbacks]
         for callback in self.callbacks:
             if not isinstance(callback, Callback):
-                raise InputError(f"callbacks must be objects of modelhub.training.Callback, got {callback!r}")
+                raise InputError(
+                    f"callbacks must be objects of modelhub.training.Callback, got {callback!r}{instead_of(callback)}"
+                )
         self.total = plan.total_steps(data)
         self.step = self.epoch = self.batch = 0  # steps done; the epoch, and how many of its batches are done
         self.skipped = 0  # steps in a row

@@ -113,6 +113,11 @@ class Trainable(Publishing):
     def _forget(self) -> None:
         """Drop what holds on to the arrays."""
 
+    def _described(self, *more: str) -> str:
+        """For reprs: where it comes from, what it is, where it is, and the adapter on it."""
+        what = repr(self.preset) if self.preset else f"a {self.config.model_type} without a preset"
+        return ", ".join([what, *more, self.backbone.placed()])
+
     def summary(self) -> None:
         """Print what the model is made of: parts, parameters, memory."""
         self.backbone.summary(title=repr(self))
@@ -155,6 +160,15 @@ class Trainable(Publishing):
     def saves_adapter(self) -> bool:
         """Whether an adapter's folder holds all that `fit` trains."""
         return self.has_adapter
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters `fit` would train, and their share of all, in the words of PEFT."""
+        counts = {name: int(np.prod(x.shape)) for name, x in self.params.items()}
+        trained, every = sum(counts[name] for name in self._trainable_names()), sum(counts.values())
+        print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
+
+    def _trainable_names(self) -> list[str]:
+        return self.backbone.trainable_names()
 
     # --- training -----------------------------------------------------------------------------------------------
 

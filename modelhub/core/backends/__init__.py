@@ -12,6 +12,7 @@ from typing import Any
 
 from modelhub.core.backends.base import Array, Backend
 from modelhub.errors import BackendNotInstalled, InputError, MixedBackends, UnknownBackend
+from modelhub.habits import explained
 
 # Preference order. Value: the class; its module has the framework's name and is imported on first use.
 NAMES = {"jax": "JaxBackend", "torch": "TorchBackend", "tensorflow": "TensorflowBackend", "numpy": "NumpyBackend"}
@@ -25,6 +26,7 @@ __all__ = [
 _default: str | None = None
 
 
+@explained
 def set_backend(name: str | None) -> None:
     """Choose the backend of models loaded from now on; None goes back to choosing automatically."""
     global _default
