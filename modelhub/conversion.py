@@ -3,7 +3,7 @@
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from modelhub.habits import explained
 from modelhub.hub import gguf_writer
 from modelhub.hub.gguf_settings import write_settings
 from modelhub.model.backbone import Backbone
-from modelhub.model.loading import DTYPES, HuggingFaceSource, Source, opened
+from modelhub.model.loading import DTYPES, HuggingFaceSource, Source, open_source
+from modelhub.model.options import SourceOptions
 from modelhub.tasks.causal_lm import CausalLM
 
 log = logging.getLogger("modelhub")
@@ -32,10 +33,7 @@ def convert(
     *,
     adapter: str | os.PathLike[str] | None = None,
     force: bool = False,
-    revision: str | None = None,
-    offline: bool = False,
-    token: str | None = None,
-    cache_dir: str | None = None,
+    **options: Unpack[SourceOptions],
 ) -> Path:
     """Write the model `source` in another format, tokenizer and chat template included; returns where it is.
 
@@ -44,7 +42,7 @@ def convert(
     dtype: of the weights in a GGUF file "float16" (the default), "bfloat16", "float32" or "q8_0", where vectors and
         norms are float32 always; in a folder "float32", "bfloat16" or "float16", by default what they are in `source`.
     adapter: a PEFT folder; it is merged into the weights. force: replace what is at `target`; a folder takes no file's
-        place. revision, offline, token, cache_dir: as in `from_preset`; offline and token hold for the adapter too.
+        place. options: those of SourceOptions; offline and token hold for the adapter too.
 
     It takes the memory of the weights as they are stored; in float32 where they are of several dtypes, and to merge an
     adapter, whose small changes would drown in 16 bits. `target` appears when it is complete.
@@ -52,16 +50,12 @@ def convert(
     Raises InputError for a target that is there already or cannot be; ConfigError and TokenizerError for a model that
     llama.cpp cannot run as it is, before any weight is read; and what `from_preset` and `load_adapter` raise.
     """
-    return converted(
-        source, target, dtype, adapter=adapter, force=force, revision=revision, offline=offline, token=token,
-        cache_dir=cache_dir,
-    )[0]  # fmt: skip
+    return convert_files(source, target, dtype, adapter, force, options)[0]
 
 
-def converted(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], dtype: str | None, *,
-    adapter: str | os.PathLike[str] | None, force: bool, revision: str | None, offline: bool, token: str | None = None,
-    cache_dir: str | None = None,
+def convert_files(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], dtype: str | None,
+    adapter: str | os.PathLike[str] | None, force: bool, options: SourceOptions,
 ) -> tuple[Path, Path]:  # fmt: skip
     """As `convert`; the files of the source, too."""
     target = Path(target).expanduser().absolute()
@@ -82,7 +76,7 @@ def converted(
     name = os.fspath(source)
     metadata: dict[str, Any] = {}
     extra: dict[str, np.ndarray] = {}
-    with opened(name, revision, offline, token, cache_dir, True) as preset:
+    with open_source(name, {**options}) as preset:
         tokenizer = preset.tokenizer()
         if to_gguf:
             if not hasattr(preset.config, "to_gguf"):
@@ -92,10 +86,10 @@ def converted(
             metadata, extra = preset.config.to_gguf()
             metadata |= tokenizer.to_gguf(preset.config.vocab_size)
         exact, usual = _dtypes(preset)
-        backbone = Backbone.from_source(preset, get_backend("numpy"), "float32" if adapter else exact, True, 0)
+        backbone = Backbone.from_source(preset, get_backend("numpy"), {"dtype": "float32" if adapter else exact})
         lm = CausalLM(backbone, tokenizer, preset.generation_config, name)
     if adapter is not None:
-        lm.load_adapter(adapter, offline=offline, token=token)
+        lm.load_adapter(adapter, offline=options.get("offline", False), token=options.get("token"))
     if to_gguf:
         _write_gguf(lm, target, metadata, extra, dtype or "float16")
     else:

@@ -15,14 +15,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from modelhub.bench.processes import BACKBONE, IMAGES, TEXT, Model, Row, Workload, measure
+from modelhub.bench.processes import Model, Row, Workload, measure
 from modelhub.core import custom
 from modelhub.core.backends import FASTEST, NAMES, installed
 from modelhub.errors import ConfigError, DeviceError, InputError, UnknownBackend
 from modelhub.hub.sources import cache_root
-from modelhub.model.loading import check_dtype, opened
+from modelhub.kinds import kind_named, kind_reading
+from modelhub.model.loading import check_dtype, open_source
+from modelhub.model.options import LoadOptions
 
 _FOLDER = "fastest"  # in the cache
 _PACKAGES = ("modelhub", *NAMES, "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "tensorflow-cpu")
@@ -62,15 +64,14 @@ class Report:
 
 
 def bench(
-    preset: str | os.PathLike[str], *, backends: Sequence[str] | None = None, device: str | None = None,
-    dtype: str | None = None, train: bool = False, batch_size: int | None = None, prompt_tokens: int | None = None,
-    max_new_tokens: int | None = None, steps: int = 5, revision: str | None = None, offline: bool = False,
-    token: str | None = None, cache_dir: str | os.PathLike[str] | None = None,
-    show: Callable[[str], object] = lambda doing: None,
+    preset: str | os.PathLike[str], *, backends: Sequence[str] | None = None, train: bool = False,
+    batch_size: int | None = None, prompt_tokens: int | None = None, max_new_tokens: int | None = None, steps: int = 5,
+    show: Callable[[str], object] = lambda doing: None, **options: Unpack[LoadOptions],
 ) -> Report:  # fmt: skip
     """Measure backends on this machine with a preset, each in a fresh process.
 
-    backends: their names; None: all that are installed. device, dtype: as in CausalLM.from_preset, for each backend.
+    backends: their names; None: all that are installed. options: device, dtype and where the preset is found, as in
+    CausalLM.from_preset.
     batch_size: rows of a batch; None: 1 for text, 8 for images. prompt_tokens, max_new_tokens: of text; None: 128 and
     64. train: also `steps` steps of training: LoRA of rank 4 on bundled instructions, packed into rows of 512 tokens;
     for images all weights on noise. show: is told what is being done.
@@ -83,27 +84,23 @@ def bench(
         raise UnknownBackend(f"unknown backend {unknown[0]!r}; those that can be measured: {', '.join(NAMES)}")
     if not names or steps < 1 or (batch_size is not None and batch_size < 1):
         raise InputError(f"backends={names}, steps={steps}, batch_size={batch_size}: give one or more of each")
+    device, dtype = options.get("device"), options.get("dtype")
     _check(device, dtype)
-    model = _look(preset, revision, offline, token, cache_dir, True)
-    task = IMAGES if model.images else TEXT
+    model = _look(preset, options)
+    task = kind_reading(model.reads).name
     lengths = model.lengths(prompt_tokens, max_new_tokens, (128, 64))
     rows = model.rows if batch_size is None else batch_size
     workload = Workload(task, device, dtype, rows, **lengths, load_weights=True, train_steps=steps if train else 0)
     report = Report(model.preset, model.unit, workload, machine(), measure(model, workload, names, show))
     if backends is None and batch_size is None and report.fastest:
-        _Shelf(model, task, device, dtype, cache_dir).keep(report)
+        _Shelf(model, task, device, dtype, options.get("cache_dir")).keep(report)
     return report
 
 
-def fastest(
-    preset: str | os.PathLike[str], *, task: str, device: str | None = None, dtype: str | None = None,
-    revision: str | None = None, offline: bool = False, token: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None, load_weights: bool = True, attention: Callable | str | None = None,
-    layers: Mapping[str, str] | None = None,
-) -> str:  # fmt: skip
+def fastest(preset: str | os.PathLike[str], *, task: str, **options: Unpack[LoadOptions]) -> str:
     """The name of the installed backend that is the fastest here with this model, and a line on stderr that says why.
 
-    task: CausalLM.task, ImageClassifier.task or "backbone". The others are from_preset's. Measured once, which takes
+    task: the name of a TaskKind. The others are from_preset's. Measured once, which takes
     some seconds for each backend, and kept in the cache for this model, task, device and dtype on this machine, until
     a framework changes; for a day only, where a backend failed for reasons that may pass. With one backend installed
     nothing is measured, nor with pieces of the user's own, which the processes that measure do not know.
@@ -111,26 +108,27 @@ def fastest(
     Raises InputError if no backend can run the model, and for pieces that are not for one backend alone; DeviceError;
     what opening the preset raises.
     """
-    names = installed()
+    names, device, dtype = installed(), options.get("device"), options.get("dtype")
     if len(names) == 1:
         return names[0]
     _check(device, dtype)
-    model = _look(preset, revision, offline, token, cache_dir, load_weights)
-    if task != BACKBONE and model.images != (task == IMAGES):
+    model = _look(preset, options)
+    if model.reads not in kind_named(task).reads:
         return names[0]  # loading will tell what is wrong
-    if pieces := _own(model, attention, layers):
+    if pieces := _own(model, options.get("attention"), options.get("layers")):
         name = _able(pieces, names)
         _say(f"fastest: {name} for {model.preset}, because of pieces of your own; nothing was measured")
         return name
-    shelf = _Shelf(model, task, device, dtype, cache_dir)
+    shelf = _Shelf(model, task, device, dtype, options.get("cache_dir"))
     if (verdict := shelf.read()) is None:
         with shelf.alone():
             verdict = shelf.read()  # of another process, that was waited for
             if verdict is None:
                 lengths = model.lengths(None, None, (64, 32))
                 workload = Workload(
-                    task, device, dtype, model.rows, **lengths, load_weights=load_weights, repeats=3, seconds=6.0
-                )
+                    task, device, dtype, model.rows, **lengths, load_weights=options.get("load_weights", True),
+                    repeats=3, seconds=6.0,
+                )  # fmt: skip
                 verdict = shelf.keep(_watched(model, workload, names))
     _say(f"fastest: {verdict.line(model.preset)}")
     return verdict.backend
@@ -166,9 +164,9 @@ def _check(device: str | None, dtype: str | None) -> None:
         raise DeviceError(f"device must be cpu, gpu, tpu, mps, or one of several, such as gpu:1; got {device!r}")
 
 
-def _look(preset: Any, revision: Any, offline: bool, token: Any, cache_dir: Any, weights: bool) -> Model:
+def _look(preset: str | os.PathLike[str], options: LoadOptions) -> Model:
     """All files are fetched: the processes that are going to read them get no network, and no token."""
-    with opened(os.fspath(preset), revision, offline, token, cache_dir, weights) as source:
+    with open_source(preset, options) as source:
         return Model.of(source.preset.name, source)
 
 

@@ -20,9 +20,9 @@ from typing import Any, Self
 from modelhub.core.backends.base import host_memory
 from modelhub.core.tree import flatten
 from modelhub.errors import InputError
+from modelhub.kinds import CLASSES, IMAGES, kind_named, kind_reading
 from modelhub.model.loading import Source
 
-TEXT, IMAGES, BACKBONE = "causal-lm", "image-classification", "backbone"  # the tasks that can be measured
 _SMALL = 500_000_000  # parameters
 _PATIENCE = 600.0  # seconds for an answer, and one more for each token: longer means that the process hangs
 # The modules that this process would find, whatever is in the working directory.
@@ -85,7 +85,7 @@ class Model:
 
     preset: str
     path: Path
-    images: bool
+    reads: str
     context: int
     num_labels: int | None
     parameters: int
@@ -95,27 +95,27 @@ class Model:
 
     @classmethod
     def of(cls, preset: str, source: Source) -> Self:
-        images = hasattr(source.model, "encode")
-        context = 0 if images else source.config.max_position_embeddings
+        reads = source.model.reads
+        context = 0 if reads == IMAGES else source.config.max_position_embeddings
         sizes = [math.prod(spec.shape) for spec in flatten(source.model).values()]
         labels = getattr(source.config, "num_labels", None)
         return cls(
-            preset, source.preset.path, images, context, labels, sum(sizes), source.config.model_type, source.layers,
+            preset, source.preset.path, reads, context, labels, sum(sizes), source.config.model_type, source.layers,
             source.attention,
         )  # fmt: skip
 
     @property
     def unit(self) -> str:
-        return "images" if self.images else "tokens"
+        return kind_reading(self.reads).unit
 
     @property
     def rows(self) -> int:
         """Of the usual batch."""
-        return 8 if self.images else 1
+        return 8 if self.reads == IMAGES else 1
 
     def lengths(self, prompt_tokens: int | None, max_new_tokens: int | None, usual: tuple[int, int]) -> dict[str, int]:
         """Those of the workload, as asked for or as usual where the context allows it."""
-        if self.images:
+        if self.reads == IMAGES:
             return {"prompt_tokens": 0, "max_new_tokens": 0}
         half = self.context // 2
         prompt = min(usual[0], half) if prompt_tokens is None else prompt_tokens
@@ -215,7 +215,7 @@ def measure(model: Model, workload: Workload, names: Sequence[str], show: Callab
     """A row for each backend, in their order. show: is told what is being done."""
     keys = ("task", "device", "dtype", "batch_size", "prompt_tokens", "max_new_tokens", "load_weights")
     request = {key: getattr(workload, key) for key in keys} | {"path": str(model.path)}
-    if workload.task == IMAGES:
+    if kind_named(workload.task).head == CLASSES:
         request["num_classes"] = None if model.num_labels else 10  # an encoder alone gets a head
     # Weights in float32, and as much for all else.
     together = model.parameters < _SMALL and 8 * model.parameters * len(names) < (host_memory() or 0)

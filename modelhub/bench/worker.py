@@ -13,7 +13,9 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
+
+from modelhub.kinds import IMAGES, kind_named
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,10 +26,7 @@ _SHORTEST = 0.25  # seconds that calls of a fraction of it are repeated for
 
 
 class Subject(ABC):
-    """A model under measurement. task: an object of the class `kind` of `module`."""
-
-    module: ClassVar[str]
-    kind: ClassVar[str]
+    """A model under measurement. task: an object of the class that the request's task has."""
 
     def __init__(self, request: dict[str, Any]):
         import numpy as np
@@ -35,13 +34,9 @@ class Subject(ABC):
         keys = ("backend", "device", "dtype", "load_weights", "num_classes")
         options = {key: request[key] for key in keys if key in request}
         self.request = request
-        self.task = self.task_class().from_preset(request["path"], offline=True, **options)
+        self.task = task_class(request["task"]).from_preset(request["path"], offline=True, **options)
         self.backbone = getattr(self.task, "backbone", self.task)
         self.draw = np.random.default_rng(0)
-
-    @classmethod
-    def task_class(cls) -> Any:
-        return getattr(importlib.import_module(cls.module), cls.kind)
 
     @property
     def pixels(self) -> "np.ndarray":
@@ -74,8 +69,6 @@ class Subject(ABC):
 class Text(Subject):
     """Prompts of random tokens, no two alike, and greedy answers of full length."""
 
-    module, kind = "modelhub.tasks.causal_lm", "CausalLM"
-
     def once(self) -> tuple[float, float]:
         from modelhub.generation.sampling import Sampler
 
@@ -101,8 +94,6 @@ class Text(Subject):
 
 
 class Images(Subject):
-    module, kind = "modelhub.tasks.image_classifier", "ImageClassifier"
-
     def once(self) -> tuple[float, float]:
         images = {"pixel_values": self.pixels}
         return _calls(lambda: self.task.logits(images), self.request["batch_size"])
@@ -117,16 +108,14 @@ class Images(Subject):
 class Encoder(Subject):
     """Hidden states of random tokens, or of noise."""
 
-    module, kind = "modelhub.model.backbone", "Backbone"
-
     def once(self) -> tuple[float, float]:
         shape = self.request["batch_size"], self.request["prompt_tokens"]
-        images = hasattr(self.task.model, "encode")
-        inputs = self.pixels if images else self.draw.integers(0, self.task.config.vocab_size, shape)
-        return _calls(lambda: self.task.xp.get(self.task(inputs)), len(inputs) if images else inputs.size)
+        images = self.backbone.model.reads == IMAGES
+        inputs = self.pixels if images else self.draw.integers(0, self.backbone.config.vocab_size, shape)
+        return _calls(lambda: self.backbone.xp.get(self.backbone(inputs)), len(inputs) if images else inputs.size)
 
 
-SUBJECTS: dict[str, Any] = {"causal-lm": Text, "image-classification": Images, "backbone": Encoder}
+SUBJECTS: dict[str, type[Subject]] = {"causal-lm": Text, "image-classification": Images}  # and all others: Encoder
 
 
 def _calls(call: Any, count: int) -> tuple[float, float]:
@@ -138,15 +127,19 @@ def _calls(call: Any, count: int) -> tuple[float, float]:
     return times[1] - times[0], count * (len(times) - 1) / (times[-1] - times[0])
 
 
+def task_class(name: str) -> Any:
+    kind = kind_named(name)
+    return getattr(importlib.import_module(kind.module), kind.class_name)
+
+
 def load(request: dict[str, Any]) -> tuple[Subject, dict[str, Any]]:
     begun = time.perf_counter()
     from modelhub.core.backends import get_backend
 
-    made = SUBJECTS[request["task"]]
-    made.task_class()
+    task_class(request["task"])
     xp = get_backend(request["backend"], request["device"])  # imports the framework
     imported = time.perf_counter()
-    subject = made(request)
+    subject = SUBJECTS.get(request["task"], Encoder)(request)
     loaded = time.perf_counter()
     return subject, {
         "version": getattr(sys.modules.get(xp.name), "__version__", None),

@@ -39,11 +39,9 @@ def convert(
         err.print(f"{file.name}: {size_of(file) / 1e6:,.1f} MB")
         print(file)
         return
-    from modelhub.conversion import converted
+    from modelhub.conversion import convert_files
 
-    written, before = converted(
-        source, target, dtype, adapter=adapter, force=force, revision=revision, offline=offline
-    )  # fmt: skip
+    written, before = convert_files(source, target, dtype, adapter, force, {"revision": revision, "offline": offline})
     err.print(f"{source}: {size_of(before) / 1e6:,.1f} MB; {written.name}: {size_of(written) / 1e6:,.1f} MB")
     print(written)
 
@@ -68,7 +66,7 @@ def _forward_pass(
     source: str, target: Path, dtype: str | None, adapter: str | None, force: bool, revision: str | None, offline: bool
 ) -> Path:  # fmt: skip
     import modelhub
-    from modelhub.cli.finetune import image_config
+    from modelhub.cli.finetune import kind_of, task_class
     from modelhub.errors import InputError
     from modelhub.hub import files
     from modelhub.interop.pieces import check_installed
@@ -83,8 +81,9 @@ def _forward_pass(
         )
     files.check_new(files.place(target))
     check_installed(way_out)
-    task = modelhub.CausalLM if image_config(source, offline, revision) is None else modelhub.ImageClassifier
-    model = task.from_preset(source, backend="numpy", dtype=dtype or "float32", revision=revision, offline=offline)
+    task = task_class(kind_of(source, offline, revision)[0])
+    loading = {"dtype": dtype or "float32", "revision": revision, "offline": offline}
+    model = task.from_preset(source, backend="numpy", **loading)
     if adapter is not None:
         model.load_adapter(adapter, offline=offline)
         model.merge_lora()

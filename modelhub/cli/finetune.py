@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import json
 import os
 import tomllib
@@ -13,12 +14,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rich.console import Console
 
-from modelhub import Augment, CausalLM, ImageClassifier, optim
+import modelhub
+from modelhub import Augment, optim
 from modelhub.errors import BackendNotInstalled, InputError, PresetNotFound
 from modelhub.hub import adapters
 from modelhub.hub.preset import resolve
 from modelhub.hub.registry import find_card
 from modelhub.hub.resources import resource
+from modelhub.kinds import CAUSAL_LM, IMAGES, TASKS, TEXT, TaskKind, kind_reading
 from modelhub.model import saving
 from modelhub.model.loading import open_preset
 from modelhub.training import Callback, History, checkpoints
@@ -47,7 +50,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 def recipe_keys(*tasks: type) -> dict[str, dict[str, Any]]:
     """{table: {key: type}}: the parameters of the methods that the tables are named after; of all tasks or of some."""
     keys: dict[str, dict[str, Any]] = {"": TOP}
-    for task in tasks or (CausalLM, ImageClassifier):
+    for task in tasks or [task_class(kind) for kind in TASKS.values() if kind.head is not None]:
         for table, method in {"lora": "enable_lora", "compile": "compile", "fit": "fit"}.items():
             hints = get_type_hints(getattr(task, method))
             own = {k: hint for k, hint in hints.items() if k not in {"return"} | _NOT_IN_RECIPES[table]}
@@ -212,16 +215,18 @@ def finetune(recipe: str | None, options: dict[str, Any], *, offline: bool, dry_
         fit.pop("validation_split", None)
     output = Path(top.get("output", "")).expanduser()
     run = Path(fit.get("checkpoint_dir") or output.parent / f"{output.name}_run").expanduser()
-    config = image_config(top["preset"], offline)
-    _check_keys(settings, ImageClassifier if config else CausalLM)
+    kind, config = kind_of(top["preset"], offline)
+    _check_keys(settings, kind)
     # Mistakes in the data and in the output's place should not cost the time that loading a model takes.
-    kind, images = fit.get("kind"), config is not None
-    data, validation_data = (_checked_data(top.get(key), kind, images) for key in ("data", "validation_data"))
+    images = IMAGES in kind.reads
+    data, validation_data = (
+        _checked_data(top.get(key), fit.get("kind"), images) for key in ("data", "validation_data")
+    )
     as_adapter = lora is not None and not images  # which has no place for a new head
     if not dry_run:
         _check_output(output, run, as_adapter)
     task: Any
-    if config is not None:
+    if images:
         task = _load_images(top, config, read_examples(data)[0], fit.get("seed", 0), offline)
         if fit.setdefault("freeze_backbone", lora is None):
             for table, values in _HEAD.items():
@@ -256,48 +261,50 @@ def finetune(recipe: str | None, options: dict[str, Any], *, offline: bool, dry_
 
 def evaluate(preset: str, data: str, options: dict[str, Any], adapter: str | None, offline: bool) -> dict[str, float]:
     """What the task's `evaluate` finds. options: its parameters, and load's."""
-    images = image_config(preset, offline) is not None
-    _check_keys({"fit": options}, ImageClassifier if images else CausalLM)
-    path = _checked_data(data, options.get("kind"), images)
+    kind, _ = kind_of(preset, offline)
+    _check_keys({"fit": options}, kind)
+    path = _checked_data(data, options.get("kind"), IMAGES in kind.reads)
     loading = {key: options.pop(key) for key in TOP if key in options}
-    return load(preset, loading, offline=offline, adapter=adapter, images=images).evaluate(path, **options)
+    return load(preset, loading, offline=offline, adapter=adapter, kind=kind).evaluate(path, **options)
 
 
 def load(
-    preset: str, options: dict[str, Any], *, offline: bool, adapter: str | None = None, images: bool = False
+    preset: str, options: dict[str, Any], *, offline: bool, adapter: str | None = None, kind: TaskKind = CAUSAL_LM
 ) -> Any:
-    """A CausalLM, or where `images` allows it an ImageClassifier.
+    """A task of that kind.
 
     options: backend, device, dtype and sequence_length, as far as they are given; others mean nothing here.
     """
     placed = {key: options[key] for key in ("backend", "device", "dtype") if key in options}
-    images = images and image_config(preset, offline) is not None
-    task: Any = (ImageClassifier if images else CausalLM).from_preset(preset, offline=offline, **placed)
+    task = task_class(kind).from_preset(preset, offline=offline, **placed)
     if adapter is not None:
         task.load_adapter(adapter)
-    if "sequence_length" in options and not images:
+    if "sequence_length" in options:
         task.preprocessor.sequence_length = options["sequence_length"]
     return task
 
 
-def image_config(preset: str, offline: bool, revision: str | None = None) -> Any:
-    """The config of a preset that reads images; None: it reads text. No weights are fetched."""
+def kind_of(preset: str, offline: bool, revision: str | None = None) -> tuple[TaskKind, Any]:
+    """What a preset is loaded as, and its config; None where it need not be opened to know. No weights are fetched."""
     if not os.path.isfile(os.path.join(preset, "config.json")):
         if preset.lower().endswith(".gguf"):
-            return None
+            return kind_reading(TEXT), None
         with contextlib.suppress(PresetNotFound):  # an address, or an error for others to tell
-            if "://" not in preset and find_card(preset).task == "causal-lm":
-                return None
+            kind = None if "://" in preset else TASKS.get(find_card(preset).task)
+            if kind is not None and IMAGES not in kind.reads:
+                return kind, None
     source = open_preset(resolve(preset, revision=revision, offline=offline, weights=False))
     try:
-        return source.config if hasattr(source.model, "encode") else None
+        return kind_reading(source.model.reads), source.config
     finally:
         source.close()
 
 
-def _load_images(
-    top: dict[str, Any], config: Any, examples: Examples | None, seed: int, offline: bool
-) -> ImageClassifier:
+def task_class(kind: TaskKind) -> Any:
+    return getattr(importlib.import_module(kind.module), kind.class_name)
+
+
+def _load_images(top: dict[str, Any], config: Any, examples: Examples | None, seed: int, offline: bool) -> Any:
     """With a new head, unless the preset's own knows all classes of the data."""
     placed = {key: top[key] for key in ("backend", "device", "dtype") if key in top}
     assert examples is not None  # a path holds no ready batches
@@ -308,16 +315,16 @@ def _load_images(
         head = {} if count <= config.num_labels else {"num_classes": count}
     elif not known.issuperset(examples.classes):
         head = {"labels": examples.classes}
-    return ImageClassifier.from_preset(top["preset"], offline=offline, seed=seed, **placed, **head)
+    return modelhub.ImageClassifier.from_preset(top["preset"], offline=offline, seed=seed, **placed, **head)
 
 
-def _check_keys(settings: Settings, task: type) -> None:
+def _check_keys(settings: Settings, kind: TaskKind) -> None:
     """Raise InputError for settings that belong to another task."""
-    own = recipe_keys(task)
+    own = recipe_keys(task_class(kind))
     wrong = [key for table, entries in settings.items() for key in entries if key not in own[table] | TOP]
-    wrong += ["sequence_length"] if task is ImageClassifier and "sequence_length" in settings.get("", {}) else []
+    wrong += ["sequence_length"] if IMAGES in kind.reads and "sequence_length" in settings.get("", {}) else []
     if wrong:
-        what = "images" if task is ImageClassifier else "text"
+        what = " and ".join(sorted(kind.reads))
         raise InputError(f"the preset reads {what}, for which there is no {', '.join(wrong)}: leave it out")
 
 

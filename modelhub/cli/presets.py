@@ -139,6 +139,7 @@ def _of_files(preset: Any) -> dict[str, Any]:
     import math
 
     from modelhub.core.tree import flatten
+    from modelhub.kinds import IMAGES
     from modelhub.model.loading import open_preset
 
     source = open_preset(preset)
@@ -149,7 +150,7 @@ def _of_files(preset: Any) -> dict[str, Any]:
             "parameters": parameters,
             "memory_for_weights": _memory(parameters),
         }
-        if not hasattr(source.model, "new_cache"):  # it takes images
+        if source.model.reads == IMAGES:
             return about | {"image_size": source.config.image_size, "classes": source.config.num_labels}
         cache = sum(math.prod(spec.shape) for spec in flatten(source.model.new_cache(1, 1000)).values())
     finally:

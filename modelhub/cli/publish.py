@@ -41,7 +41,7 @@ def publish(
     offline: options.Offline = False,
 ) -> None:
     """Check a model or an adapter and send it, with its card, to a hub; after a failure, the same command again."""
-    from modelhub.cli.finetune import load
+    from modelhub.cli.finetune import kind_of, load
     from modelhub.hub.publish import Plan, check_address
 
     check_address(address, revision)  # a mistake there should not cost the time that loading a model takes
@@ -51,8 +51,9 @@ def publish(
     if preset is not None and not adapter:
         raise InputError(f"--preset is for an adapter's folder, and {source} is none; leave it out")
     given = {} if backend is None else {"backend": backend}
-    lm = load(preset or source, given, offline=offline, adapter=source if adapter else None, images=True)
-    done = lm.publish(
+    name = preset or source
+    task = load(name, given, offline=offline, adapter=source if adapter else None, kind=kind_of(name, offline)[0])
+    done = task.publish(
         address, private=not public, adapter_only=adapter_only, revision=revision, message=message, licence=licence,
         dry_run=dry_run, base_model=base_model, from_scratch=from_scratch, dtype=dtype,
     )  # fmt: skip

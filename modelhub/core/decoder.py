@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -179,8 +179,14 @@ def run_layers(xp: Backend, layers: Sequence, x: Array, context: Context) -> Arr
 class CausalModel(Module):
     """A decoder and its head. Families say in `abstract` what is inside; model has embed_tokens, layers and config."""
 
+    reads: ClassVar[str] = "text"
+
     model: Any
     lm_head: Linear | None  # None: the embedding table is the head
+
+    def hidden(self, xp: Backend, ids: Array, **more: Array | None) -> Array:
+        """Hidden states (B, T, D) after the final norm, of ids (B, T); more: positions and segments, both (B, T)."""
+        return self.model(xp, ids, **more)
 
     @property
     def head_weight(self) -> Array:

@@ -6,7 +6,7 @@ core/backends/base.py: C channels; T tokens, those of the patches after the few 
 
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -269,8 +269,14 @@ class ImageModel(Module):
     config has what families/vit.py's ImageConfig has.
     """
 
+    reads: ClassVar[str] = "images"
+
     classifier: Linear | None
     config: Any
+
+    def hidden(self, xp: Backend, pixels: Array) -> Array:
+        """Hidden states (B, T, D) after the final norm, of pixels (B, C, H, W) in the model's dtype."""
+        return self.encode(xp, pixels)
 
     def encode(self, xp: Backend, pixels: Array, collect: dict | None = None) -> Array:
         """Hidden states (B, T, D) after the final norm, of pixels (B, C, H, W) in the model's dtype.

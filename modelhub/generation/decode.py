@@ -313,7 +313,7 @@ def _next(
 
 
 def hidden_states(xp: Backend, model: Any, ids: Array) -> Array:
-    return model.model(xp, ids)
+    return model.hidden(xp, ids)
 
 
 def _all_logits(xp: Backend, model: Any, ids: Array) -> Array:

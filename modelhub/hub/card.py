@@ -16,10 +16,8 @@ from modelhub.errors import InputError
 from modelhub.hub import licences
 from modelhub.hub.markdown import clean, code, escaped, fenced, literal, table
 from modelhub.hub.provenance import PRESET, Provenance, TrainingRun, is_repo_id
+from modelhub.kinds import TaskKind, Usage, kind_named
 
-_PIPELINES = {"causal-lm": "text-generation", "image-classification": "image-classification"}
-_KINDS = {"causal-lm": "language model", "image-classification": "image classifier"}
-_CLASSES = {"causal-lm": "AutoModelForCausalLM", "image-classification": "AutoModelForImageClassification"}
 _FLOATS = ("float32", "float16", "bfloat16")
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # ISO 639, as the Hub asks
 _RUNS_SHOWN = 10
@@ -31,7 +29,7 @@ _LOSSES_SHOWN = 8
 class CardFacts:
     """What a card is made from.
 
-    task: "causal-lm" or "image-classification". parameters: of the model, or of the adapter. adapter: the folder is
+    task: the name of a TaskKind. parameters: of the model, or of the adapter. adapter: the folder is
     PEFT's. languages: ISO 639 codes. datasets: names on the Hub of what it was trained on. address: where it is
     published; None: a folder. curve: name of a picture in the folder. licence_files: names of texts in it.
     provenance: of an adapter, base and base_model are the weights that it goes on. layers: (pattern, name) of layers of
@@ -56,6 +54,14 @@ class CardFacts:
     layers: tuple[tuple[str, str], ...] = ()
     attention: str | None = None
     own_family: bool = False
+
+    @property
+    def kind(self) -> TaskKind:
+        return kind_named(self.task)
+
+    @property
+    def usage(self) -> Usage:
+        return self.kind.chat if self.has_chat_template and self.kind.chat else self.kind.usage
 
     @property
     def own(self) -> list[tuple[str, str]]:
@@ -178,7 +184,7 @@ def _front_matter(facts: CardFacts) -> str:
         language=[name for name in facts.languages if _LANGUAGE.fullmatch(name)] or None,
         **licences.front_matter(provenance.licence or ""),
         library_name="modelhub" if facts.own else "peft" if facts.adapter else "transformers",
-        pipeline_tag=_PIPELINES.get(facts.task),
+        pipeline_tag=facts.kind.pipeline,
         base_model=base_model,
         base_model_relation=relation if base_model else None,
         tags=[tag for tag in tags if tag],
@@ -199,7 +205,7 @@ def _validation(runs: Sequence[TrainingRun]) -> dict[str, float]:
 def _eval_results(facts: CardFacts, results: dict[str, float]) -> list[Any]:
     from huggingface_hub.repocard_data import EvalResult
 
-    task = _PIPELINES.get(facts.task, facts.task)
+    task = facts.kind.pipeline or facts.task
     return [
         # Of the validation data nothing is known but that it went with the run.
         EvalResult(task, "unknown", "validation data of the training run", clean(name, 60), value)
@@ -230,7 +236,7 @@ def _link(repo: str) -> str:
 
 
 def _summary(facts: CardFacts) -> list[str]:
-    provenance, kind = facts.provenance, _KINDS.get(facts.task, "model")
+    provenance, kind = facts.provenance, facts.kind.noun
     base_model, origin = _base_model(provenance), _origin(provenance)
     what = f"An adapter (LoRA) for a {kind}" if facts.adapter else f"{'An' if kind[0] in 'aeiou' else 'A'} {kind}"
     size = f"{facts.parameters:,} parameters, {escaped(facts.dtype, 20)}"
@@ -283,58 +289,33 @@ def _usage(facts: CardFacts) -> list[str]:
 
 
 def _with_modelhub(facts: CardFacts, where: str, base: str) -> list[str]:
-    if facts.task == "image-classification":
-        name, task = "clf", "ImageClassifier"
-        use = 'print(clf.predict(["cat.jpg"], top=5))'
-    elif facts.has_chat_template:
-        name, task = "lm", "CausalLM"
-        use = 'print(lm.chat([{"role": "user", "content": "What is a river?"}], max_new_tokens=64))'
-    else:
-        name, task = "lm", "CausalLM"
-        use = 'print(lm.generate("The river", max_new_tokens=64))'
+    kind = facts.kind
     asked = ""  # of a whole model, config.json says it
     if facts.adapter and facts.layers:
         asked += f", layers={{{', '.join(f'{literal(at)}: {literal(layer)}' for at, layer in facts.layers)}}}"
     if facts.adapter and facts.attention:
         asked += f", attention={literal(facts.attention)}"
-    load = [f"{name} = {task}.from_preset({base if facts.adapter else where}{asked})"]
+    load = [f"{kind.variable} = {kind.class_name}.from_preset({base if facts.adapter else where}{asked})"]
     if facts.adapter:
-        load.append(f"{name}.load_adapter({where})")
-    return [f"from modelhub import {task}", "", *load, use]
+        load.append(f"{kind.variable}.load_adapter({where})")
+    return [f"from {kind.module} import {kind.class_name}", "", *load, facts.usage.ours]
 
 
 def _with_transformers(facts: CardFacts, where: str, revision: str, base: str, setup: list[str]) -> list[str]:
-    image = facts.task == "image-classification"
-    model, processor = _CLASSES.get(facts.task, "AutoModel"), "AutoImageProcessor" if image else "AutoTokenizer"
+    kind, use = facts.kind, facts.usage
     source = base if facts.adapter else where + revision
-    name = "processor" if image else "tokenizer"
-    if image:
-        use = [
-            'inputs = processor(Image.open("cat.jpg"), return_tensors="pt")',
-            "print(model.config.id2label[int(model(**inputs).logits.argmax())])",
-        ]
-    elif facts.has_chat_template:
-        use = [
-            'messages = [{"role": "user", "content": "What is a river?"}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
-            ")",
-        ]
-    else:
-        use = ['inputs = tokenizer("The river", return_tensors="pt")']
-    if not image:
-        use.append("print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))")
+    name = "tokenizer" if kind.processor == "AutoTokenizer" else "processor"
     return [
         *(["import kagglehub"] if setup else []),
         *(["from peft import PeftModel"] if facts.adapter else []),
-        *(["from PIL import Image"] if image else []),
-        f"from transformers import {', '.join(sorted([processor, model]))}",
+        *use.imports,
+        f"from transformers import {', '.join(sorted([kind.processor, kind.auto_class]))}",
         "",
         *setup,
-        f"{name} = {processor}.from_pretrained({source})",
-        f"model = {model}.from_pretrained({source})",
+        f"{name} = {kind.processor}.from_pretrained({source})",
+        f"model = {kind.auto_class}.from_pretrained({source})",
         *([f"model = PeftModel.from_pretrained(model, {where}{revision})"] if facts.adapter else []),
-        *use,
+        *use.theirs,
     ]
 
 

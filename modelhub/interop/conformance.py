@@ -12,13 +12,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from modelhub import kinds
 from modelhub.core import losses
 from modelhub.core.backends import get_backend, installed
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Params, bind, check
 from modelhub.errors import BackendNotInstalled, InputError, NoGradients
 from modelhub.families import family_of
-from modelhub.interop import pieces
 
 DTYPES = ("float32", "bfloat16")
 QUANTITIES = ("logits", "loss", "gradients")
@@ -196,7 +196,7 @@ def _ours(case: Case, xp: Backend, dtype: str) -> _Found:
     params = {name: xp.array(x, dtype) for name, x in arrays.items()}
     inputs, labels = _batch(case)
     given, wanted = [xp.array(x) for x in inputs.values()], xp.array(labels)
-    forward = pieces.image_logits if case.size else pieces.text_logits
+    forward = kinds.image_logits if case.size else kinds.text_logits
     loss_of = losses.cross_entropy if case.size else losses.causal_lm_loss
 
     def logits(model: Any, *inputs: Array) -> Array:

@@ -13,12 +13,12 @@ from modelhub.core.backends.base import Array
 from modelhub.core.backends.jax import JaxBackend
 from modelhub.core.tree import Params, bind, flatten
 from modelhub.errors import InputError
-from modelhub.interop.pieces import opened
+from modelhub.interop.pieces import piece_of
 
 
 def to_jax(x: Any) -> tuple[Params, Callable[..., Any]]:
     """See modelhub.to_jax."""
-    piece = opened(x, "jax")
+    piece = piece_of(x, "jax")
     skeleton, forward = piece.skeleton, piece.forward
     xp = custom.moved(piece.xp, JaxBackend(None))
     names = list(flatten(skeleton))
@@ -56,6 +56,6 @@ def to_jax(x: Any) -> tuple[Params, Callable[..., Any]]:
         return forward(xp, bound(params), *inputs)
 
     params = dict(piece.owned())  # they may be donated
-    if piece.kind == "module":
+    if piece.kind is None:
         return params, module
     return params, image if piece.reads_images else text

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from modelhub.errors import InputError
 from modelhub.hub import files
-from modelhub.interop.pieces import apart
+from modelhub.interop.pieces import piece_for_file
 from modelhub.interop.saved_model import image_signatures, text_signature
 from modelhub.interop.tensorflow import variable, without_device
 
@@ -20,7 +20,7 @@ def to_litert(x: Any, path: str | os.PathLike[str], *, sequence_length: int = 12
     """See modelhub.to_litert."""
     target = files.place(path)
     files.check_new(target)
-    piece = without_device(apart(x, "tensorflow"))
+    piece = without_device(piece_for_file(x, "tensorflow"))
     _check_size("batch_size", batch_size)
     if not piece.reads_images:
         _check_size("sequence_length", sequence_length, piece.config.max_position_embeddings)

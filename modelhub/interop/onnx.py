@@ -16,7 +16,7 @@ import torch
 from modelhub.core.tree import Params, bind
 from modelhub.errors import ConfigError, InputError
 from modelhub.hub import files
-from modelhub.interop.pieces import Piece, apart, check_installed
+from modelhub.interop.pieces import Piece, check_installed, piece_for_file
 
 _OLDEST = 18  # opset that torch.onnx writes
 
@@ -27,7 +27,7 @@ def to_onnx(x: Any, path: str | os.PathLike[str], *, opset: int | None = None) -
     files.check_new(target, target.with_name(f"{target.name}.data"))
     check_installed("to_onnx")
     _check_opset(opset)
-    piece = apart(x, "torch")
+    piece = piece_for_file(x, "torch")
     wide = {n: piece.xp.cast(a, "float32") if piece.xp.dtype(a) == "bfloat16" else a for n, a in piece.params.items()}
     exported = _exported(dataclasses.replace(piece, params=wide), opset)
     with files.adding(target) as file:  # under its own name: it names the one beside it
@@ -72,7 +72,7 @@ def _exported(piece: Piece, opset: int | None) -> Any:
     else:
         inputs = {name: torch.ones(2, 8, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
         axes = {0: "batch", 1: "sequence"}
-    output = "last_hidden_state" if piece.kind.endswith("backbone") else "logits"
+    output = "last_hidden_state" if piece.output == "hidden_states" else piece.output  # as Optimum calls it
     try:
         with _quiet():
             program = torch.onnx.export(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,7 @@ from modelhub.core.tree import Module, Params, Spec, flatten, initial_value
 from modelhub.errors import BackendNotInstalled, InputError
 from modelhub.families import family_of
 from modelhub.families.naming import NameMap
-
-Forward = Callable[..., Array]
+from modelhub.kinds import IMAGES, Forward, TaskKind
 
 # What the ways out into one file take: a backend, and packages besides.
 _NEEDS = {"to_onnx": ("torch", "onnx", "onnxscript"), "to_litert": ("tensorflow",)}
@@ -24,13 +22,13 @@ _NEEDS = {"to_onnx": ("torch", "onnx", "onnxscript"), "to_litert": ("tensorflow"
 class Piece:
     """A task, a backbone or a single Module, opened up.
 
-    kind: "text" and "image" for tasks, "text-backbone" and "image-backbone", "module". skeleton: what `params`, under
+    kind: None for a single Module. skeleton: what `params`, under
     Hugging Face's names, are bound into. trainable: the names of those that `fit` would train. backbone: the Backbone
     that the arrays belong to, None for a single Module. config: the family's, names: between the names in memory and
     transformers'; None for a single Module.
     """
 
-    kind: str
+    kind: TaskKind | None
     skeleton: Any
     params: Params
     xp: Backend
@@ -41,7 +39,7 @@ class Piece:
 
     @property
     def reads_images(self) -> bool:
-        return self.kind.startswith("image")
+        return self.kind is not None and self.skeleton.reads == IMAGES
 
     def owned(self, live: type | tuple[()] = ()) -> Params:
         """`params`, which may then be written to and donated: a task's as `Backbone.owned` gives them, of a single
@@ -52,8 +50,17 @@ class Piece:
 
     @property
     def forward(self) -> Forward:
-        """forward(xp, bound skeleton, *inputs); see the functions below, and the Module's own for a single one."""
-        return _FORWARD.get(self.kind, _call)
+        """forward(xp, bound skeleton, *inputs): the task's, and the Module's own for a single one."""
+        return _call if self.kind is None else self.kind.forward
+
+    @property
+    def head(self) -> str | None:
+        return None if self.kind is None else self.kind.head
+
+    @property
+    def output(self) -> str:
+        """What `forward` gives, as files call it."""
+        return "output" if self.kind is None else self.kind.output
 
 
 def check_installed(way_out: str) -> None:
@@ -66,7 +73,7 @@ def check_installed(way_out: str) -> None:
         )
 
 
-def opened(x: Any, backend: str) -> Piece:
+def piece_of(x: Any, backend: str) -> Piece:
     """x: a CausalLM, an ImageClassifier, a Backbone, or a Module with arrays or Specs in it.
 
     A task or backbone on another backend is moved to `backend` (see `lm.to`); so are a Module's arrays, as copies.
@@ -76,30 +83,29 @@ def opened(x: Any, backend: str) -> Piece:
     backend_class(backend)  # says what is missing before anything is moved
     if isinstance(x, Module):
         return _single(x, backend)
-    backbone = getattr(x, "backbone", x)
-    if not hasattr(backbone, "base_model") or not hasattr(backbone, "trainable_names"):
+    kind, backbone = getattr(x, "kind", None), getattr(x, "backbone", x)
+    if not isinstance(kind, TaskKind):
         raise InputError(
             f"expected a CausalLM, an ImageClassifier, a Backbone or a Module, got {type(x).__module__}."
             f"{type(x).__qualname__}; load one with CausalLM.from_preset(...)"
         )
     if backbone.xp.name != backend:
         x.to(backend=backend)
-    kind = "image" if hasattr(backbone.model, "encode") else "text"
     config = backbone.config
     return Piece(
-        kind if backbone is not x else f"{kind}-backbone", backbone.model, backbone.params, backbone.xp,
-        frozenset(backbone.trainable_names()), backbone, config, family_of(config.model_type).names("hf", config),
+        kind, backbone.model, backbone.params, backbone.xp, frozenset(backbone.trainable_names()), backbone, config,
+        family_of(config.model_type).names("hf", config),
     )  # fmt: skip
 
 
-def apart(x: Any, backend: str) -> Piece:
-    """`opened`, for files: the task stays on its backend, and `backend`, on the CPU, reads its weights or a copy.
+def piece_for_file(x: Any, backend: str) -> Piece:
+    """`piece_of`, for files: the task stays on its backend, and `backend`, on the CPU, reads its weights or a copy.
 
-    Errors as for `opened`; InputError for a single Module, ConfigError for an attention function of the user's that is
-    for another framework.
+    Errors as for `piece_of`; InputError for a single Module, ConfigError for an attention function of the user's that
+    is for another framework.
     """
     xp = getattr(getattr(x, "backbone", x), "xp", None)
-    piece = opened(x, getattr(xp, "name", backend))
+    piece = piece_of(x, getattr(xp, "name", backend))
     if piece.backbone is None:
         raise InputError("a single Module does not say what its inputs are; give a task or a Backbone")
     custom.check_backend(piece.skeleton, backend)
@@ -125,61 +131,8 @@ def _single(module: Module, backend: str) -> Piece:
     if params and (found := of(params)) != backend:
         other = get_backend(found)
         params = {name: xp.array(other.get(x), other.dtype(x)) for name, x in params.items()}
-    return Piece("module", module, params, xp, frozenset(params))
-
-
-def text_hidden(
-    xp: Backend, model: Any, input_ids: Array, attention_mask: Array | None = None, position_ids: Array | None = None
-) -> Array:
-    """Hidden states (B, T, D) of ids (B, T) after the final norm.
-
-    attention_mask (B, T), 1 for tokens and 0 for padding on either side, as in transformers: what stands in padded
-    places of the result means nothing. position_ids (B, T): None: 0 ... T - 1 in each row.
-    Raises InputError for other ranks, and for ids that are no integers.
-    """
-    if "int" not in str(input_ids.dtype):
-        raise InputError(f"input_ids must be integers of shape (batch, time), got {input_ids.dtype}")
-    ids = _rows(xp, "input_ids", input_ids)
-    segments = None if attention_mask is None else _rows(xp, "attention_mask", attention_mask)
-    positions = None if position_ids is None else _rows(xp, "position_ids", position_ids)
-    hidden: Array = model.model(xp, ids, positions=positions, segments=segments)
-    return hidden
-
-
-def _rows(xp: Backend, name: str, x: Array) -> Array:
-    x = xp.cast(x, "int32")
-    known = getattr(x.shape, "rank", 2) is not None  # in a tf.function it may be
-    if not known or len(x.shape) != 2:
-        raise InputError(f"{name} must be of shape (batch, time), got {tuple(x.shape) if known else 'an unknown one'}")
-    return x
-
-
-def text_logits(
-    xp: Backend, model: Any, input_ids: Array, attention_mask: Array | None = None, position_ids: Array | None = None
-) -> Array:
-    """float32 logits (B, T, V); the rest as for `text_hidden`."""
-    return model.logits(xp, text_hidden(xp, model, input_ids, attention_mask, position_ids))
-
-
-def image_hidden(xp: Backend, model: Any, pixel_values: Array) -> Array:
-    """Hidden states (B, T, D) after the final norm, of pixels (B, C, H, W)."""
-    return model.encode(xp, xp.cast(pixel_values, _dtype_of(xp, model)))
-
-
-def image_logits(xp: Backend, model: Any, pixel_values: Array) -> Array:
-    """float32 logits (B, classes) of pixels (B, C, H, W)."""
-    return model.logits(xp, image_hidden(xp, model, pixel_values))
+    return Piece(None, module, params, xp, frozenset(params))
 
 
 def _call(xp: Backend, module: Any, *inputs: Array) -> Any:
     return module(xp, *inputs)
-
-
-def _dtype_of(xp: Backend, model: Any) -> str:
-    encoder = getattr(model, model.config.model_type)
-    return xp.dtype(encoder.embeddings.patch_embeddings.projection.weight)
-
-
-_FORWARD: dict[str, Forward] = {
-    "text": text_logits, "text-backbone": text_hidden, "image": image_logits, "image-backbone": image_hidden,
-}  # fmt: skip

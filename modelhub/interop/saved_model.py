@@ -13,8 +13,9 @@ from modelhub.core.backends.base import Array
 from modelhub.core.tree import Params, bind, flatten
 from modelhub.errors import InputError
 from modelhub.hub.files import place, replacing
-from modelhub.interop.pieces import Piece, apart
+from modelhub.interop.pieces import Piece, piece_for_file
 from modelhub.interop.tensorflow import variable, without_device
+from modelhub.kinds import CLASSES, VOCABULARY
 
 Signature = Callable[..., dict[str, Array]]
 
@@ -26,12 +27,12 @@ def to_saved_model(x: Any, directory: str | os.PathLike[str], *, overwrite: bool
     """See modelhub.to_saved_model."""
     target = place(directory)
     _check_free(target, overwrite)
-    piece = without_device(apart(x, "tensorflow"))
+    piece = without_device(piece_for_file(x, "tensorflow"))
     module = tf.Module()
     module.params = params = {name: variable(name, x, trainable=False) for name, x in piece.params.items()}
     signatures = image_signatures(piece, params) if piece.reads_images else _text_signatures(x, piece, params)
     with tempfile.TemporaryDirectory() as beside, replacing(target.resolve()) as work:
-        if piece.kind == "image":
+        if piece.head == CLASSES:
             labels = Path(beside) / "labels.json"
             labels.write_text(json.dumps(list(piece.config.id2label.values())), encoding="utf-8")
             module.labels = tf.saved_model.Asset(str(labels))
@@ -58,10 +59,6 @@ def _check_free(target: Path, overwrite: bool) -> None:
         )
 
 
-def _output(piece: Piece) -> str:
-    return "hidden_states" if piece.kind.endswith("backbone") else "logits"
-
-
 def image_signatures(piece: Piece, params: Params, batch: int | None = None) -> dict[str, Any]:
     config = piece.config
     pixels = tf.TensorSpec((batch, config.num_channels, *config.size), tf.float32, "pixel_values")
@@ -69,8 +66,8 @@ def image_signatures(piece: Piece, params: Params, batch: int | None = None) -> 
     @tf.function(input_signature=[pixels], autograph=False)
     def serving_default(pixel_values: Array) -> dict[str, Array]:
         y = piece.forward(piece.xp, bind(piece.skeleton, params), pixel_values)
-        outputs = {_output(piece): tf.identity(y)}
-        return outputs | ({"probabilities": piece.xp.softmax(y)} if piece.kind == "image" else {})
+        outputs = {piece.output: tf.identity(y)}
+        return outputs | ({"probabilities": piece.xp.softmax(y)} if piece.head == CLASSES else {})
 
     return {"serving_default": serving_default}
 
@@ -80,7 +77,7 @@ def text_signature(piece: Piece, params: Params, batch: int | None = None, time:
 
     @tf.function(input_signature=[ids], autograph=False)
     def serving_default(input_ids: Array) -> dict[str, Array]:
-        return {_output(piece): piece.forward(piece.xp, bind(piece.skeleton, params), input_ids)}
+        return {piece.output: piece.forward(piece.xp, bind(piece.skeleton, params), input_ids)}
 
     return serving_default
 
@@ -90,10 +87,10 @@ def _text_signatures(x: Any, piece: Piece, params: Params) -> dict[str, Any]:
 
     @tf.function(input_signature=[ids, mask], autograph=False)
     def serving_masked(input_ids: Array, attention_mask: Array) -> dict[str, Array]:
-        return {_output(piece): piece.forward(piece.xp, bind(piece.skeleton, params), input_ids, attention_mask)}
+        return {piece.output: piece.forward(piece.xp, bind(piece.skeleton, params), input_ids, attention_mask)}
 
     signatures = {"serving_default": text_signature(piece, params), "serving_masked": serving_masked}
-    if piece.kind == "text":
+    if piece.head == VOCABULARY:
         count = tf.TensorSpec((), tf.int32, "max_new_tokens")
         signatures["generate"] = tf.function(
             _greedy(piece, params, *_end_and_padding(x)), input_signature=[ids, mask, count], autograph=False

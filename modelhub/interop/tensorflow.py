@@ -9,7 +9,7 @@ from modelhub.core import custom
 from modelhub.core.backends.base import Array
 from modelhub.core.backends.tensorflow import TensorflowBackend
 from modelhub.core.tree import bind
-from modelhub.interop.pieces import Piece, opened
+from modelhub.interop.pieces import Piece, piece_of
 
 _as_written = tf.autograph.experimental.do_not_convert  # nothing here depends on a tensor's value
 
@@ -73,8 +73,8 @@ class _SingleModule(_TFModule):
 
 def to_tensorflow(x: Any) -> tf.Module:
     """See modelhub.to_tensorflow."""
-    piece = opened(x, "tensorflow")
-    kind = _SingleModule if piece.kind == "module" else _ImageModule if piece.reads_images else _TextModule
+    piece = piece_of(x, "tensorflow")
+    kind = _SingleModule if piece.kind is None else _ImageModule if piece.reads_images else _TextModule
     return kind(piece)
 
 

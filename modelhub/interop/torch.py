@@ -24,7 +24,8 @@ from modelhub.core.tree import Module, children, is_leaf
 from modelhub.errors import InputError
 from modelhub.families import family_of
 from modelhub.families.naming import KEEP
-from modelhub.interop.pieces import Forward, Piece, opened
+from modelhub.interop.pieces import Piece, piece_of
+from modelhub.kinds import Forward
 
 # Tools look for these by isinstance.
 _TORCH: dict[Any, type] = {
@@ -39,10 +40,11 @@ def to_torch(x: Any) -> torch.nn.Module:
     """See modelhub.to_torch."""
     if isinstance(x, TorchModule):
         return x
-    piece = opened(x, "torch")
+    piece = piece_of(x, "torch")
     piece.params = piece.owned(torch.nn.Parameter)
     params = {name: _parameter(array, name in piece.trainable) for name, array in piece.params.items()}
-    net: TorchModule = _built(piece.skeleton, params, "", _ROOTS.get(piece.kind))
+    root = None if piece.kind is None else _Image if piece.reads_images else _Text
+    net: TorchModule = _built(piece.skeleton, params, "", root)
     if isinstance(net, _Root):
         net._start(piece)
         piece.backbone.share(params)
@@ -56,7 +58,7 @@ class Output(OrderedDict):
     """
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("loss", "logits", "last_hidden_state"):
+        if name in self or name in ("loss", "logits", "last_hidden_state"):
             return self.get(name)
         raise AttributeError(name)
 
@@ -266,10 +268,11 @@ class _Root(TorchModule):
     supports_gradient_checkpointing = True
     _backbone: Any
     _compute: Forward
+    _kind: Any  # the TaskKind
 
     def _start(self, piece: Piece) -> None:
         self._backbone, self._compute = piece.backbone, piece.forward
-        self._xp, self._headless = piece.xp, piece.kind.endswith("backbone")
+        self._xp, self._kind = piece.xp, piece.kind
         self.config = Config(piece.config)
         self.register_load_state_dict_pre_hook(_with_our_names)
 
@@ -323,6 +326,10 @@ class _Root(TorchModule):
             self._backbone.share(params, self._xp, self._xp.dtype(first))
         return self
 
+    def _output(self, y: torch.Tensor) -> Output:
+        name = self._kind.output
+        return Output({"last_hidden_state" if name == "hidden_states" else name: y})
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_backbone": None}  # a copy is nobody's
 
@@ -341,10 +348,8 @@ class _Text(_Root):
             raise InputError(_IDS_ALONE)
         ids = _checked(input_ids, "input_ids")
         y = self._compute(_working(self, ids), self, ids, attention_mask, position_ids)
-        if self._headless:
-            return Output(last_hidden_state=y)
-        if labels is None:
-            return Output(logits=y)
+        if self._kind.head is None or labels is None:
+            return self._output(y)
         return Output(loss=losses.causal_lm_loss(y, labels, num_items_in_batch), logits=y)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **more: Any) -> dict[str, Any]:
@@ -372,16 +377,11 @@ class _Image(_Root):
         """See to_torch."""
         pixels = _checked(pixel_values, "pixel_values")
         y = self._compute(_working(self, pixels), self, pixels)
-        if self._headless:
-            return Output(last_hidden_state=y)
-        if labels is None:
-            return Output(logits=y)
+        if self._kind.head is None or labels is None:
+            return self._output(y)
         if num_items_in_batch is None:
             return Output(loss=losses.cross_entropy(y, labels), logits=y)
         return Output(loss=losses.cross_entropy(y, labels, reduction="sum") / num_items_in_batch, logits=y)
-
-
-_ROOTS: dict[str, type] = {"text": _Text, "text-backbone": _Text, "image": _Image, "image-backbone": _Image}
 
 
 def _with_our_names(module: _Root, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -19,6 +19,7 @@ from modelhub.habits import Habits
 from modelhub.hub.adapters import AdapterFiles, read_adapter, write_adapter
 from modelhub.hub.preset import resolve_adapter
 from modelhub.hub.provenance import Provenance, TrainingRun, read_provenance, write_provenance
+from modelhub.kinds import kind_reading
 
 
 @dataclass(repr=False)
@@ -136,11 +137,13 @@ class Adapters(Habits):
             self.active_adapter, self._replaced, self.identity, self.optimizer = None, {}, None, None
 
     def save_adapter(
-        self, folder: str | os.PathLike[str], base: str = "", beside: Callable[[Path], None] | None = None
-    ) -> None:
+        self, folder: str | os.PathLike[str], base: str = "", beside: Callable[[Path], None] | None = None,
+        task_type: str | None = None,
+    ) -> None:  # fmt: skip
         """Write the active adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
 
         base: the name of the base model that the folder is to state. beside: writes more files into the folder.
+        task_type: PEFT's; None: that of the task that such models are usually loaded for.
         """
         adapter = self._require_adapter("save", merged=True)
         config, arrays = adapter.config, adapter.params if self._replaced else self.params
@@ -160,7 +163,7 @@ class Adapters(Habits):
             alpha_pattern={theirs[module]: alpha for module, alpha in config.alpha_pattern.items()},
             base=base,
             tensors={_renamed(key, theirs.__getitem__): self.xp.get(arrays[key]) for key in adapter.params},
-            task_type="CAUSAL_LM" if hasattr(self.base_model, "lm_head") else None,
+            task_type=task_type or kind_reading(self.base_model.reads).peft,
         )
 
         def companions(work: Path) -> None:

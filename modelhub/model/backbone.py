@@ -6,11 +6,11 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 from weakref import WeakValueDictionary
@@ -18,19 +18,28 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from modelhub.core import custom
-from modelhub.core.backends import FASTEST, get_backend, of
+from modelhub.core.backends import of
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.lora import MARK
 from modelhub.core.tree import Params, bind, flatten
 from modelhub.errors import CheckpointError, InputError, MixedBackends
-from modelhub.generation.decode import hidden_states
 from modelhub.hub.card import inherited
 from modelhub.hub.files import licence_files
 from modelhub.hub.preset import Preset
 from modelhub.hub.provenance import PRESET, Provenance, read_provenance
 from modelhub.hub.sources import HubSource
-from modelhub.model.loading import Source, choose_dtype, customised, load_params, opened, random_params, try_layers
+from modelhub.kinds import BACKBONE, IMAGES
+from modelhub.model.loading import (
+    Source,
+    choose_dtype,
+    load_params,
+    open_source,
+    random_params,
+    try_layers,
+    with_layers,
+)
 from modelhub.model.moving import Movable
+from modelhub.model.options import LoadOptions, check_options, choose_backend
 
 log = logging.getLogger("modelhub")
 
@@ -61,6 +70,7 @@ class Backbone(Movable):
     into the model as it was loaded, and not out of its files.
     """
 
+    kind = BACKBONE
     untouched: Path | None = None
     layers: Mapping[str, str] = MappingProxyType({})
     new_layers: tuple[str, ...] = ()
@@ -87,49 +97,28 @@ class Backbone(Movable):
         self._compile()
 
     def _compile(self) -> None:
-        model = self.model
-        image = hasattr(model, "encode")  # images mostly have one size, texts have any
-        forward = _encoded if image else hidden_states
-        self._hidden = self.xp.compile(functools.partial(forward, self.xp), model, hot=None if image else False)
+        hot = None if self.model.reads == IMAGES else False  # images mostly have one size, texts have any
+        self._hidden = self.xp.compile(functools.partial(_hidden, self.xp), self.model, hot=hot)
 
     @classmethod
-    def from_preset(
-        cls,
-        preset: str,
-        *,
-        backend: str | None = None,
-        device: str | None = None,
-        dtype: str | None = None,
-        revision: str | None = None,
-        offline: bool = False,
-        token: str | None = None,
-        cache_dir: str | None = None,
-        load_weights: bool = True,
-        attention: Callable | str | None = None,
-        layers: Mapping[str, str] | None = None,
-        seed: int = 0,
-    ) -> Self:
+    def from_preset(cls, preset: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Self:
         """As CausalLM.from_preset, without the tokenizer."""
-        backend = measured(
-            backend, preset, "backbone", device, dtype, revision, offline, token, cache_dir, load_weights, attention,
-            layers,
-        )  # fmt: skip
-        xp = backend_with(backend, device, attention)
-        with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
-            return cls.from_source(source, xp, dtype, load_weights, seed, layers)
+        check_options(options)
+        xp = choose_backend(preset, cls.kind.name, options)
+        with open_source(preset, options) as source:
+            return cls.from_source(source, xp, options)
 
     @classmethod
-    def from_source(
-        cls, source: Source, xp: Backend, dtype: str | None, load_weights: bool, seed: int,
-        layers: Mapping[str, str] | None = None,
-    ) -> Self:  # fmt: skip
+    def from_source(cls, source: Source, xp: Backend, options: LoadOptions) -> Self:
+        """dtype, load_weights, seed and layers of the options are what counts here."""
+        load_weights, seed = options.get("load_weights", True), options.get("seed", 0)
         if xp.own_attention is None:
             xp = custom.with_attention(xp, source.attention)
-        source, before = customised(source, layers, xp)
-        dtype = choose_dtype(dtype, xp, source)
+        source, before = with_layers(source, options.get("layers"), xp)
+        dtype = choose_dtype(options.get("dtype"), xp, source)
         params = load_params(source, xp, dtype, seed) if load_weights else random_params(source.model, xp, dtype, seed)
         try_layers(source, xp, params, before)
-        origin = provenance_of(source.preset) if load_weights else RANDOM
+        origin = origin_of(source.preset) if load_weights else RANDOM
         changed = bool(source.new_layers or source.new_parts)
         if changed:  # as they are now they are nowhere else
             origin = dataclasses.replace(origin, identity=None)
@@ -181,7 +170,7 @@ class Backbone(Movable):
         Of an image encoder: (batch, tokens, width) of pixels (batch, channels, height, width), normalised floats as
         modelhub.processing.image.ImageProcessor makes them.
         """
-        if hasattr(self.model, "encode"):
+        if self.model.reads == IMAGES:
             return self._hidden(self.params, self.xp.array(inputs, self.dtype))
         return self._hidden(self.params, self.xp.array(self.check_ids(inputs), "int32"))
 
@@ -191,7 +180,7 @@ class Backbone(Movable):
         "hidden_states": (batch, tokens, width) before each block and after the last; "attentions": (batch, heads,
         tokens, tokens) of each block. Not compiled. Raises InputError for models of text.
         """
-        if not hasattr(self.model, "encode"):
+        if self.model.reads != IMAGES:
             kind = self.config.model_type
             raise InputError(f"hidden states and attention maps are there for image encoders, not for {kind}")
         collected: dict[str, list[Array]] = {"hidden_states": [], "attentions": []}
@@ -252,32 +241,11 @@ class Backbone(Movable):
         return int(np.prod(array.shape))
 
 
-def backend_with(name: str | None, device: str | None, attention: Callable | str | None) -> Backend:
-    """A backend, with the user's own attention function if there is one."""
-    return custom.with_attention(get_backend(name, device), attention)
+def _hidden(xp: Backend, model: Any, inputs: Array) -> Array:
+    return model.hidden(xp, inputs)
 
 
-def measured(
-    backend: str | None, preset: str | os.PathLike[str], task: str, device: str | None, dtype: str | None,
-    revision: str | None, offline: bool, token: str | None, cache_dir: str | None, load_weights: bool,
-    attention: Callable | str | None, layers: Mapping[str, str] | None,
-) -> str | None:  # fmt: skip
-    """The backend that "fastest" means; any other name as it is."""
-    if backend != FASTEST:
-        return backend
-    from modelhub.bench.compare import fastest
-
-    return fastest(
-        preset, task=task, device=device, dtype=dtype, revision=revision, offline=offline, token=token,
-        cache_dir=cache_dir, load_weights=load_weights, attention=attention, layers=layers,
-    )  # fmt: skip
-
-
-def _encoded(xp: Backend, model: Any, pixels: Array) -> Array:
-    return model.encode(xp, pixels)
-
-
-def provenance_of(preset: Preset) -> Origin:
+def origin_of(preset: Preset) -> Origin:
     """Of a folder or file, what it says itself; else the registry's card, or the address.
 
     What a stranger's README calls its base model is the parent, and never what the folder's own weights are.

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,9 @@ from modelhub.hub.checkpoint import Checkpoint, open_folder
 from modelhub.hub.gguf import GGUFFile, open_gguf
 from modelhub.hub.gguf_settings import end_tokens, read_settings
 from modelhub.hub.kerashub import H5Checkpoint, has_weights, is_kerashub, open_kerashub
-from modelhub.hub.preset import Preset, resolve
+from modelhub.hub.preset import Preset
+from modelhub.kinds import IMAGES
+from modelhub.model.options import LoadOptions, resolve_preset
 from modelhub.processing.tokenizer import Tokenizer
 
 log = logging.getLogger("modelhub")
@@ -41,7 +44,7 @@ LAYERS, ATTENTION = "modelhub_layers", "modelhub_attention"
 class Source(ABC):
     """An opened preset: everything that can be known of it without reading weights. Close it after loading.
 
-    layers: {pattern: name} of the user's own, which are in `model` once `customised` has put them there; new_layers:
+    layers: {pattern: name} of the user's own, which are in `model` once `with_layers` has put them there; new_layers:
     where those stand that the files know nothing of, so that their parameters may be missing there. new_parts: names of
     parts of the model whose parameters start anew, whatever the files have. attention: the name of the user's own.
     """
@@ -140,13 +143,9 @@ class KerasHubSource(Source):
 
 
 @contextlib.contextmanager
-def opened(
-    name: str, revision: str | None, offline: bool, token: str | None, cache_dir: str | None, weights: bool
-) -> Iterator[Source]:
-    """A preset's Source for as long as the block lasts; the arguments are those of modelhub.hub.preset.resolve."""
-    source = open_preset(
-        resolve(name, revision=revision, offline=offline, token=token, cache_dir=cache_dir, weights=weights)
-    )
+def open_source(preset: str | os.PathLike[str], options: LoadOptions) -> Iterator[Source]:
+    """A preset's Source for as long as the block lasts."""
+    source = open_preset(resolve_preset(preset, options))
     try:
         yield source
     finally:
@@ -262,7 +261,7 @@ def choose_dtype(dtype: str | None, xp: Backend, source: Source) -> str:
     return dtype
 
 
-def customised(source: Source, asked: Mapping[str, str] | None, xp: Backend) -> tuple[Source, dict[str, Module]]:
+def with_layers(source: Source, asked: Mapping[str, str] | None, xp: Backend) -> tuple[Source, dict[str, Module]]:
     """The source with its own layers and those that are asked for in its model, and what they are in place of.
 
     Raises ConfigError: see custom.replaced.
@@ -300,11 +299,11 @@ def try_layers(source: Source, xp: Backend, params: Params, before: Mapping[str,
 
 
 def _run_once(config: Any, xp: Backend, params: Params, model: Any) -> None:
-    if not hasattr(model, "encode"):
-        model.logits(xp, model.model(xp, xp.array([[0, 1]], "int32")))
+    if model.reads != IMAGES:
+        model.logits(xp, model.hidden(xp, xp.array([[0, 1]], "int32")))
         return
     pixels = xp.zeros((1, config.num_channels, *config.size), xp.dtype(next(iter(params.values()))))
-    hidden = model.encode(xp, pixels)
+    hidden = model.hidden(xp, pixels)
     if config.num_labels:
         model.logits(xp, hidden)
 

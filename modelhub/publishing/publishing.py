@@ -19,6 +19,7 @@ from modelhub.hub.card import CardFacts, check_card, inherited, missing_licence,
 from modelhub.hub.files import licence_files
 from modelhub.hub.provenance import Provenance, TrainingRun, write_provenance
 from modelhub.hub.sources import cache_root
+from modelhub.kinds import TaskKind
 from modelhub.model.backbone import Backbone, at_address
 from modelhub.model.loading import DTYPES, check_dtype, stored_dtype
 from modelhub.model.saving import MAX_SHARD_SIZE, model_folder, own_attention, write_backbone, write_card
@@ -32,7 +33,7 @@ _TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
 class Publishing(Habits):
     """Mixed into tasks. They say what they are (`task`), how to look at their outputs, and what goes with weights."""
 
-    task: str  # as in the registry's cards
+    kind: TaskKind
     backbone: Backbone
     preset: str
 
@@ -157,7 +158,9 @@ class Publishing(Habits):
         weights = self.backbone.identity or Provenance()
         # PEFT reads it as a repository or a path, and knows no other addresses.
         base = weights.base_model or (weights.base if weights.base and os.path.isabs(weights.base) else "")
-        self.backbone.save_adapter(target, base, lambda work: self._write_companions(work, target, True, **facts))
+        self.backbone.save_adapter(
+            target, base, lambda work: self._write_companions(work, target, True, **facts), self.kind.peft
+        )
 
     def _write_companions(self, work: Path, target: Path, adapter: bool, **facts: Any) -> None:
         """What tells people about the model. target: the folder that `work` is going to be."""
@@ -169,7 +172,7 @@ class Publishing(Habits):
         # A folder that modelhub saved may have got a card by hand since, and is published with it.
         saved = self.backbone.untouched
         old = saved if saved and not adapter and (saved / "modelhub.json").is_file() else target
-        write_card(work, render_card(self._facts(adapter, curve=_draw(provenance, work, self.task), **facts)), old)
+        write_card(work, render_card(self._facts(adapter, curve=_draw(provenance, work, self.kind.unit), **facts)), old)
         if text := notice(provenance):
             ours, kept = text.encode(), texts.get("NOTICE", b"")
             if ours.splitlines()[0] not in kept:
@@ -196,8 +199,8 @@ class Publishing(Habits):
             counted = [backbone.params[name] for name in backbone.plain_names()]
         facts = {"licence_files": tuple(backbone.licence_files)} | facts
         return CardFacts(
-            task=self.task, model_type=backbone.config.model_type, dtype=backbone.dtype, provenance=self._told(adapter),
-            parameters=sum(int(np.prod(x.shape)) for x in counted), adapter=adapter,
+            task=self.kind.name, model_type=backbone.config.model_type, dtype=backbone.dtype,
+            provenance=self._told(adapter), parameters=sum(int(np.prod(x.shape)) for x in counted), adapter=adapter,
             has_chat_template=self._chats(), layers=tuple(backbone.layers.items()), attention=own_attention(backbone),
             own_family=backbone.config.model_type in custom.names("family"), **facts,
         )  # fmt: skip
@@ -257,12 +260,12 @@ def _check_equal(found: np.ndarray, expected: np.ndarray, folder: Path, dtype: s
         )
 
 
-def _draw(provenance: Provenance, folder: Path, task: str) -> str | None:
+def _draw(provenance: Provenance, folder: Path, unit: str) -> str | None:
     """curve.png of the last run; its name, or None without a run or without matplotlib."""
     if not provenance.runs or not (losses := provenance.runs[-1].losses):
         return None
     history = History()
-    counted = {} if task == "causal-lm" else {"images": 0}  # what the loss is per
+    counted = {unit: 0}  # what the loss is per
     history.load_state_dict({"history": {}, "epoch": [], "steps": [
         {"step": step, "epoch": 0, "loss": loss} | counted for step, loss in losses
     ]})  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 
@@ -17,8 +17,10 @@ from modelhub.generation.beam import BeamOptions
 from modelhub.generation.decode import Engine
 from modelhub.generation.sampling import Sampler
 from modelhub.generation.text import TextRow
-from modelhub.model.backbone import Backbone, backend_with, measured
-from modelhub.model.loading import opened
+from modelhub.kinds import CAUSAL_LM, IMAGES
+from modelhub.model.backbone import Backbone
+from modelhub.model.loading import open_source
+from modelhub.model.options import LoadOptions, check_options, choose_backend
 from modelhub.model.saving import write_json
 from modelhub.processing.chat_template import ChatTemplate
 from modelhub.processing.tokenizer import Tokenizer
@@ -37,7 +39,8 @@ class CausalLM(FineTuning):
     preset (where it came from), last_run (RunStats of the last `generate`).
     """
 
-    task = "causal-lm"
+    kind = CAUSAL_LM
+    task = kind.name
 
     def __init__(
         self, backbone: Backbone, tokenizer: Tokenizer | None, generation_config: dict[str, Any], preset: str = ""
@@ -51,56 +54,27 @@ class CausalLM(FineTuning):
         self._generator: Engine | None = None
 
     @classmethod
-    def from_preset(
-        cls,
-        preset: str | os.PathLike[str],
-        *,
-        backend: str | None = None,
-        device: str | None = None,
-        dtype: str | None = None,
-        revision: str | None = None,
-        offline: bool = False,
-        token: str | None = None,
-        cache_dir: str | None = None,
-        load_weights: bool = True,
-        attention: Callable | str | None = None,
-        layers: Mapping[str, str] | None = None,
-        seed: int = 0,
-    ) -> Self:
+    def from_preset(cls, preset: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Self:
         """Load a model.
 
-        preset: a registry name, a Hugging Face folder, a .gguf file, or hf://org/repo[@revision].
-        backend: "jax", "torch", "tensorflow" or "numpy"; None: set_backend(), else $MODELHUB_BACKEND, else an installed
-            one that sees an accelerator, else the first installed of these. "fastest": the one that measures fastest
-            here with this model; see `modelhub bench`.
-        device: "cpu", "gpu", "gpu:1", "tpu", "mps"; None: the best present.
-        dtype: "float32", "bfloat16" or "float16"; None: float32 on CPU, the checkpoint's own elsewhere.
-        load_weights: False gives random weights drawn from `seed`, equal on all backends.
-        attention: fn(q, k, v, mask, scale=scale) on arrays of the backend, or fn(xp, q, k, v, mask, scale=scale)
-            written once, or the name of a registered one, in place of ours; q (B, heads, T, h), k and v (B, key heads,
-            S, h), mask None or bool (B, 1, T, S).
-        layers: {pattern: name of a registered layer}, see modelhub.register: these take the places that the pattern
-            means: dotted names ("model.layers.0.mlp"), ends of them ("mlp"), patterns ("model.layers.*.mlp").
-            Parameters that the checkpoint has under the same name and shape are loaded, the others drawn from `seed`.
+        preset: a registry name, a Hugging Face folder, a .gguf file, or hf://org/repo[@revision]. options: backend,
+        device, dtype, revision, offline, token, cache_dir, load_weights, attention, layers and seed; see
+        modelhub.model.options.LoadOptions.
 
         Raises PresetNotFound, CheckpointError, ConfigError, TokenizerError, BackendNotInstalled, DeviceError,
         DownloadError; whatever fails, nothing half-loaded is left.
         """
-        preset = os.fspath(preset)
-        backend = measured(
-            backend, preset, cls.task, device, dtype, revision, offline, token, cache_dir, load_weights, attention,
-            layers,
-        )  # fmt: skip
-        xp = backend_with(backend, device, attention)
-        with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
-            if hasattr(source.model, "encode"):
+        check_options(options)
+        xp = choose_backend(preset, cls.task, options)
+        with open_source(preset, options) as source:
+            if source.model.reads == IMAGES:
                 raise InputError(
                     f"{preset} is a {source.config.model_type}, which reads images; load it as ImageClassifier, or as "
                     "Backbone for its features"
                 )
             tokenizer = source.tokenizer()
-            backbone = Backbone.from_source(source, xp, dtype, load_weights, seed, layers)
-        return cls(backbone, tokenizer, source.generation_config, preset)
+            backbone = Backbone.from_source(source, xp, options)
+        return cls(backbone, tokenizer, source.generation_config, os.fspath(preset))
 
     @property
     def _engine(self) -> Engine:

@@ -5,17 +5,21 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 
+from modelhub.core import custom
+from modelhub.core.backends import get_backend
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.nn import Linear
 from modelhub.core.tree import Params, children, flatten
 from modelhub.errors import InputError
 from modelhub.families import vit
-from modelhub.model.backbone import Backbone, backend_with, measured
-from modelhub.model.loading import Source, opened, random_params
+from modelhub.kinds import IMAGE_CLASSIFICATION, IMAGES
+from modelhub.model.backbone import Backbone
+from modelhub.model.loading import Source, open_source, random_params
+from modelhub.model.options import LoadOptions, check_options, choose_backend
 from modelhub.processing.image import ImageProcessor
 from modelhub.processing.image_reading import as_list
 from modelhub.tasks.image_training import ImageTraining
@@ -34,7 +38,8 @@ class ImageClassifier(ImageTraining):
     labels, preset (where it came from).
     """
 
-    task = "image-classification"
+    kind = IMAGE_CLASSIFICATION
+    task = kind.name
 
     def __init__(
         self, backbone: Backbone, preprocessor: ImageProcessor | None, preset: str = "", new_head: bool = False
@@ -50,37 +55,18 @@ class ImageClassifier(ImageTraining):
 
     @classmethod
     def from_preset(
-        cls,
-        preset: str | os.PathLike[str],
-        *,
-        num_classes: int | None = None,
-        labels: Sequence[str] | None = None,
-        backend: str | None = None,
-        device: str | None = None,
-        dtype: str | None = None,
-        revision: str | None = None,
-        offline: bool = False,
-        token: str | None = None,
-        cache_dir: str | None = None,
-        load_weights: bool = True,
-        attention: Callable | str | None = None,
-        layers: Mapping[str, str] | None = None,
-        seed: int = 0,
-    ) -> Self:
+        cls, preset: str | os.PathLike[str], *, num_classes: int | None = None, labels: Sequence[str] | None = None,
+        **options: Unpack[LoadOptions],
+    ) -> Self:  # fmt: skip
         """Load a model; with a new head, drawn from `seed`, where num_classes or labels are given.
 
-        labels: the names of the classes, saved as id2label. attention: fn(q, k, v, mask, scale=scale) on the backend's
-        arrays (B, heads, T, width of a head), in place of ours, such as torch's scaled_dot_product_attention. The rest
-        as in CausalLM.from_preset, with the same errors; InputError for a preset without a head if none is asked for.
+        labels: the names of the classes, saved as id2label. options, and errors: as for CausalLM.from_preset;
+        InputError for a preset without a head if none is asked for.
         """
-        preset = os.fspath(preset)
-        backend = measured(
-            backend, preset, cls.task, device, dtype, revision, offline, token, cache_dir, load_weights, attention,
-            layers,
-        )  # fmt: skip
-        xp = backend_with(backend, device, attention)
-        with opened(preset, revision, offline, token, cache_dir, load_weights) as source:
-            if not hasattr(source.model, "encode"):
+        check_options(options)
+        xp = choose_backend(preset, cls.task, options)
+        with open_source(preset, options) as source:
+            if source.model.reads != IMAGES:
                 raise InputError(
                     f"{preset} is a {source.config.model_type}, which reads no images; load it as CausalLM"
                 )
@@ -89,10 +75,11 @@ class ImageClassifier(ImageTraining):
             count = _count(num_classes, labels)
             if count is not None:
                 source = _with_new_head(source, count, labels)
-            backbone = Backbone.from_source(source, xp, dtype, load_weights, seed, layers)
+            backbone = Backbone.from_source(source, xp, options)
         encoder = f"{backbone.config.model_type}."
         new_head = any(not place.startswith(encoder) for place in backbone.new_layers)
-        return cls(backbone, processor, preset, new_head=new_head or count is not None or not load_weights)
+        new_head = new_head or count is not None or not options.get("load_weights", True)
+        return cls(backbone, processor, os.fspath(preset), new_head=new_head)
 
     @classmethod
     def from_config(
@@ -126,7 +113,7 @@ class ImageClassifier(ImageTraining):
         Parameters are Hugging Face's ViTConfig's, and three of ours: classifier_dropout (before the head), class_token,
         and pooling: "cls" or "mean" (None: "cls" where there is a class token). Raises ConfigError.
         """
-        xp = backend_with(backend, device, attention)
+        xp = custom.with_attention(get_backend(backend, device), attention)
         count = _count(1000 if num_classes is None and labels is None else num_classes, labels)
         assert count is not None
         named = dict(enumerate(labels)) if labels else None
@@ -231,7 +218,7 @@ class ImageClassifier(ImageTraining):
 def _classified(xp: Backend, model: Any, pixels: Array) -> tuple[Array, Array]:
     """float32 pooled (B, D) and logits (B, classes)."""
     dtype = xp.dtype(next(iter(flatten(model).values())))
-    pooled = model.pooled(xp, model.encode(xp, xp.cast(pixels, dtype)))
+    pooled = model.pooled(xp, model.hidden(xp, xp.cast(pixels, dtype)))
     return xp.cast(pooled, "float32"), model.head(xp, pooled)
 
 

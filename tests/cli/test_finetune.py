@@ -15,9 +15,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from modelhub import CausalLM, cli, optim
-from modelhub.cli.finetune import TOP, image_config, read_recipe, recipe_keys
+from modelhub.cli.finetune import TOP, kind_of, read_recipe, recipe_keys
 from modelhub.errors import InputError
 from modelhub.hub.resources import resource
+from modelhub.kinds import CAUSAL_LM, IMAGE_CLASSIFICATION
 from modelhub.training import engine
 
 ROWS = [{"instruction": f"What does the baker do on day {day}?", "response": "opens the shop"} for day in range(12)]
@@ -397,5 +398,6 @@ def test_what_a_revision_reads(tmp_path, tiny_preset, monkeypatch):
         shutil.copytree(preset, tmp_path / name)
         (tmp_path / name / "SHA256SUMS").unlink(missing_ok=True)
     address = (tmp_path / "model").as_uri()
-    assert image_config(address, offline=False) is None
-    assert image_config(address, offline=False, revision="v1").size == (28, 28)
+    assert kind_of(address, offline=False)[0] is CAUSAL_LM
+    kind, config = kind_of(address, offline=False, revision="v1")
+    assert kind is IMAGE_CLASSIFICATION and config.size == (28, 28)

@@ -21,7 +21,7 @@ from modelhub.errors import CheckpointError, ConfigError, TokenizerError
 from modelhub.families import family_of, kerashub
 from modelhub.hub.checkpoint import TensorInfo
 from modelhub.hub.kerashub import H5Checkpoint, open_kerashub
-from modelhub.model.loading import opened
+from modelhub.model.loading import open_source
 from modelhub.processing.tokenizer import Tokenizer
 
 MODELS = ("gemma", "gemma2", "gemma3", "llama2", "llama3", "llama31", "mistral")
@@ -179,7 +179,7 @@ def test_bfloat16_shards_are_read_as_they_are(presets):
 
 @each_model
 def test_names_and_values_go_both_ways(presets, name):
-    with opened(str(presets / name), None, True, None, None, True) as source:
+    with open_source(presets / name, {"offline": True}) as source:
         checkpoint = source.checkpoint()
         for theirs in checkpoint.tensors:
             if (renamed := source.names.to_ours(theirs)) is None:
@@ -195,7 +195,7 @@ def test_names_and_values_go_both_ways(presets, name):
 
 
 def test_stored_dtype_and_tied_head(presets):
-    with opened(str(presets / "gemma3"), None, True, None, None, True) as source:
+    with open_source(presets / "gemma3", {"offline": True}) as source:
         assert source.config.extra["dtype"] == "bfloat16"
         assert source.config.to_hf()["dtype"] == "bfloat16"
     tied = {}
@@ -232,7 +232,7 @@ def test_earlier_spellings(presets, tmp_path):
 
 @pytest.mark.parametrize("part", ["vision_encoder/layers/dense/vars/0", "interleave_embeddings/vars/0"])
 def test_the_image_part_of_gemma3_is_left_out(presets, part):
-    with opened(str(presets / "gemma3"), None, True, None, None, True) as source:
+    with open_source(presets / "gemma3", {"offline": True}) as source:
         assert source.names.to_ours(f"layers/gemma3_{part}") is None
 
 

@@ -15,14 +15,14 @@ import torch
 from typer.testing import CliRunner
 
 import modelhub
-from modelhub import Backbone, CausalLM, ImageClassifier, to_onnx
+from modelhub import Backbone, CausalLM, ImageClassifier, kinds, to_onnx
 from modelhub.cli.commands import app
 from modelhub.core import custom
 from modelhub.core.backends import get_backend
 from modelhub.core.nn import Linear
 from modelhub.core.tree import Module, bind
 from modelhub.errors import BackendNotInstalled, ConfigError, InputError
-from modelhub.interop import conformance, pieces
+from modelhub.interop import conformance
 
 # What is exported stays where it is: a backend each.
 CASES = {"gemma2": "jax", "gemma3": "numpy", "llama": "tensorflow", "vit": "torch", "dinov2": "jax"}
@@ -229,7 +229,7 @@ def test_own_attention(tmp_path):
     xp = custom.with_attention(get_backend("jax", "cpu"), itself_alone)
     clf = task("vit", "jax", xp=xp)
     pixels = images(2)
-    wanted = pieces.image_logits(xp, bind(clf.backbone.model, clf.params), xp.array(pixels))
+    wanted = kinds.image_logits(xp, bind(clf.backbone.model, clf.params), xp.array(pixels))
     assert_close(run(to_onnx(clf, tmp_path / "model.onnx"), pixel_values=pixels), np.asarray(wanted))
 
 
@@ -241,7 +241,7 @@ def test_the_command(tmp_path):
     pixels = clf.preprocessor(np.random.default_rng(0).integers(0, 256, (2, 40, 30, 1), dtype=np.uint8))
     assert_close(
         run(tmp_path / "model.onnx", pixel_values=pixels),
-        pieces.image_logits(clf.backbone.xp, bind(clf.backbone.model, clf.params), pixels),
+        kinds.image_logits(clf.backbone.xp, bind(clf.backbone.model, clf.params), pixels),
     )
     done = CliRunner().invoke(app, arguments)
     assert isinstance(done.exception, InputError) and "remove it" in str(done.exception)

@@ -16,12 +16,14 @@ from modelhub import Backbone, CausalLM, ImageClassifier, nn
 from modelhub.bench import compare as benches
 from modelhub.bench import processes as bench_processes
 from modelhub.bench.compare import FASTEST, bench, fastest
-from modelhub.bench.processes import BACKBONE, IMAGES, TEXT, Row
+from modelhub.bench.processes import Row
 from modelhub.core import custom
 from modelhub.core.backends import NAMES, installed
 from modelhub.errors import ConfigError, DeviceError, InputError, PresetNotFound, UnknownBackend
 from modelhub.families import gemma
 from modelhub.model.loading import ATTENTION, LAYERS
+
+TEXT, IMAGES, BACKBONE = "causal-lm", "image-classification", "backbone"
 
 SHORT = {"prompt_tokens": 16, "max_new_tokens": 8}
 
@@ -116,7 +118,7 @@ def test_fastest_measures_once(processes, tmp_path):
 
 @pytest.mark.parametrize("preset", ["gemma3_tiny", "vit_tiny_fashion"])
 def test_a_backbone_alone(preset, tmp_path):
-    model = benches._look(preset, None, True, None, tmp_path, True)
+    model = benches._look(preset, {"offline": True, "cache_dir": tmp_path})
     workload = benches.Workload(BACKBONE, "cpu", prompt_tokens=16, repeats=1)
     [row] = bench_processes.measure(model, workload, ["numpy"], print)
     assert row.error is None and row.per_second > 0
@@ -154,7 +156,7 @@ def test_a_broken_backend_decides_for_a_day(tmp_path, monkeypatch, capsys):
 
 
 def test_what_modelhub_itself_refuses_lasts(tmp_path):
-    model = benches._look("gemma3_tiny", None, True, None, tmp_path, True)
+    model = benches._look("gemma3_tiny", {"offline": True, "cache_dir": tmp_path})
     [row] = bench_processes.measure(model, benches.Workload(TEXT, "gpu"), ["numpy"], print)
     assert row.error and row.refused
 

@@ -19,7 +19,7 @@ from modelhub.errors import ConfigError, DownloadError, InputError, TokenizerErr
 from modelhub.families import family_of
 from modelhub.hub.checkpoint import open_folder
 from modelhub.hub.gguf import open_gguf
-from modelhub.model import loading
+from modelhub.model import options as loading
 from modelhub.processing.tokenizer import Tokenizer as OurTokenizer
 
 IDS = [[int(i) for i in np.random.default_rng(0).integers(4, 400, 40)]]

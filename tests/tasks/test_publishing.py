@@ -14,7 +14,7 @@ from modelhub import CausalLM
 from modelhub.errors import CheckpointError, InputError
 from modelhub.hub.preset import Preset
 from modelhub.hub.provenance import Provenance, read_provenance
-from modelhub.model.backbone import provenance_of
+from modelhub.model.backbone import origin_of
 from modelhub.publishing import publishing
 
 QUIET = {"verbose": False}
@@ -131,7 +131,7 @@ class TestIdentity:
     def test_a_repository(self, tmp_path):
         """On the Hub the repository is what the weights are, whatever its card calls their base."""
         (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: google/gemma-2b\n---\n")
-        origin = provenance_of(Preset("hf://me/x", tmp_path, None, "hf://me/x@abc"))
+        origin = origin_of(Preset("hf://me/x", tmp_path, None, "hf://me/x@abc"))
         assert origin.identity == Provenance("hf://me/x@abc", "me/x")
         assert origin.provenance == Provenance("hf://me/x@abc", "me/x", "mit", base_licence="gemma")
 
