@@ -16,7 +16,7 @@ from modelhub.hub import gguf_writer
 from modelhub.hub.gguf_settings import write_settings
 from modelhub.model.backbone import Backbone
 from modelhub.model.loading import DTYPES, HuggingFaceSource, Source, open_source
-from modelhub.model.options import SourceOptions
+from modelhub.model.options import SourceOptions, takes
 from modelhub.tasks.causal_lm import CausalLM
 
 log = logging.getLogger("modelhub")
@@ -26,6 +26,7 @@ _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"} | {dtype: dty
 
 
 @explained
+@takes(SourceOptions)
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],

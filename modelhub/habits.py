@@ -288,9 +288,9 @@ def _problem(
     passes_on = len(takes) < len(parameters)
     if isinstance(error, UnknownArgument):
         # Of a function that hands its keywords on: the user wrote its name, and not that of the one inside.
-        if not (passes_on and kwargs.keys() >= set(error.names)):
+        if not kwargs.keys() - set(takes) >= set(error.names):
             return None
-        names, known = error.names, takes + error.known
+        names, known = error.names, [name for name in takes if name not in ("self", "cls")] + error.known
     elif error.__traceback__ is not None and error.__traceback__.tb_next is not None:
         return None  # raised by what runs inside
     else:

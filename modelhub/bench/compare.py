@@ -24,7 +24,7 @@ from modelhub.errors import ConfigError, DeviceError, InputError, UnknownBackend
 from modelhub.hub.sources import cache_root
 from modelhub.kinds import kind_named, kind_reading
 from modelhub.model.loading import check_dtype, open_source
-from modelhub.model.options import LoadOptions
+from modelhub.model.options import LoadOptions, takes
 
 _FOLDER = "fastest"  # in the cache
 _PACKAGES = ("modelhub", *NAMES, "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "tensorflow-cpu")
@@ -63,6 +63,7 @@ class Report:
         return dataclasses.asdict(self) | {"fastest": self.fastest}
 
 
+@takes(LoadOptions)
 def bench(
     preset: str | os.PathLike[str], *, backends: Sequence[str] | None = None, train: bool = False,
     batch_size: int | None = None, prompt_tokens: int | None = None, max_new_tokens: int | None = None, steps: int = 5,

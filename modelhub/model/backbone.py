@@ -39,7 +39,7 @@ from modelhub.model.loading import (
     with_layers,
 )
 from modelhub.model.moving import Movable
-from modelhub.model.options import LoadOptions, check_options, choose_backend
+from modelhub.model.options import LoadOptions, choose_backend, takes
 
 log = logging.getLogger("modelhub")
 
@@ -101,9 +101,9 @@ class Backbone(Movable):
         self._hidden = self.xp.compile(functools.partial(_hidden, self.xp), self.model, hot=hot)
 
     @classmethod
+    @takes(LoadOptions)
     def from_preset(cls, preset: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Self:
         """As CausalLM.from_preset, without the tokenizer."""
-        check_options(options)
         xp = choose_backend(preset, cls.kind.name, options)
         with open_source(preset, options) as source:
             return cls.from_source(source, xp, options)

@@ -1,14 +1,18 @@
 """How a preset is loaded: the keywords of every `from_preset`, said once."""
 
-import difflib
+import functools
+import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar, get_type_hints
 
 from modelhub.core import custom
 from modelhub.core.backends import FASTEST, get_backend
 from modelhub.core.backends.base import Backend
+from modelhub.errors import UnknownArgument
 from modelhub.hub.preset import Preset, resolve
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class SourceOptions(TypedDict, total=False):
@@ -50,16 +54,33 @@ class LoadOptions(SourceOptions, total=False):
     seed: int
 
 
-_KEYWORDS = SourceOptions.__annotations__ | LoadOptions.__annotations__
+_DEFAULTS = {"offline": False, "load_weights": True, "seed": 0}  # of all others None
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise TypeError, as Python itself does, for keywords that there are not."""
-    for name in options:
-        if name not in _KEYWORDS:
-            near = difflib.get_close_matches(name, _KEYWORDS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"from_preset() got an unexpected keyword argument {name!r}{hint}")
+def takes(options: type) -> Callable[[F], F]:
+    """For a function that ends in **options: their names in its signature, and an error for any other keyword."""
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        hints = get_type_hints(options)
+        own += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(name), annotation=hint)
+            for name, hint in hints.items()
+        ]
+        known = [p.name for p in own]
+
+        @functools.wraps(function)
+        def call(*args: Any, **keywords: Any) -> Any:
+            if unknown := tuple(name for name in keywords if name not in known):
+                text = f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}"
+                raise UnknownArgument(text, unknown)
+            return function(*args, **keywords)
+
+        call.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+        return call  # type: ignore[return-value]
+
+    return decorate
 
 
 def resolve_preset(preset: str | os.PathLike[str], options: LoadOptions) -> Preset:

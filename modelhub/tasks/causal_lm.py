@@ -20,7 +20,7 @@ from modelhub.generation.text import TextRow
 from modelhub.kinds import CAUSAL_LM, IMAGES
 from modelhub.model.backbone import Backbone
 from modelhub.model.loading import open_source
-from modelhub.model.options import LoadOptions, check_options, choose_backend
+from modelhub.model.options import LoadOptions, choose_backend, takes
 from modelhub.model.saving import write_json
 from modelhub.processing.chat_template import ChatTemplate
 from modelhub.processing.tokenizer import Tokenizer
@@ -54,6 +54,7 @@ class CausalLM(FineTuning):
         self._generator: Engine | None = None
 
     @classmethod
+    @takes(LoadOptions)
     def from_preset(cls, preset: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Self:
         """Load a model.
 
@@ -64,7 +65,6 @@ class CausalLM(FineTuning):
         Raises PresetNotFound, CheckpointError, ConfigError, TokenizerError, BackendNotInstalled, DeviceError,
         DownloadError; whatever fails, nothing half-loaded is left.
         """
-        check_options(options)
         xp = choose_backend(preset, cls.task, options)
         with open_source(preset, options) as source:
             if source.model.reads == IMAGES:

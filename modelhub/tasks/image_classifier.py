@@ -19,7 +19,7 @@ from modelhub.families import vit
 from modelhub.kinds import IMAGE_CLASSIFICATION, IMAGES
 from modelhub.model.backbone import Backbone
 from modelhub.model.loading import Source, open_source, random_params
-from modelhub.model.options import LoadOptions, check_options, choose_backend
+from modelhub.model.options import LoadOptions, choose_backend, takes
 from modelhub.processing.image import ImageProcessor
 from modelhub.processing.image_reading import as_list
 from modelhub.tasks.image_training import ImageTraining
@@ -54,6 +54,7 @@ class ImageClassifier(ImageTraining):
         self._program: tuple[Any, Backend, Callable] | None = None
 
     @classmethod
+    @takes(LoadOptions)
     def from_preset(
         cls, preset: str | os.PathLike[str], *, num_classes: int | None = None, labels: Sequence[str] | None = None,
         **options: Unpack[LoadOptions],
@@ -63,7 +64,6 @@ class ImageClassifier(ImageTraining):
         labels: the names of the classes, saved as id2label. options, and errors: as for CausalLM.from_preset;
         InputError for a preset without a head if none is asked for.
         """
-        check_options(options)
         xp = choose_backend(preset, cls.task, options)
         with open_source(preset, options) as source:
             if source.model.reads != IMAGES:
