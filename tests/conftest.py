@@ -21,6 +21,13 @@ from modelhub.core.backends import get_backend, installed
 from modelhub.errors import DownloadError
 
 
+def pytest_collection_modifyitems(config, items):
+    """What takes an hour is run when it is asked for by name: pytest -m soak."""
+    if "soak" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("soak")])
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+
 @pytest.fixture(autouse=True)
 def nothing_of_the_users(request, tmp_path_factory, monkeypatch):
     """Caches and cards of the user's own are neither seen nor changed; real weights are worth keeping, though."""
