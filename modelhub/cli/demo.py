@@ -8,6 +8,7 @@ from rich.console import Console
 
 from modelhub import CausalLM
 from modelhub.cli.finetune import write_history
+from modelhub.cli.options import rate
 from modelhub.errors import DownloadError, PresetNotFound
 from modelhub.hub.registry import find_card
 from modelhub.hub.resources import resource
@@ -73,5 +74,6 @@ def _answer(lm: CausalLM, when: str) -> str:
         out.print(piece, end="", markup=False, soft_wrap=True)
     out.print()
     assert lm.last_run is not None
-    err.print(f"[dim]{lm.last_run.tokens_per_second:.1f} tokens/s[/dim]")
+    if speed := rate(lm.last_run, ""):
+        err.print(f"[dim]{speed}[/dim]")
     return "".join(pieces)
