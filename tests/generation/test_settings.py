@@ -17,7 +17,7 @@ from modelhub.generation.constraints import Constraints
 from modelhub.generation.settings import ASKS_NOTHING, DONE, HARMLESS
 
 PROMPT = "hello hell"
-NEW = 12
+NEW = 20
 
 
 def write_preset(folder, *, vocabulary=257, end=0, special=("<eos>",), **config):
@@ -94,7 +94,7 @@ def cases(plain, ids):
         {"bad_words_ids": [[first], [second, third]]},
         {"bad_words_ids": [[first, second]]},
         {"no_repeat_ngram_size": 1},
-        {"no_repeat_ngram_size": 2},
+        {"no_repeat_ngram_size": 2, "sequence_bias": [[[first], 9.0], [[second], 9.0]]},
         {"encoder_no_repeat_ngram_size": 1},
         {"encoder_repetition_penalty": 3.0},
         {"sequence_bias": [[[first], -50.0]]},
@@ -131,15 +131,17 @@ def cut(tokens, case):
 
 
 def test_every_key_does_what_it_does_in_transformers(lm, reference, plain, ids):
-    for case in cases(plain, ids):
+    # The keys themselves are numpy's on all backends; what differs is how their logits get there and back.
+    every = cases(plain, ids)
+    for case in every if lm.backend == "numpy" else every[::5]:
         wanted = cut(theirs(reference, ids, case, **keys(case)), case)
         assert ours(lm, case, **keys(case)) == wanted, case
 
 
 def test_the_keys_change_the_answer(reference, plain, ids):
     """Or the test above proves little."""
-    same = [case for case in cases(plain, ids) if theirs(reference, ids, case, max_new_tokens=NEW) == plain]
-    assert same == [{"remove_invalid_values": True, "renormalize_logits": True}] or not same, same
+    same = [case for case in cases(plain, ids) if theirs(reference, ids, case, **keys(case)) == plain]
+    assert same == [{"remove_invalid_values": True, "renormalize_logits": True}]
 
 
 def test_a_prompt_of_one_token_begins_with_the_forced_token(lm, reference):
@@ -225,7 +227,9 @@ def test_arguments_win(lm, reference, plain, ids):
         reference, ids, {}, num_beams=3, max_new_tokens=NEW
     )
     for arguments in ({"temperature": 0.7}, {"top_k": 3}):
-        with pytest.raises(InputError, match=f"num_beams cannot be combined with sampling: leave out {[*arguments][0]}"):
+        with pytest.raises(
+            InputError, match=f"num_beams cannot be combined with sampling: leave out {[*arguments][0]}"
+        ):
             ours(lm, sampling, max_new_tokens=NEW, num_beams=3, **arguments)
 
 
@@ -235,14 +239,14 @@ def test_beams_end_at_stop_strings(lm, reference, preset):
     free = theirs(reference, ids, {"num_beams": 3}, max_new_tokens=NEW)
     lm.generation_config = {"eos_token_id": 0, "num_beams": 3}
     whole = lm.generate(PROMPT, NEW)
-    stop = whole[4:6]
+    stop = next(character for character in whole[1:] if character.isascii())
     with torch.no_grad():
         found = reference.generate(
             torch.tensor([ids]), num_beams=3, max_new_tokens=NEW, stop_strings=[stop], tokenizer=tokenizer
         )[0, len(ids) :].tolist()  # fmt: skip
     answer = lm.generate(PROMPT, NEW, stop=stop, logprobs=True)
     assert answer.token_ids == [token for token in found if token] and answer.token_ids != free
-    assert stop not in answer.text and answer.text.startswith(whole[:4])
+    assert stop not in answer.text
 
 
 # --- every key there is -------------------------------------------------------------------------------------
