@@ -93,3 +93,7 @@ class NoGradients(ModelhubError, NotImplementedError):
 
 class TrainingError(ModelhubError, ArithmeticError):
     """Training that went wrong on its way: a loss that is no number."""
+
+
+class NotFinite(ModelhubError, ArithmeticError):
+    """Logits that are NaN or infinite: there is no next token to choose."""

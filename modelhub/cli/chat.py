@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from modelhub.cli.options import rate
 from modelhub.errors import InputError, ModelhubError
 
 HELP = """\
@@ -56,7 +57,7 @@ class Chat:
             self.err.print("stopped", style="dim")
         else:
             self.err.print(
-                f"{self.lm.backend}: {run.new_tokens} tokens, {run.tokens_per_second:.1f} tokens/s, first after "
+                f"{self.lm.backend}: {run.new_tokens} tokens{rate(run, ', ')}, first after "
                 f"{run.seconds_to_first_token:.2f} s ({run.prompt_tokens - run.reused_tokens} of {run.prompt_tokens} "
                 f"tokens of the conversation were new)",
                 style="dim",

@@ -60,7 +60,7 @@ def generate(
     preset: options.Preset,
     prompt: Annotated[str, typer.Argument(help="the text to continue; - reads standard input")],
     adapter: options.Adapter = None,
-    max_new_tokens: options.MaxNewTokens = 64,
+    max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -95,7 +95,7 @@ def chat(
     preset: options.Preset,
     adapter: options.Adapter = None,
     system: Annotated[str | None, option("a system message")] = None,
-    max_new_tokens: options.MaxNewTokens = 512,
+    max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -271,6 +271,6 @@ def _print_stream(pieces: Any) -> None:
 def _speed(lm: Any) -> str:
     run = lm.last_run
     return (
-        f"{lm.backend} on {lm.device}: {run.new_tokens} tokens at {run.tokens_per_second:.1f} tokens/s, "
-        f"first after {run.seconds_to_first_token:.2f} s"
+        f"{lm.backend} on {lm.device}: {run.new_tokens} tokens{options.rate(run, ' at ')}, first after "
+        f"{run.seconds_to_first_token:.2f} s"
     )

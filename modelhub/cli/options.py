@@ -18,13 +18,21 @@ Dtype = Annotated[str | None, option("float32, bfloat16 or float16; default: flo
 Offline = Annotated[bool, option("use the cache only")]
 Json = Annotated[bool, option("print JSON for scripts", None, "--json")]
 
-MaxNewTokens = Annotated[int, option("stop after this many tokens")]
+MaxNewTokens = Annotated[
+    int | None, option("stop after this many tokens (default: the preset's, else 64, in a chat 512)")
+]
 Temperature = Annotated[float | None, option("divide the logits by this before sampling")]
 TopK = Annotated[int | None, option("sample among the k likeliest tokens")]
 TopP = Annotated[float | None, option("sample among the likeliest that make up this probability")]
 MinP = Annotated[float | None, option("... at least this likely, relative to the likeliest")]
 RepetitionPenalty = Annotated[float | None, option("above 1: say less again")]
 Seed = Annotated[int, option("the same seed gives the same text on every backend")]
+
+
+def rate(run: Any, before: str) -> str:
+    """How fast it was, as text; nothing where too few tokens came to tell."""
+    return "" if run.tokens_per_second is None else f"{before}{run.tokens_per_second:.1f} tokens/s"
+
 
 DATA = "Data"
 Data = Annotated[

@@ -3,11 +3,13 @@
 The device ranks continuations; which sequences live, end and win is decided here in numpy, on a few numbers per step.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from modelhub.core.backends.base import Array, Backend
+from modelhub.generation.sampling import not_finite
 
 _NEVER = np.float32(-1.0e9)
 
@@ -25,6 +27,7 @@ class BeamOptions:
     stop_ids: frozenset[int]
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    stopped: Callable[[list[int]], bool] | None = None  # whether a sequence ends with these tokens, other than by an id
 
     @property
     def candidates(self) -> int:
@@ -32,14 +35,18 @@ class BeamOptions:
         return max(2, 1 + len(self.stop_ids)) * self.num_beams
 
 
-def rank(xp: Backend, logits: Array, scores: Array, *, prompts: int, candidates: int) -> tuple[Array, Array]:
+def rank(
+    xp: Backend, logits: Array, scores: Array, *, prompts: int, candidates: int, normalised: bool = False
+) -> tuple[Array, Array, Array]:
     """The best continuations of all beams of each prompt.
 
-    logits (prompts * beams, V); scores (prompts, beams) of the beams so far. Returns summed log-probabilities and
-    indices into beams * V, both (prompts, candidates).
+    logits (prompts * beams, V); scores (prompts, beams) of the beams so far; normalised: the logits are
+    log-probabilities already. Returns summed log-probabilities and indices into beams * V, both (prompts, candidates),
+    and (prompts, beams): NaN for beams whose logits are not finite, else 0 (who normalised them has looked).
     """
-    log_probs = xp.log_softmax(logits) + xp.reshape(scores, (-1, 1))
-    return xp.top_k(xp.reshape(log_probs, (prompts, -1)), candidates)
+    alarms = xp.zeros((prompts, 1)) if normalised else xp.reshape(not_finite(xp, logits), (prompts, -1))
+    log_probs = (logits if normalised else xp.log_softmax(logits)) + xp.reshape(scores, (-1, 1))
+    return *xp.top_k(xp.reshape(log_probs, (prompts, -1)), candidates), alarms
 
 
 @dataclass
@@ -74,6 +81,8 @@ class Beams:
         sequences = [self.open[parent] + [int(token)] for parent, token in zip(parents, tokens, strict=True)]
         length = len(sequences[0])
         ends = np.array([int(token) in options.stop_ids for token in tokens]) | (length >= options.max_new_tokens)
+        if options.stopped is not None:
+            ends |= np.array([options.stopped(sequence) for sequence in sequences])
 
         self._finish(scores, sequences, ends, length)
         order = _best(scores + np.where(ends, _NEVER, np.float32(0)), options.num_beams)

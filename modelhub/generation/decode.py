@@ -9,9 +9,10 @@ import numpy as np
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.custom import takes_xp
 from modelhub.core.tree import Module, Params, bind, flatten
-from modelhub.errors import InputError
+from modelhub.errors import InputError, NotFinite
 from modelhub.generation.beam import BeamOptions, Beams, rank
-from modelhub.generation.sampling import Sampler, choose, draw
+from modelhub.generation.constraints import Guide
+from modelhub.generation.sampling import Sampler, choose, draw, not_finite
 
 CHUNK = 512  # longest piece of a prompt that is computed at once: bounds the memory of scores and masks
 _SMALLEST = 16
@@ -61,22 +62,25 @@ class Engine:
             wanted = targets[:, begin : begin + part.shape[1]]
             wanted = np.pad(wanted, ((0, 0), (0, part.shape[1] - wanted.shape[1])))
             scores = self.xp.get(self._token_logprobs(params, part, self.xp.array(wanted, "int32")))
-            found.append(scores[:, first - begin :])
+            found.append(scores[:, first - begin :][:, : time - 1 - first])
+            self._check_finite(found[-1])
         return np.concatenate(found, axis=1)[:, : time - 1] if found else np.zeros((len(ids), 0), np.float32)
 
     def run(
         self, params: Params, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler, seed: int = 0,
-        *, copies: int = 1, logprobs: bool = False, custom: Callable | None = None,
+        *, copies: int = 1, logprobs: bool = False, custom: Callable | None = None, guide: Guide | None = None,
     ) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:  # fmt: skip
         """Yield the next token of every row, max_new_tokens times: int32 tokens (B,), float32 log-probabilities (B,).
 
         copies: rows per prompt, side by side, each with random numbers of its own. custom: the user's own sampler,
-        see `_custom`. Close the generator to stop earlier. What a single prompt shares with the beginning of the last
-        one is not computed again.
+        see `_custom`. guide: changes the logits first, the sampler's penalties among it. Close the generator to stop
+        earlier. What a single prompt shares with the beginning of the last one is not computed again.
+
+        Raises NotFinite for logits that are NaN or infinite.
         """
         xp, rows = self.xp, len(prompts) * copies
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        pick, advance = self._picker(params, sampler, prompts, copies, seed, logprobs, custom)
+        pick, advance = self._picker(params, sampler, prompts, copies, seed, logprobs, custom, guide)
         cache, self.reused = self._cache_for(params, prompts, lengths, max_new_tokens)
         fed: list[Array] = []
         try:
@@ -87,27 +91,56 @@ class Engine:
                 cache = self._take_rows({"logits": logits} | cache, order)
                 logits = cache.pop("logits")
             result = pick(logits)
-            yield xp.get(result[0]), xp.get(result[1])
+            yield self._fetched(result)
             start = xp.array(lengths, "int32")
             ahead = None  # on asynchronous backends a token is computed while the caller handles the one before
             for _ in range(max_new_tokens - 1):
                 fed.append(result[0])
                 result, start, cache = advance(result[0], start, cache)
                 if not xp.asynchronous:
-                    yield xp.get(result[0]), xp.get(result[1])
+                    yield self._fetched(result)
                     continue
                 if ahead is not None:
-                    yield xp.get(ahead[0]), xp.get(ahead[1])
+                    yield self._fetched(ahead)
                 ahead = result
             if ahead is not None:
-                yield xp.get(ahead[0]), xp.get(ahead[1])
+                yield self._fetched(ahead)
         except GeneratorExit:  # the caller has enough; after any other exception the cache may be half-written
             self._keep(params, prompts, rows, fed, cache)
             raise
         self._keep(params, prompts, rows, fed, cache)
 
-    def beam_search(self, params: Params, prompts: list[list[int]], options: BeamOptions) -> list[Beams]:
-        """The finished beams of each prompt."""
+    def _fetched(self, result: tuple[Array, Array]) -> tuple[np.ndarray, np.ndarray]:
+        """A step's tokens and log-probabilities, in which NaN stands for logits that are not finite."""
+        tokens, logprobs = self.xp.get(result[0]), self.xp.get(result[1])
+        self._check_finite(logprobs)
+        return tokens, logprobs
+
+    def _check_finite(self, alarms: np.ndarray) -> None:
+        """Raises NotFinite if there is a NaN or an infinity in alarms (B,) or (B, T)."""
+        if np.isfinite(alarms).all():
+            return
+        row = int(np.argwhere(~np.isfinite(alarms))[0][0])
+        narrow = self.cache_dtype == "float16"
+        raise NotFinite(
+            f"row {row}: the model's logits are not finite (NaN or infinity), so there is nothing to choose from: "
+            + ("numbers of this model are too large for float16, or " if narrow else "")
+            + "the weights hold such values. "
+            + (
+                'Load it with dtype="float32" or "bfloat16"; if that changes nothing,'
+                if narrow
+                else "Is the file damaged?"
+            )
+            + " load the model anew, or download it again"
+        )
+
+    def beam_search(
+        self, params: Params, prompts: list[list[int]], options: BeamOptions, guide: Guide | None = None
+    ) -> list[Beams]:
+        """The finished beams of each prompt. guide: changes the log-probabilities before beams are ranked by them.
+
+        Raises NotFinite for logits that are NaN or infinite.
+        """
         xp, n = self.xp, options.num_beams
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         slots = self._slots(int(lengths.max()), options.max_new_tokens)
@@ -118,10 +151,15 @@ class Engine:
         lengths = np.repeat(lengths, n)
         last = xp.zeros((len(lengths),), "int32")
         beams = [Beams(options) for _ in prompts]
-        ranked = self._program(rank, prompts=len(prompts), candidates=options.candidates)
+        ranked = self._program(
+            rank, prompts=len(prompts), candidates=options.candidates, normalised=guide is not None
+        )  # fmt: skip
         for index in range(options.max_new_tokens):
             scores = xp.array(np.stack([beam.open_scores for beam in beams]))
-            values, indices = (xp.get(array) for array in ranked(logits, scores))
+            if guide is not None:
+                logits = self._guided_beams(guide, logits, beams)
+            values, indices, alarms = (xp.get(array) for array in ranked(logits, scores))
+            self._check_finite(alarms)
             moves = [
                 (list(range(n)), [0] * n) if beam.done else beam.advance(values[i], indices[i], logits.shape[-1])
                 for i, beam in enumerate(beams)
@@ -135,9 +173,23 @@ class Engine:
             logits, cache = self._decode_step(params, xp.array(tokens[:, None], "int32"), start, last, cache)
         return beams
 
+    def _guided_beams(self, guide: Guide, logits: Array, beams: list[Beams]) -> Array:
+        """Log-probabilities (prompts * beams, V), changed by the guide."""
+        raw = self._finite(guide, logits)
+        changed = guide(_log_softmax(raw), [tokens for beam in beams for tokens in beam.open])
+        return self.xp.array(_log_softmax(changed) if guide.constraints.renormalize_logits else changed, "float32")
+
+    def _finite(self, guide: Guide, logits: Array) -> np.ndarray:
+        """The logits (B, V) on the host, checked; or mended, where the preset asks for that."""
+        raw = self.xp.get(logits)
+        if guide.constraints.remove_invalid_values:
+            return np.nan_to_num(raw, nan=0.0)
+        self._check_finite(raw.sum(axis=-1))
+        return raw
+
     def _picker(
         self, params: Params, sampler: Sampler, prompts: list[list[int]], copies: int, seed: int, logprobs: bool,
-        custom: Callable | None,
+        custom: Callable | None, guide: Guide | None,
     ) -> tuple[Callable, Callable]:  # fmt: skip
         """Two functions with the sampler's state inside. Tokens and log-probabilities are (B,).
 
@@ -149,9 +201,13 @@ class Engine:
         # One generator a row, so that a row does not depend on how many others there are.
         generators = [np.random.default_rng([seed, row]) for row in range(rows)]
         constant = xp.zeros((rows,))
-        if custom is not None:
+        if custom is not None or guide is not None:
             last = xp.zeros((rows,), "int32")
-            own = functools.partial(self._custom, custom, generators, logprobs)
+            own: Callable
+            if guide is not None:
+                own = self._guided(guide, sampler.sampling, custom, generators, logprobs)
+            elif custom is not None:
+                own = functools.partial(self._custom, custom, generators, logprobs)
 
             def advance_own(token: Array, start: Array, cache: Params) -> tuple[Any, Array, Params]:
                 logits, cache = self._decode_step(params, xp.expand_dims(token, 1), start, last, cache)
@@ -188,6 +244,32 @@ class Engine:
 
         return pick, advance
 
+    def _guided(
+        self, guide: Guide, sampler: Sampler, custom: Callable | None, generators: list[np.random.Generator],
+        logprobs: bool,
+    ) -> Callable[[Array], tuple[Array, Array]]:  # fmt: skip
+        """pick(logits (B, V)) -> (tokens, log-probabilities) for logits that the guide changes on the host."""
+        xp, features = self.xp, sampler.features
+        answers: list[list[int]] = [[] for _ in generators]
+        program = self._program(choose, hot=bool(features), features=features, logprobs=False)
+        values, nothing = xp.array(sampler.values()), xp.zeros((1, 1))
+
+        def pick(logits: Array) -> tuple[Array, Array]:
+            raw = self._finite(guide, logits)
+            changed = xp.array(guide(raw, answers), "float32")
+            if custom is not None:
+                token, _ = self._custom(custom, generators, False, changed)
+            else:
+                uniform = draw(generators) if "sample" in features else np.zeros(len(answers), np.float32)
+                token, *_ = program(changed, xp.array(uniform), values, nothing, nothing, nothing)
+            chosen = xp.get(token)
+            for answer, one in zip(answers, chosen.tolist(), strict=True):
+                answer.append(one)
+            scores = _log_softmax(raw)[np.arange(len(chosen)), chosen] if logprobs else np.zeros(len(chosen))
+            return token, xp.array(scores, "float32")
+
+        return pick
+
     def _custom(
         self, function: Callable, generators: list[np.random.Generator], logprobs: bool, logits: Array
     ) -> tuple[Array, Array]:
@@ -206,10 +288,10 @@ class Engine:
             )
         if ((tokens < 0) | (tokens >= vocabulary)).any():
             raise InputError(f"the sampler returned {tokens.tolist()}; the vocabulary goes from 0 to {vocabulary - 1}")
-        chosen = xp.array(tokens, "int32")
+        chosen, alarm = xp.array(tokens, "int32"), not_finite(xp, logits)
         if not logprobs:
-            return chosen, xp.zeros((rows,))
-        return chosen, xp.take_along_axis(xp.log_softmax(logits), xp.expand_dims(chosen, -1), -1)[:, 0]
+            return chosen, alarm
+        return chosen, xp.take_along_axis(xp.log_softmax(logits), xp.expand_dims(chosen, -1), -1)[:, 0] + alarm
 
     def _program(
         self, function: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool = True, **static: Any
@@ -324,6 +406,11 @@ def _token_logprobs(xp: Backend, model: Any, hidden: Array, targets: Array) -> A
     logits = model.logits(xp, hidden)
     picked = xp.take_along_axis(logits, xp.expand_dims(targets, -1), -1)[..., 0]
     return picked - xp.logsumexp(logits, axis=-1)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def _take_rows(xp: Backend, arrays: Params, order: Array) -> Params:

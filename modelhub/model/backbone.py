@@ -189,7 +189,13 @@ class Backbone(Movable):
 
     def check_ids(self, token_ids: Any) -> np.ndarray:
         """int32 (batch, time). Raises InputError for another shape or type, and for ids outside the vocabulary."""
-        ids = np.asarray(token_ids)
+        try:
+            ids = np.asarray(token_ids)
+        except ValueError:  # numpy's word for rows of different lengths
+            raise InputError(
+                "token ids must be integers of shape (batch, time): all rows of one length; give rows of different "
+                "lengths one by one"
+            ) from None
         if ids.ndim != 2 or 0 in ids.shape or ids.dtype.kind not in "iu":
             raise InputError(
                 f"token ids must be integers of shape (batch, time), neither of them 0; got {ids.dtype} {ids.shape}"

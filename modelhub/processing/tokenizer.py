@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from modelhub.errors import TokenizerError
 from modelhub.habits import Habits
@@ -23,6 +23,8 @@ from modelhub.processing.tokenizer_files import (
 )
 from modelhub.processing.tokenizer_gguf import read_gguf, write_gguf
 from modelhub.processing.tokenizer_keras import is_kerashub, read_kerashub
+
+Around = bool | Literal["once"]
 
 
 class Tokenizer(Habits):
@@ -92,15 +94,27 @@ class Tokenizer(Habits):
         named = {name: getattr(self, f"{name}_token") for name in self._parts.named}
         return write_gguf(replace(self._parts, named=named, chat_template=self.chat_template), vocab_size)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of one text. Special tokens spelled inside the text become their ids, as in transformers."""
+    def __call__(self, text: str | Sequence[str], add_special_tokens: Around = True) -> dict[str, Any]:
+        """{"input_ids", "attention_mask"} of one text, or of each of a list, as lists; nothing is padded."""
+        if isinstance(text, str):
+            ids = self.encode(text, add_special_tokens)
+            return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+        rows = self.encode_batch(text, add_special_tokens)
+        return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+
+    def encode(self, text: str, add_special_tokens: Around = True) -> list[int]:
+        """Token ids of one text. Special tokens spelled inside the text become their ids, as in transformers.
+
+        add_special_tokens: whether the tokenizer's own go before and after it. "once": not before a text that spells
+        the first of them itself, as models are trained to read it.
+        """
         return self._around(_checked(self._engine.encode, text), add_special_tokens)
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: Around = True) -> list[list[int]]:
         """Token ids of each text."""
         return [self._around(ids, add_special_tokens) for ids in _checked(self._engine.encode_batch, list(texts))]
 
-    def encode_offsets(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_offsets(self, text: str, add_special_tokens: Around = True) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of one text, as `encode` gives them, and the range [start, end) of `text` that each stands for.
 
         Ranges count the characters of the str. Tokens that share a character (bytes) all have its range; special tokens
@@ -110,32 +124,39 @@ class Tokenizer(Habits):
         return self.encode_offsets_batch([text], add_special_tokens)[0]
 
     def encode_offsets_batch(
-        self, texts: Sequence[str], add_special_tokens: bool = True
+        self, texts: Sequence[str], add_special_tokens: Around = True
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Token ids and character ranges of each text."""
         texts = list(texts)
         encoded = _checked(self._engine.encode_offsets_batch, texts)
-        if not add_special_tokens:
-            return encoded
-        before = [(0, 0)] * len(self._prefix_ids)
-        return [
-            (self._around(ids, True), before + offsets + [(len(text), len(text))] * len(self._suffix_ids))
-            for text, (ids, offsets) in zip(texts, encoded, strict=True)
-        ]
+        found = []
+        for text, (ids, offsets) in zip(texts, encoded, strict=True):
+            before, after = self._sides(ids, add_special_tokens)
+            ranges = [(0, 0)] * len(before) + offsets + [(len(text), len(text))] * len(after)
+            found.append((before + ids + after, ranges))
+        return found
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids. Bytes that are not UTF-8 become U+FFFD; their valid neighbours stay."""
+        """The text of token ids. Bytes that are not UTF-8 become U+FFFD; their valid neighbours stay.
+
+        Ids beyond the vocabulary are nothing: models whose embedding has more rows than their tokenizer has tokens can
+        answer with them. Raises TokenizerError for negative ones.
+        """
         if self._to_bytes is None:
             assert isinstance(self._engine, TokenizersEngine)
-            known = [i for i in map(int, ids) if self.id_to_token(i)]
+            known = [i for i in map(int, ids) if self._token(i)]
             with guarded("This tokenizer cannot decode these ids"):
                 return self._engine.decode(known, skip_special_tokens)
         text = b"".join([self._token_bytes(i, skip_special_tokens) for i in ids]).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._strips_space else text
 
-    def stream(self, skip_special_tokens: bool = True) -> DecodeStream:
-        """Decodes ids as they come; all that it returns, joined, is what `decode` returns."""
-        return DecodeStream(self, skip_special_tokens)
+    def stream(self, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> DecodeStream:
+        """Decodes ids as they come; all that it returns, joined, is what `decode` returns.
+
+        after: the ids before them. All that it returns then goes on where the text of these ends: with the space
+        before its first word, which some tokenizers leave out at the beginning of a text.
+        """
+        return DecodeStream(self, skip_special_tokens, after)
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it, or None."""
@@ -143,17 +164,34 @@ class Tokenizer(Habits):
 
     def id_to_token(self, token_id: int) -> str:
         """The token of an id as the vocabulary spells it."""
-        token_id = int(token_id)
-        token = self._engine.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+        token = self._token(token_id)
         if token is None:
-            raise TokenizerError(
-                f"No token has the id {token_id}: this vocabulary has the ids 0 to {self.vocab_size - 1}. "
-                "Ids beyond it come from a model whose embedding is larger than its tokenizer, or from labels (-100)."
-            )
+            raise self._no_such_id(token_id)
         return token
 
-    def _around(self, ids: list[int], add_special_tokens: bool) -> list[int]:
-        return self._prefix_ids + ids + self._suffix_ids if add_special_tokens else ids
+    def _token(self, token_id: int) -> str | None:
+        """None for ids beyond the vocabulary, and for gaps in it. Raises TokenizerError for negative ones."""
+        token_id = int(token_id)
+        if token_id < 0:
+            raise self._no_such_id(token_id)
+        return self._engine.id_to_token(token_id) if token_id < self.vocab_size else None
+
+    def _no_such_id(self, token_id: int) -> TokenizerError:
+        return TokenizerError(
+            f"No token has the id {token_id}: this vocabulary has the ids 0 to {self.vocab_size - 1}. "
+            "Ids beyond it come from a model whose embedding is larger than its tokenizer, or from labels (-100)."
+        )
+
+    def _around(self, ids: list[int], add_special_tokens: Around) -> list[int]:
+        before, after = self._sides(ids, add_special_tokens)
+        return before + ids + after
+
+    def _sides(self, ids: list[int], add_special_tokens: Around) -> tuple[list[int], list[int]]:
+        """What goes before and after the ids of a text."""
+        if not add_special_tokens:
+            return [], []
+        spelled = add_special_tokens == "once" and ids[:1] == self._prefix_ids[:1]
+        return [] if spelled else self._prefix_ids, self._suffix_ids
 
     def _token_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
         token_id = int(token_id)
@@ -162,7 +200,10 @@ class Tokenizer(Habits):
         data = self._bytes.get(token_id)
         if data is None:
             assert self._to_bytes is not None
-            data = self._bytes[token_id] = self._to_bytes(self.id_to_token(token_id))
+            token = self._token(token_id)
+            if token is None:
+                return b""  # not kept: there is no end of such ids
+            data = self._bytes[token_id] = self._to_bytes(token)
         return data
 
     def _named(self, token: str | None) -> tuple[str | None, int | None]:
@@ -179,7 +220,7 @@ class Tokenizer(Habits):
 class DecodeStream:
     """Text from ids that come one at a time, in constant time for each; never shows half a character."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> None:
         if tokenizer._to_bytes is None:
             raise TokenizerError(
                 "This tokenizer's decoder cannot stream: only byte-level and SentencePiece decoders work token by "
@@ -188,7 +229,7 @@ class DecodeStream:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._at_start = True
+        self._at_start = not any(tokenizer._token_bytes(i, skip_special_tokens) for i in after)
 
     def push(self, token_id: int) -> str:
         """The text that this id completes: "" for special tokens and in the middle of a character."""

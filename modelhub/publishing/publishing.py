@@ -264,11 +264,9 @@ def _draw(provenance: Provenance, folder: Path, unit: str) -> str | None:
     """curve.png of the last run; its name, or None without a run or without matplotlib."""
     if not provenance.runs or not (losses := provenance.runs[-1].losses):
         return None
-    history = History()
-    counted = {unit: 0}  # what the loss is per
-    history.load_state_dict({"history": {}, "epoch": [], "steps": [
-        {"step": step, "epoch": 0, "loss": loss} | counted for step, loss in losses
-    ]})  # fmt: skip
+    history = History(unit)
+    steps = [{"step": step, "epoch": 0, "loss": loss} for step, loss in losses]
+    history.load_state_dict({"history": {}, "epoch": [], "steps": steps})
     try:
         return history.plot(folder / "curve.png").name
     except BackendNotInstalled:

@@ -10,7 +10,7 @@ class RunStats:
 
     reused_tokens: how many tokens of the prompt were in the cache of the call before, and not computed again.
     tokens_per_second: all rows together, from the second step on: what comes before is reading the prompt and, on
-    backends that compile, compiling. 0 if there were no more than two steps.
+    backends that compile, compiling. None for fewer than 8 tokens, of which no rate can be told.
     """
 
     prompt_tokens: int
@@ -18,7 +18,7 @@ class RunStats:
     new_tokens: int
     seconds_to_first_token: float
     seconds: float
-    tokens_per_second: float
+    tokens_per_second: float | None
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -14,8 +14,10 @@ import numpy as np
 from modelhub.core import custom
 from modelhub.errors import InputError, ModelhubError
 from modelhub.generation.beam import BeamOptions
+from modelhub.generation.constraints import Guide
 from modelhub.generation.decode import Engine
-from modelhub.generation.sampling import Sampler
+from modelhub.generation.sampling import is_whole
+from modelhub.generation.settings import Settings, settings
 from modelhub.generation.text import TextRow
 from modelhub.kinds import CAUSAL_LM, IMAGES
 from modelhub.model.backbone import Backbone
@@ -99,8 +101,8 @@ class CausalLM(FineTuning):
 
     def generate(
         self,
-        prompt: str | Sequence[str],
-        max_new_tokens: int = 64,
+        prompt: str | Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int | None = None,
         *,
         sampler: Callable | str | None = None,
         temperature: float | None = None,
@@ -111,7 +113,7 @@ class CausalLM(FineTuning):
         presence_penalty: float | None = None,
         frequency_penalty: float | None = None,
         logit_bias: Mapping[int, float] | None = None,
-        num_beams: int = 1,
+        num_beams: int | None = None,
         num_return_sequences: int = 1,
         stop: str | Sequence[str] | None = None,
         logprobs: bool = False,
@@ -121,104 +123,142 @@ class CausalLM(FineTuning):
     ) -> Any:
         """Continue a prompt (returns a string), or each of a list of prompts in one batch (returns a list).
 
-        Greedy, unless the preset's generation_config or an argument here asks for sampling: giving temperature, top_k,
-        top_p or min_p does. In float32 the same seed gives the same text on every backend. The penalties and
-        logit_bias are those of modelhub.generation.sampling.Sampler, which names their sources.
+        A prompt is a text, which gets the tokenizer's start token unless it spells it itself, or a list of token ids,
+        in a list of such, which is taken as it is.
 
-        sampler: the user's own choice of tokens, function(logits) -> token ids on the arrays of the model's backend,
-            logits (rows, vocabulary) float32, ids (rows,); or function(xp, logits, uniform), written once for all; or
-            the name of a registered one.
+        What is not given here is as the preset's generation_config says, whose keys are those of transformers (change
+        lm.generation_config for what has no argument here, such as no_repeat_ngram_size); else greedy, 64 tokens at
+        most. Giving temperature, top_k, top_p or min_p means sampling. In float32 the same seed gives the same text on
+        every backend. The penalties and logit_bias are those of modelhub.generation.sampling.Sampler, which names their
+        sources.
+
+        sampler: "greedy", "random", "top_k" (5 unless top_k says more), "top_p" (0.1) or "beam" (num_beams 5), as in
+            KerasHub; or the user's own choice of tokens, function(logits) -> token ids on the arrays of the model's
+            backend, logits (rows, vocabulary) float32, ids (rows,); or function(xp, logits, uniform), written once for
+            all; or the name of a registered one.
         num_beams: beam search as in transformers, without sampling.
         num_return_sequences: that many answers per prompt, in a list.
-        stop: string(s) that end the text and are not part of it.
+        stop: string(s) that end the text and are not part of it; they may be, or hold, special tokens.
         logprobs: return Generation objects (text, token_ids, logprobs, score) in place of strings.
         stream: return an iterator over pieces of text (one prompt, one answer). echo: begin with the prompt.
 
-        Ends at the model's end-of-sequence tokens, after max_new_tokens, or where the model's context is full.
-        Raises InputError for prompts that are empty or too long, and for values that make no sense.
+        The text goes on where the prompt ends, with the space before a new word: prompt + answer is the whole. It ends
+        at the model's end-of-sequence tokens, after max_new_tokens, or where the model's context is full.
+        Raises InputError for prompts that are empty or too long, and for values that make no sense; NotFinite for a
+        model whose logits are NaN or infinite.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        # A rendered chat spells its special tokens itself.
-        ids = [self._tokenizer.encode(text, not isinstance(text, _Rendered)) for text in _checked(prompts)]
-        if stream and not isinstance(prompt, str):
+        alone = isinstance(prompt, str)
+        prompts = _checked(prompt)
+        if stream and not alone:
             raise InputError(f"stream=True takes one prompt, got a list of {len(prompts)}")
-        if stream and (num_beams, num_return_sequences, logprobs) != (1, 1, False):
+        _check_flags(stream=stream, echo=echo, logprobs=logprobs)
+        if not is_whole(num_return_sequences) or num_return_sequences < 1:
+            raise InputError(f"num_return_sequences must be 1 or more, a whole number; got {num_return_sequences!r}")
+        if not is_whole(seed) or seed < 0:
+            raise InputError(f"seed must be a whole number, 0 or more, got {seed!r}")
+        if stream and (num_beams not in (None, 1) or sampler == "beam" or num_return_sequences != 1 or logprobs):
             raise InputError(
                 "stream=True gives one answer as it comes: it cannot be combined with num_beams, "
                 "num_return_sequences or logprobs"
             )
-        settings = self._sampler(
+        named = sampler if isinstance(sampler, str) and sampler not in custom.names("sampler") else None
+        own = None if sampler is None or named else custom.given("sampler", sampler, self.backend)
+        how = self._settings(
+            one_answer=stream or own is not None, sampler=named, max_new_tokens=max_new_tokens,
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias,
+            num_beams=num_beams, stop=stop, chat=alone and isinstance(prompt, _Rendered),
         )  # fmt: skip
-        own = None if sampler is None else custom.given("sampler", sampler, self.backend)
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
-        room = self._room(ids, max_new_tokens)
-        if num_return_sequences < 1:
-            raise InputError(f"num_return_sequences must be 1 or more, got {num_return_sequences}")
-        if num_beams != 1:
-            if own or stops or settings.features:
-                raise InputError("num_beams cannot be combined with sampling, penalties, logit_bias, sampler or stop")
-            answers = self._beam_search(ids, room, num_beams, num_return_sequences)
+        ids = [self._prompt_ids(text) for text in prompts]
+        rooms = self._rooms(ids, how)
+        guide = None
+        if how.constraints.active or (how.num_beams > 1 and how.sampler.features):
+            guide = Guide(how.sampler, how.constraints, ids, rooms, max(num_return_sequences, how.num_beams))
+        texts = self._rows(prompts, ids, rooms, how)
+        if how.num_beams > 1:
+            if own is not None:
+                raise InputError("num_beams cannot be combined with a sampler of your own")
+            answers = self._beam_search(ids, rooms, how, guide, num_return_sequences, texts)
         else:
-            rows = [
-                TextRow(self._tokenizer.stream(), self.stop_ids, stops)
-                for _ in range(len(prompts) * num_return_sequences)
-            ]
+            rows = [make() for make in texts for _ in range(num_return_sequences)]
             pieces = self._run(
-                ids, rows, room, settings, seed, copies=num_return_sequences, logprobs=logprobs, custom=own
-            )
+                ids, rows, max(rooms), how, seed, copies=num_return_sequences, logprobs=logprobs, custom=own,
+                guide=guide,
+            )  # fmt: skip
             if stream:
                 return itertools.chain(prompts if echo else [], pieces)
             for _ in pieces:
                 pass
             answers = [Generation(row.text, row.tokens, row.logprobs, float(sum(row.logprobs))) for row in rows]
         if echo:
-            repeated = [text for text in prompts for _ in range(num_return_sequences)]
+            spelled = [text if isinstance(text, str) else self._tokenizer.decode(text) for text in prompts]
+            repeated = [text for text in spelled for _ in range(num_return_sequences)]
             answers = [replace(a, text=text + a.text) for text, a in zip(repeated, answers, strict=True)]
         results: list[Any] = list(answers) if logprobs else [answer.text for answer in answers]
         if num_return_sequences > 1:
             results = [results[i : i + num_return_sequences] for i in range(0, len(results), num_return_sequences)]
-        return results[0] if isinstance(prompt, str) else results
+        return results[0] if alone else results
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], max_new_tokens: int = 512, **options: Any) -> Any:
+    def chat(self, messages: Sequence[Mapping[str, Any]], max_new_tokens: int | None = None, **options: Any) -> Any:
         """The assistant's answer to a conversation, through the preset's own chat template.
 
         messages: [{"role": "user", "content": "..."}, ...] with roles system, user and assistant (tool, developer where
-        the template has them). options: those of `generate`. The template's end of a turn ends the answer. In a growing
-        conversation only the new tokens are computed.
+        the template has them). max_new_tokens: 512, unless generation_config says otherwise. options: those of
+        `generate`. The template's end of a turn ends the answer. In a growing conversation only the new tokens are
+        computed.
 
         Raises InputError if the preset has no chat template, ChatTemplateError for what the template refuses.
         """
         text = self.chat_template.render(messages, add_generation_prompt=True)
         return self.generate(_Rendered(text), max_new_tokens, **options)
 
-    def score(self, texts: str | Sequence[str]) -> Any:
+    def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> Any:
         """How likely the model finds a text (returns a Score), or each of a list of texts (returns a list).
 
-        The first token is given, not predicted: with a tokenizer that begins texts with a special token, all of the
-        text is scored. Raises InputError for empty and too long texts.
+        Texts, or lists of token ids in a list, are read as `generate` reads its prompts. The first token is given, not
+        predicted: with a tokenizer that begins texts with a special token, all of the text is scored.
+        Raises InputError for empty and too long texts; NotFinite for a model whose logits are NaN or infinite.
         """
-        listed = [texts] if isinstance(texts, str) else list(texts)
         scores = []
-        for text in _checked(listed):
-            ids = self._tokenizer.encode(text)
+        for text in _checked(texts, "text"):
+            ids = self._prompt_ids(text)
+            spelled = text if isinstance(text, str) else self._tokenizer.decode(ids)
             if len(ids) < 2:
-                raise InputError(f"{text!r} is a single token and nothing comes before it; give a longer text")
+                raise InputError(f"{spelled!r} is a single token and nothing comes before it; give a longer text")
             row = self.backbone.check_ids([ids])
-            scores.append(Score(text, ids, self._engine.token_logprobs(self.params, row)[0].tolist()))
+            scores.append(Score(spelled, ids, self._engine.token_logprobs(self.params, row)[0].tolist()))
         return scores[0] if isinstance(texts, str) else scores
 
+    def _prompt_ids(self, text: str | list[int]) -> list[int]:
+        """Texts that spell the start token themselves get no second one; a rendered chat spells all there is."""
+        if isinstance(text, list):
+            return text
+        return self._tokenizer.encode(text, False if isinstance(text, _Rendered) else "once")
+
+    def _rows(
+        self, prompts: list[str | list[int]], ids: list[list[int]], rooms: list[int], how: Settings
+    ) -> list[Callable[[], TextRow]]:
+        """For each prompt what makes its answers' texts out of tokens."""
+        tokenizer = self._tokenizer
+        special = {i: tokenizer.id_to_token(i) for i in tokenizer.special_ids} if how.stop else {}
+
+        def row(prompt: str | list[int], before: list[int], room: int) -> TextRow:
+            # An answer in a chat is a text of its own.
+            stream = tokenizer.stream(after=() if isinstance(prompt, _Rendered) else before)
+            return TextRow(stream, self.stop_ids, how.stop, special, room)
+
+        return [partial(row, *each) for each in zip(prompts, ids, rooms, strict=True)]
+
     def _run(
-        self, ids: list[list[int]], rows: list[TextRow], max_new_tokens: int, sampler: Sampler, seed: int,
-        *, copies: int, logprobs: bool, custom: Callable | None,
+        self, ids: list[list[int]], rows: list[TextRow], room: int, how: Settings, seed: int,
+        *, copies: int, logprobs: bool, custom: Callable | None, guide: Guide | None,
     ) -> Iterator[str]:  # fmt: skip
         """Drive the engine until every row is done; yields the first row's text piece by piece."""
         begun = time.perf_counter()
         arrived: list[float] = []  # when the first tokens and the second came, and how many there were by then
         counted = 0
         steps = self._engine.run(
-            self.params, ids, max_new_tokens, sampler, seed, copies=copies, logprobs=logprobs, custom=custom
+            self.params, ids, room, how.sampler, seed, copies=copies, logprobs=logprobs, custom=custom, guide=guide
         )
         for tokens, scores in steps:
             if len(arrived) < 2:
@@ -234,24 +274,35 @@ class CausalLM(FineTuning):
         if rest[0]:
             yield rest[0]
         seconds, new_tokens = time.perf_counter() - begun, sum(len(row.tokens) for row in rows)
-        speed = max(new_tokens - counted, 0) / (seconds - arrived[-1])
+        timed = new_tokens - counted
+        speed = timed / (seconds - arrived[-1]) if timed >= _FEWEST_TIMED else None
         self.last_run = RunStats(sum(map(len, ids)), self._engine.reused, new_tokens, arrived[0], seconds, speed)
 
-    def _beam_search(self, ids: list[list[int]], room: int, num_beams: int, wanted: int) -> list["Generation"]:
-        if num_beams < 1 or wanted > num_beams:
+    def _beam_search(
+        self, ids: list[list[int]], rooms: list[int], how: Settings, guide: Guide | None, wanted: int,
+        texts: list[Callable[[], TextRow]],
+    ) -> list["Generation"]:  # fmt: skip
+        if wanted > how.num_beams:
             raise InputError(
-                f"num_beams={num_beams} with num_return_sequences={wanted}: there must be at least one beam, and as "
-                f"many beams as answers"
+                f"num_beams={how.num_beams} with num_return_sequences={wanted}: there must be as many beams as answers"
             )
-        options = BeamOptions(
-            num_beams, room, self.stop_ids, float(self.generation_config.get("length_penalty") or 1.0),
-            self.generation_config.get("early_stopping") or False,
-        )  # fmt: skip
+        # All at once, unless what ends them differs.
+        alike = len({*rooms}) == 1 and not how.stop
+        groups = [range(len(ids))] if alike else [range(i, i + 1) for i in range(len(ids))]
         answers = []
-        for beams in self._engine.beam_search(self.params, ids, options):
-            for tokens, score in zip(beams.finished[:wanted], beams.finished_scores[:wanted], strict=True):
-                kept = [token for token in tokens if token not in self.stop_ids]
-                answers.append(Generation(self._tokenizer.decode(kept), kept, None, float(score)))
+        for group in groups:
+            first = group[0]
+            stopped = partial(_ends, texts[first]) if how.stop else None
+            options = BeamOptions(
+                how.num_beams, rooms[first], self.stop_ids, how.length_penalty, how.early_stopping, stopped
+            )
+            prompts, own_rooms = [ids[i] for i in group], [rooms[i] for i in group]
+            own_guide = guide and replace(guide, prompts=prompts, rooms=own_rooms)
+            for i, beams in zip(group, self._engine.beam_search(self.params, prompts, options, own_guide), strict=True):
+                for tokens, score in zip(beams.finished[:wanted], beams.finished_scores[:wanted], strict=True):
+                    row = _pushed(texts[i], tokens)
+                    row.flush()
+                    answers.append(Generation(row.text, row.tokens, None, float(score)))
         return answers
 
     def _write_processors(self, folder: Path) -> None:
@@ -315,17 +366,15 @@ class CausalLM(FineTuning):
                 return self._end_of_turn.union(found if isinstance(found, list) else [found])
         return self._end_of_turn
 
-    def _sampler(self, **asked: Any) -> Sampler:
+    def _settings(self, one_answer: bool, chat: bool, **asked: Any) -> Settings:
         """What the call asks for, and for the rest what generation_config.json says."""
-        defaults = {key: self.generation_config.get(key) for key in asked}
-        if not self.generation_config.get("do_sample"):  # then transformers ignores these too
-            defaults |= {"temperature": None, "top_k": None, "top_p": None, "min_p": None}
-        chosen = {key: defaults[key] if value is None else value for key, value in asked.items()}
-        return Sampler(**chosen | {"logit_bias": asked["logit_bias"] or {}})
+        return settings(
+            self.generation_config, asked, stop_ids=self.stop_ids, vocabulary=self.config.vocab_size,
+            max_new_tokens=512 if chat else 64, one_answer=one_answer, where=self.preset or "this model",
+        )  # fmt: skip
 
-    def _room(self, ids: list[list[int]], max_new_tokens: int) -> int:
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+    def _rooms(self, ids: list[list[int]], how: Settings) -> list[int]:
+        """How many tokens each answer may have."""
         context = self.config.max_position_embeddings
         for index, prompt in enumerate(ids):
             if len(prompt) >= context:
@@ -334,15 +383,48 @@ class CausalLM(FineTuning):
                     f"shorten it so that room is left for an answer"
                 )
             self.backbone.check_ids([prompt])  # a tokenizer may have more ids than the embedding has rows
-        return min(max_new_tokens, context - max(map(len, ids)))
+        return [min(how.room(len(prompt)), context - len(prompt)) for prompt in ids]
 
 
-def _checked(texts: list[str]) -> list[str]:
-    if not texts:
-        raise InputError("the list of prompts is empty; give at least one")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(f"prompt {index} is a {type(text).__name__}; give a string or a list of strings")
+_FEWEST_TIMED = 8  # tokens: the clock says nothing of fewer
+
+
+def _pushed(make: Callable[[], TextRow], tokens: list[int]) -> TextRow:
+    row = make()
+    for token in tokens:
+        row.push(token)
+    return row
+
+
+def _ends(make: Callable[[], TextRow], tokens: list[int]) -> bool:
+    return _pushed(make, tokens).done
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            more = ": of each token that was chosen; there are none of others" if name == "logprobs" else ""
+            raise InputError(f"{name} must be True or False, got {value!r}{more}")
+
+
+def _checked(given: Any, what: str = "prompt") -> list[Any]:
+    """The texts, and lists of token ids, of a call, each a str or a list of ints."""
+    if isinstance(given, str):
+        given = [given]
+    elif isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise InputError(f"the {what} is a {type(given).__name__}; give a string or a list of strings")
+    listed = [text if isinstance(text, str) or not hasattr(text, "tolist") else text.tolist() for text in given]
+    if not listed:
+        raise InputError(f"the list of {what}s is empty; give at least one")
+    for index, text in enumerate(listed):
+        ids = isinstance(text, list | tuple) and all(map(is_whole, text))
+        if not ids and not isinstance(text, str):
+            raise InputError(
+                f"{what} {index} is a {type(text).__name__}; give a string or a list of strings, or token ids as a "
+                f"list of lists: [[2, 651]]"
+            )
         if not text:
-            raise InputError(f"prompt {index} is empty; give at least one character")
-    return texts
+            raise InputError(f"{what} {index} is empty; give at least one {'token' if ids else 'character'}")
+        if ids:
+            listed[index] = [int(token) for token in text]
+    return listed

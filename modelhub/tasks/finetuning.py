@@ -121,7 +121,9 @@ class FineTuning(Trainable):
         source = self._prepare(
             data, batch_size, packing=packing, loss_on=loss_on, template=template, kind=kind, shuffle=False
         )
-        found = Engine(self.backbone.xp, self.backbone.model, self.params, (), settings).evaluate(source.epoch(0))
+        objective = TextObjective(self.backbone.config)
+        engine = Engine(self.backbone.xp, self.backbone.model, self.params, (), settings, objective)
+        found = engine.evaluate(source.epoch(0))
         perplexity = math.exp(found["loss"]) if found["loss"] < 700 else math.inf
         return {"loss": found["loss"], "perplexity": perplexity} | found
 

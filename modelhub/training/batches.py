@@ -21,7 +21,9 @@ import numpy as np
 
 from modelhub.errors import DataError
 from modelhub.processing.tokenizer import Tokenizer
+from modelhub.training import fields
 from modelhub.training.examples import Example, Examples, Render, make_examples
+from modelhub.training.fields import Field
 from modelhub.training.loaders import Begun, peek
 from modelhub.training.records import read_records
 
@@ -135,7 +137,8 @@ class Batches:
     examples: a list of Example, or what `make_examples` returns. batch_size: rows of a batch. packing: as many examples
     in a row of sequence_length as go in (best fit); else one a row, with rows of similar lengths in a batch, and at
     most WIDTHS different lengths of rows. shuffle=False: every epoch alike, for evaluation. tokenizer: for the pad id
-    and the report's sample.
+    and the report's sample. group: so many examples, one after the other, belong together: with packing they lie in one
+    row, without in rows of one batch that follow each other, always in their order.
     """
 
     def __init__(
@@ -148,6 +151,7 @@ class Batches:
         seed: int = 0,
         shuffle: bool = True,
         tokenizer: Tokenizer | None = None,
+        group: int = 1,
     ) -> None:
         self._made = examples if isinstance(examples, Examples) else Examples(list(examples))
         self.examples = self._made.examples
@@ -158,6 +162,18 @@ class Batches:
         self._lengths = [len(example.ids) for example in self.examples]
         if max(self._lengths, default=0) > sequence_length:
             raise DataError(f"an example has {max(self._lengths)} tokens, more than sequence_length={sequence_length}")
+        if len(self.examples) % group or (not packing and batch_size % group):
+            raise DataError(
+                f"each {group} examples belong together, which {len(self.examples)} examples and batches of "
+                f"{batch_size} rows cut apart: both must be multiples of {group}"
+            )
+        parts = [self._lengths[i : i + group] for i in range(0, len(self._lengths), group)]
+        self._group, self._sizes = group, [sum(part) if packing else max(part) for part in parts]  # of groups
+        if (longest := max(self._sizes, default=0)) > sequence_length:
+            raise DataError(
+                f"group {self._sizes.index(longest) + 1}, {group} examples that belong together, has {longest} tokens, "
+                f"more than sequence_length={sequence_length}"
+            )
         if not any(example.loss[1:].any() for example in self.examples):
             raise DataError(f"none of the {len(self.examples)} examples has a token to learn (a label)")
         self._plan_of: tuple[int, list[_Plan]] | None = None
@@ -206,7 +222,7 @@ class Batches:
     def _plan(self, epoch: int) -> "list[_Plan]":
         if self._plan_of is None or self._plan_of[0] != epoch:
             draw = np.random.default_rng([self.seed, epoch])
-            order = draw.permutation(len(self.examples)) if self.shuffle else np.arange(len(self.examples))
+            order = draw.permutation(len(self._sizes)) if self.shuffle else np.arange(len(self._sizes))
             plan = self._packed(order) if self.packing else self._bucketed(order)
             if self.shuffle:
                 plan = [plan[i] for i in draw.permutation(len(plan))]
@@ -216,14 +232,15 @@ class Batches:
     def _packed(self, order: np.ndarray) -> "list[_Plan]":
         # Sorted by length the rows would be 99.9% full instead of 98.6% (Dolly's lengths, rows of 512), but then long
         # examples are always alone and short ones among themselves.
-        rows = [[int(order[i]) for i in row] for row in pack([self._lengths[i] for i in order], self.sequence_length)]
+        packed = pack([self._sizes[i] for i in order], self.sequence_length)
+        rows = [[example for i in row for example in self._members(order[i])] for row in packed]
         return [(self.sequence_length, list(part)) for part in _parts(rows, self.batch_size)]
 
     def _bucketed(self, order: np.ndarray) -> "list[_Plan]":
-        widths = least_padding(self._lengths, self.sequence_length)
+        widths = least_padding(self._sizes, self.sequence_length)
         buckets: dict[int, list[list[int]]] = defaultdict(list)
         for i in order:
-            buckets[widths[bisect_left(widths, self._lengths[i])]].append([int(i)])
+            buckets[widths[bisect_left(widths, self._sizes[i])]] += [[example] for example in self._members(i)]
         plan: list[_Plan] = []
         left: list[list[int]] = []
         for width in sorted(buckets):
@@ -232,6 +249,10 @@ class Batches:
             plan += [(width, part) for part in _parts(rows[:full], self.batch_size)]
             left = rows[full:]  # they go into longer rows, so that only the last batch has empty ones
         return plan + [(max(buckets), left)] * bool(left)
+
+    def _members(self, group: int) -> range:
+        """The examples of a group."""
+        return range(int(group) * self._group, (int(group) + 1) * self._group)
 
     def _batch(self, width: int, rows: list[list[int]]) -> Batch:
         shape = (self.batch_size, width)
@@ -317,6 +338,7 @@ class ReadyBatches:
     """
 
     fingerprint = None
+    _nothing = f"all labels of {{}} are {NO_LABEL}"
 
     def __init__(self, data: Iterable[Mapping[str, Any]]) -> None:
         self._data = data
@@ -344,19 +366,24 @@ class ReadyBatches:
         if hasattr(self._source, "set_epoch"):  # a Hugging Face IterableDataset shuffles, and resumes, by it
             self._source.set_epoch(epoch)
         skipped = 0 if restored else start
-        number, labels = start, 0
+        number, learnt = start, 0
         for number, batch in enumerate(itertools.islice(self._data, skipped, None), start + 1):
             ready = self.complete(batch, f"batch {number} of epoch {epoch + 1}")
-            labels += int((ready["labels"] != NO_LABEL).sum())
+            learnt += self.learnt(ready)
             yield ready
         if number == 0:
             again = ": a generator can be read once. Give something that can be read again, such as a list"
             raise DataError(f"the data gave no batch in epoch {epoch + 1}{again if epoch else ''}")
-        if start == 0 and not labels:
-            raise DataError(f"all labels of the {number} batches of epoch {epoch + 1} are {NO_LABEL}: nothing to learn")
+        if start == 0 and not learnt:
+            raise DataError(f"{self._nothing.format(f'the {number} batches of epoch {epoch + 1}')}: nothing to learn")
 
     def complete(self, batch: Any, where: str) -> Batch:
+        """A user's batch as the objective takes it. Raises DataError."""
         return complete(batch, where)
+
+    def learnt(self, batch: Batch) -> int:
+        """How much there is to learn from a batch."""
+        return int((batch["labels"] != NO_LABEL).sum())
 
     def state_dict(self) -> dict[str, Any]:
         """The iterable's own, if it has one."""
@@ -371,6 +398,35 @@ class ReadyBatches:
     def report(self) -> str:
         steps = self.steps(0)
         return f"ready batches, {'an unknown number of' if steps is None else f'{steps:,}'} steps an epoch"
+
+
+class ReadyRows(ReadyBatches):
+    """Ready batches of an objective of another kind: its fields, arrays of any framework or lists, taken as they are.
+
+    A batch with fewer rows than the first is filled up. Raises DataError for what the fields do not allow.
+    """
+
+    _nothing = "there is no row with a loss in {}"
+
+    def __init__(
+        self, data: Iterable[Mapping[str, Any]], named: Mapping[str, Field], learnt: Callable[[Batch], int]
+    ) -> None:  # fmt: skip
+        super().__init__(data)
+        self._fields, self._learnt, self._rows = named, learnt, 0
+
+    def complete(self, batch: Any, where: str) -> Batch:
+        if not isinstance(batch, Mapping):
+            raise DataError(f"{where} must be a dict with {', '.join(self._fields)}, found {type(batch).__name__}")
+        arrays = {name: _as_numpy(x, f"{where}: {name}", floats=True) for name, x in batch.items()}
+        fields.check(self._fields, arrays, where)
+        rows = fields.rows_of(arrays)
+        self._rows = self._rows or rows
+        narrow = {"i": np.int32, "f": np.float32}
+        arrays = {name: x.astype(narrow[x.dtype.kind], copy=False) for name, x in arrays.items()}
+        return fields.cut(self._fields, arrays, 0, max(rows, self._rows))
+
+    def learnt(self, batch: Batch) -> int:
+        return self._learnt(batch)
 
 
 def complete(batch: Mapping[str, Any], where: str = "the batch") -> Batch:
@@ -414,7 +470,7 @@ def complete(batch: Mapping[str, Any], where: str = "the batch") -> Batch:
     return {name: np.ascontiguousarray(array, np.int32) for name, array in done.items()}
 
 
-def _as_numpy(value: Any, where: str) -> np.ndarray:
+def _as_numpy(value: Any, where: str, floats: bool = False) -> np.ndarray:
     convert: list[Callable[[], Any]] = [lambda: value, lambda: value.detach().cpu(), lambda: value.numpy()]
     for attempt in convert:  # a torch tensor on a GPU must first come to the CPU
         try:
@@ -423,7 +479,9 @@ def _as_numpy(value: Any, where: str) -> np.ndarray:
             continue
         if array.dtype.kind in "iub":
             return array.astype(np.int64)  # -100 is no unsigned number
-        raise DataError(f"{where} must be integers, found {array.dtype}")
+        if floats and array.dtype.kind == "f":
+            return array
+        raise DataError(f"{where} must be {'numbers' if floats else 'integers'}, found {array.dtype}")
     raise DataError(
         f"{where}: a {type(value).__name__} cannot be made an array; rows of different lengths need padding"
     )

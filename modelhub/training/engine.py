@@ -6,7 +6,7 @@ makes no difference into how many pieces a batch is cut, and accumulation over b
 
 import functools
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,9 @@ import numpy as np
 from modelhub.core import custom, lora, optim
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Module, Params
-from modelhub.training.objectives import Batch, Objective, TextObjective, compute_dtype
+from modelhub.errors import DataError
+from modelhub.training import fields
+from modelhub.training.objectives import Batch, Objective, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,15 @@ class Engine:
     """The compiled programs of a training run and its state: trainable parameters and what the optimizer remembers.
 
     params: all of the model's; trainable: the names of those to train, which are copied. The others are only read.
-    objective: what is learnt; None: text.
+    objective: what is learnt.
     """
 
     def __init__(
         self, xp: Backend, skeleton: Module, params: Params, trainable: Iterable[str], settings: Settings,
-        objective: Objective | None = None,
+        objective: Objective,
     ):  # fmt: skip
         settings = replace(settings, loss=custom.loss(settings.loss, xp))
-        self.xp, self.settings = xp, settings
-        self.objective = objective or TextObjective(skeleton.model.config)  # type: ignore[attr-defined]
+        self.xp, self.settings, self.objective = xp, settings, objective
         names = frozenset(trainable)
         self._dtype = settings.compute_dtype or compute_dtype(xp, params)
         self.frozen = {name: _compute(xp, settings, name, x) for name, x in params.items() if name not in names}
@@ -78,6 +79,7 @@ class Engine:
         update = functools.partial(_update, xp, settings, self.objective.sums, self.scaling)
         self._update = compiled(update, donate=(1, 2))
         self._losses = compiled(functools.partial(_add_losses, *common), donate=(2,))
+        self._measured = compiled(functools.partial(_add_measured, *common), donate=(2,))
 
     @property
     def params(self) -> Params:
@@ -112,27 +114,31 @@ class Engine:
             sums = {name: xp.zeros(()) for name in names}
             sums |= {f"gradient/{name}": xp.zeros(x.shape) for name, x in self.trainable.items()}
             scale = self.state.get("loss_scale/scale", xp.array(1.0))
-            counted = 0
-            for piece, count in self._pieces(batches, step):
+            counted = 0.0
+            for piece, count in self._pieces(self._with_totals(batches), step):
                 sums = self._gradients(self.trainable, self.frozen, piece, sums, scale)
                 counted += count
             if not counted:
                 return dict.fromkeys((*names, "grad_norm", unit), 0.0)
-            numbers = xp.array(float(counted)), xp.array(learning_rate, "float32"), xp.array(step, "int32")
+            numbers = xp.array(counted), xp.array(learning_rate, "float32"), xp.array(step, "int32")
             self.trainable, self.state, found = self._update(self.trainable, self.state, sums, *numbers)
-        return {name: float(xp.get(found[name])) for name in (*names, "grad_norm")} | {unit: float(counted)}
+        return {name: float(xp.get(found[name])) for name in (*names, "grad_norm")} | {unit: counted}
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The objective's sums (loss, accuracy, ...) over their count, and the count under the name of its unit."""
+        """The objective's sums (loss, accuracy, ...) over their count, and the count under the name of its unit.
+
+        Totals that an objective has over a window are those of each batch.
+        """
         xp, names = self.xp, self.objective.sums
         with xp.matmul_precision(self.settings.matmul_precision):
             sums = {name: xp.zeros(()) for name in names}
-            counted = 0
-            for piece, count in self._pieces(batches, None):
+            counted = 0.0
+            each = (told for batch in batches for told in self._with_totals([batch]))
+            for piece, count in self._pieces(each, None):
                 sums = self._losses(self.params, piece, sums)
                 counted += count
         means = {name: float(xp.get(sums[name])) / max(counted, 1) for name in names}
-        return means | {self.objective.unit: float(counted)}
+        return means | {self.objective.unit: counted}
 
     def memory(self, rows: int, positions: int) -> int:
         """Bytes that a step of that many rows, each of that many positions, needs beside the weights: a rough count."""
@@ -143,31 +149,79 @@ class Engine:
         return 3 * trained + slots + self.objective.activations(at_once, positions, item, self.settings.remat)
 
     def _at_once(self, rows: int, positions: int) -> int:
-        """How many rows go through the model together."""
-        return rows if self.xp.device != "cpu" else min(rows, self.objective.rows_at_once(positions))
+        """How many rows go through the model together: whole groups."""
+        if self.xp.device != "cpu" or self.objective.group is None:
+            return rows
+        group = self.objective.group
+        return min(rows, max(1, self.objective.rows_at_once(positions) // group) * group)
 
-    def _pieces(self, batches: Iterable[Batch], step: int | None) -> Iterator[tuple[dict[str, Array], int]]:
-        for number, batch in enumerate(batches):
-            self.objective.check(batch)
-            rows, positions = self.objective.shape(batch)
-            at_once = self._at_once(rows, positions)
-            for first in range(0, rows, at_once):
-                arrays, count = self.objective.piece(batch, first, at_once)
+    def _pieces(
+        self, batches: Iterable[tuple[Batch, Params]], step: int | None
+    ) -> Iterator[tuple[dict[str, Array], float]]:
+        """Those with something to learn, with the totals that they are told."""
+        for number, (batch, totals) in enumerate(batches):
+            for first, rows, arrays, count in self._cut(batch):
                 if not count:
                     continue
                 if self.settings.dropout and step is not None:
-                    arrays["dropout_keys"] = _keys(self.settings.seed, step, number, first, at_once)
-                yield {name: self._taken(x) for name, x in arrays.items()}, count
+                    sequences = self.objective.sequences
+                    arrays["dropout_keys"] = _keys(self.settings.seed, step, number, first, rows, sequences)
+                yield {name: self._taken(x) for name, x in arrays.items()} | totals, count
+
+    def _cut(self, batch: Batch) -> Iterator[tuple[int, int, dict[str, np.ndarray], float]]:
+        """The pieces of a batch: first row, how many rows, arrays, count."""
+        fields.check(self.objective.fields, batch)
+        self.objective.check(batch)
+        rows, positions = self.objective.shape(batch)
+        if rows % (group := self.objective.group or rows):
+            raise DataError(
+                f"the batch has {rows} rows, of which each {group} belong together: give whole groups, a multiple of "
+                f"{group} rows"
+            )
+        at_once = self._at_once(rows, positions)
+        for first in range(0, rows, at_once):
+            yield first, at_once, *self.objective.piece(batch, first, at_once)
+
+    def _with_totals(self, batches: Iterable[Batch]) -> Iterable[tuple[Batch, Params]]:
+        """The batches of one step, each with the totals that its pieces are told."""
+        counted, measured = self.objective.counted, self.objective.measured
+        if not counted and not measured:
+            return ((batch, {}) for batch in batches)
+        batches = list(batches)
+        found: list[dict[str, Array]] = [
+            {name: self.xp.array(float(x)) for name, x in self.objective.count(batch).items()} for batch in batches
+        ]
+        if measured:
+            found = [told | self._measure(batch) for told, batch in zip(found, batches, strict=True)]
+        over: Mapping[str, str] = {**counted, **measured}
+        windows = {name: _total([told[name] for told in found]) for name in over if over[name] == "window"}
+        return [
+            (batch, {f"total/{name}": (told | windows)[name] for name in over})
+            for batch, told in zip(batches, found, strict=True)
+        ]  # fmt: skip
+
+    def _measure(self, batch: Batch) -> Params:
+        sums = {name: self.xp.zeros(()) for name in self.objective.measured}
+        params = self.params
+        for *_, arrays, _ in self._cut(batch):
+            sums = self._measured(params, {name: self._taken(x) for name, x in arrays.items()}, sums)
+        return sums
 
     def _taken(self, x: np.ndarray) -> Array:
         """Pixels are many and the batch is ours: they are not copied once more."""
         return self.xp.put(x) if x.dtype == np.float32 else self.xp.array(x)
 
 
-def _keys(seed: int, step: int, number: int, first: int, rows: int) -> np.ndarray:
-    """(rows,) int32: the same for a row whatever piece it comes in."""
-    found = [zlib.crc32(f"{seed} {step} {number} {first + row}".encode()) for row in range(rows)]
-    return np.array(found, np.uint32).view(np.int32)
+def _keys(seed: int, step: int, number: int, first: int, rows: int, sequences: int = 1) -> np.ndarray:
+    """(rows * sequences,) int32: the same for a row whatever piece it comes in."""
+    names = [f"{seed} {step} {number} {first + row}" for row in range(rows)]
+    if sequences > 1:
+        names = [f"{name} {sequence}" for name in names for sequence in range(sequences)]
+    return np.array([zlib.crc32(name.encode()) for name in names], np.uint32).view(np.int32)
+
+
+def _total(parts: Sequence[Array]) -> Array:
+    return functools.reduce(lambda total, part: total + part, parts)
 
 
 def _compute(xp: Backend, settings: Settings, name: str, x: Array) -> Array:
@@ -203,6 +257,15 @@ def _add_losses(
     params = {name: _compute(xp, settings, name, x) for name, x in params.items()}
     _, found = objective.loss(xp, xp, skeleton, params, batch, None, settings.loss)
     return {name: sums[name] + x for name, x in found.items()}
+
+
+def _add_measured(
+    xp: Backend, skeleton: Module, objective: Objective, settings: Settings, params: Params,
+    batch: Mapping[str, Array], sums: Params,
+) -> Params:  # fmt: skip
+    params = {name: _compute(xp, settings, name, x) for name, x in params.items()}
+    found = objective.measure(xp, skeleton, params, batch)
+    return {name: total + xp.stop_gradient(found[name]) for name, total in sums.items()}
 
 
 def _update(

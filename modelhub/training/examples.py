@@ -190,10 +190,7 @@ def _difference(prompt: str, end: str) -> str:
 
 def _tokens(texts: Sequence[_Text], tokenizer: Tokenizer) -> Iterator[_Encoded]:
     """The tokens of each text, so that every prompt in it has the ids it has at generation."""
-    # Texts that begin with the start token themselves get no second one.
-    special = [
-        not text.rendered and not (tokenizer.bos_token and text.text.startswith(tokenizer.bos_token)) for text in texts
-    ]
+    special = [not text.rendered for text in texts]
     found = {add: iter(_encode(tokenizer, [t.text for t, adds in zip(texts, special, strict=True) if adds == add], add))
              for add in (True, False)}  # fmt: skip
     # A token may reach over the border ("Response: " + "Paris" -> " Paris"), or differ before it (GPT-2 reads "\n\n" at
@@ -221,9 +218,14 @@ def _is_prompt(text: str, border: int, ids: list[int], spans: np.ndarray, tokeni
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str], special: bool) -> list[_Encoded]:
-    """Without the special tokens that some tokenizers put after a text: `_example` ends it, once."""
+    """As generation reads prompts: special: with the start token, unless the text spells it itself.
+
+    Without the special tokens that some tokenizers put after a text: `_example` ends it, once.
+    """
     encoded = []
-    for text, (ids, offsets) in zip(texts, tokenizer.encode_offsets_batch(texts, special), strict=True):
+    for text, (ids, offsets) in zip(
+        texts, tokenizer.encode_offsets_batch(texts, "once" if special else False), strict=True
+    ):
         spans = np.array(offsets, np.int64).reshape(-1, 2)
         count = int(np.sum(spans[:, 0] < len(text)))
         encoded.append((ids[:count], spans[:count]))

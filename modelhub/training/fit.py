@@ -65,7 +65,7 @@ class Run:
     ):  # fmt: skip
         self.engine, self.data, self.plan = engine, data, plan
         self.model, self.publish, self.validation, self.settings = model, publish, validation, dict(settings)
-        self.history = History()
+        self.history = History(engine.objective.unit, engine.objective.sums)
         self.callbacks = [self.history, *callbacks]
         for callback in self.callbacks:
             if not isinstance(callback, Callback):

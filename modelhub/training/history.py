@@ -16,12 +16,13 @@ _FEWEST = 20  # steps; fewer are shown as they are
 class History(Callback):
     """Keras' History, and every step.
 
-    history: {"loss": [one value an epoch], "accuracy": ..., "val_loss": ...}; losses and accuracies are means over all
-    images of the epoch, or all tokens that have a loss. epoch: the epochs that ended, from 0. steps: a dict a step,
-    {"step", "epoch", "loss", ...}.
+    history: {"loss": [one value an epoch], "accuracy": ..., "val_loss": ...}; what the objective sums up are means over
+    all its units of the epoch: all images, or all tokens that have a loss. epoch: the epochs that ended, from 0. steps:
+    a dict a step, {"step", "epoch", "loss", ...}. unit, sums: the objective's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "tokens", sums: Sequence[str] = ("loss", "accuracy")) -> None:
+        self._unit, self._sums = unit, tuple(sums)
         self.history: dict[str, list[float]] = {}
         self.epoch: list[int] = []
         self.steps: list[dict[str, float]] = []
@@ -32,14 +33,14 @@ class History(Callback):
         return f"History({len(self.epoch)} epochs, {len(self.steps)} steps{', ' if last else ''}{last})"
 
     def epoch_means(self) -> dict[str, float]:
-        """Losses and accuracies of the epoch at hand so far: each step counts by its `tokens` or `images`."""
+        """Of the epoch at hand so far, what the objective sums up: each step counts by its number of units."""
         steps = [step for step in self.steps if step["epoch"] == self._now]
         means = {}
-        for name in dict.fromkeys(name for step in steps for name in step if name.endswith(("loss", "accuracy"))):
-            parts = [(step[name], step["tokens" if "tokens" in step else "images"]) for step in steps if name in step]
-            if tokens := sum(count for _, count in parts):
-                # A step without tokens has no mean, and 0 * NaN would spoil the others'.
-                means[name] = math.fsum(value * count for value, count in parts if count) / tokens
+        for name in self._sums:
+            parts = [(step[name], step[self._unit]) for step in steps if name in step]
+            if units := sum(count for _, count in parts):
+                # A step without units has no mean, and 0 * NaN would spoil the others'.
+                means[name] = math.fsum(value * count for value, count in parts if count) / units
         return means
 
     def on_train_begin(self, logs: Logs) -> None:
@@ -100,7 +101,7 @@ class History(Callback):
                 [ends[epoch] for epoch, _ in validation], [loss for _, loss in validation], color=orange, linewidth=1.2,
                 marker="o", markersize=6, markeredgecolor="white", zorder=3, label="validation loss",
             )  # fmt: skip
-        axes.set(xlabel="step", ylabel=f"loss per {'image' if 'images' in self.steps[0] else 'token'}")
+        axes.set(xlabel="step", ylabel=f"loss per {self._unit.removesuffix('s')}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)

@@ -148,6 +148,8 @@ class ReadyImages(ReadyBatches):
     lists of images, do. The last batch is filled up to the size of the first.
     """
 
+    _nothing = "there is no image in {}"
+
     def __init__(self, data: Iterable[Any], processor: ImageProcessor | None, channels: int) -> None:
         super().__init__(data)
         self._processor, self._channels, self._rows = processor, channels, 0
@@ -184,6 +186,9 @@ class ReadyImages(ReadyBatches):
             raise DataError(f"{where} has {len(pixels)} images and {len(found)} labels")
         self._rows = self._rows or len(pixels)
         return filled(pixels, found, self._rows)
+
+    def learnt(self, batch: Batch) -> int:
+        return int((batch["weights"] > 0).sum())
 
     def _pixels(self, images: Any, where: str) -> np.ndarray:
         if isinstance(images, list | tuple):

@@ -1,14 +1,14 @@
 """What is learnt: the parts of a training step that depend on the kind of data.
 
 An objective turns a user's batch into the arrays of the compiled programs and says what their loss is. The engine cuts,
-adds up, divides and updates, whatever the objective.
+adds up, divides and updates, whatever the objective; what it has to know for that, the objective declares.
 """
 
 import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from modelhub.core.backends.base import Array, Backend
 from modelhub.core.head import Loss
 from modelhub.core.tree import Module, Params, bind
 from modelhub.errors import ConfigError, DataError, InputError
+from modelhub.training import fields
 from modelhub.training.batches import NO_LABEL
+from modelhub.training.fields import Field
 
 Batch = Mapping[str, np.ndarray]
 
@@ -27,29 +29,63 @@ _CPU_TOKENS, _CPU_SIZE = 512, 2**19
 _CPU_PATCHES = 2048  # where weights are wide and rows long, pieces of a few images would add up gradients too often
 
 
-class Objective(Protocol):
-    @property
-    def unit(self) -> str:
-        """What losses are means over, as the logs call it."""
+Over = Literal["window", "batch"]  # all batches of an optimizer step together, or each for itself
 
-    @property
-    def sums(self) -> tuple[str, ...]:
-        """The names of what is added up, "loss" first."""
+
+class Objective:
+    """What the engine has to know about a loss. Losses are sums, which are divided once, by the count of their units.
+
+    unit: what losses are means over, as the logs call it. sums: the names of what is added up, "loss" first.
+    fields: the arrays of a batch, by name.
+
+    sequences: how many sequences of the model's a row is, where it holds several.
+    group: rows that belong together, such as a pair or the samples of one prompt: so many rows, one after the other,
+        are never cut apart. None: the loss of a row depends on all rows of its batch.
+    across: names of what `loss` takes from all rows of the batch, wherever they are computed, through
+        `forward.all_rows`, such as the embeddings that are its negatives.
+    counted: totals that the loss of every piece is told beforehand, for terms that are divided by another number than
+        the count; `count` finds them. "window": accumulation makes no difference; "batch": the definition is that of
+        one batch.
+    measured: totals that take the model, such as an estimate of a KL divergence; `measure` adds them up, without
+        gradients or dropout, before the first loss is computed.
+    Each total is in the batch that `loss` gets as a float32 scalar, "total/NAME".
+    """
+
+    unit: Any
+    sums: Any
+    fields: ClassVar[Mapping[str, Field]]
+    sequences: Any = 1
+    group: Any = 1
+    across: Any = ()
+    counted: Any = {}
+    measured: Any = {}
 
     def shape(self, batch: Batch) -> tuple[int, int]:
         """How many rows a batch has, and how many positions a row goes through the model with."""
+        raise NotImplementedError
 
     def check(self, batch: Batch) -> None:
-        """Raise DataError for what some backends would take for something else, without a word."""
+        """Raise DataError for values that some backends would take for something else, without a word."""
 
     def rows_at_once(self, positions: int) -> int:
         """How many rows of that many positions go through the model together on a processor."""
+        return 1
 
-    def piece(self, batch: Batch, first: int, rows: int) -> tuple[dict[str, np.ndarray], int]:
+    def piece(self, batch: Batch, first: int, rows: int) -> tuple[dict[str, np.ndarray], float]:
         """`rows` rows from `first` on, also where the batch has fewer, as the programs get them; and their count."""
+        raise NotImplementedError
 
     def size(self, batch: Batch) -> int:
         """How many units there are to compute, those without a loss included."""
+        raise NotImplementedError
+
+    def count(self, batch: Batch) -> Mapping[str, float]:
+        """What a batch adds to each of the totals in `counted`."""
+        return {}
+
+    def measure(self, xp: Backend, skeleton: Module, params: Params, batch: Mapping[str, Array]) -> Params:
+        """What a piece adds to each of the totals in `measured`: float32 scalars."""
+        return {}
 
     def loss(
         self, xp: Backend, forward: Backend, skeleton: Module, params: Params, batch: Mapping[str, Array],
@@ -59,27 +95,34 @@ class Objective(Protocol):
 
         forward: xp as the model gets it; see Backend.for_training. own: the user's loss.
         """
+        raise NotImplementedError
 
     def most(self, batch: Mapping[str, Array]) -> float:
         """The largest count that a piece of this shape can have."""
+        raise NotImplementedError
 
     def activations(self, rows: int, positions: int, item: int, remat: bool) -> int:
         """Bytes that `rows` rows need until the backward pass, `item` of them a number: a rough count."""
+        raise NotImplementedError
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-_ARRAYS = {"input_ids": 0, "labels": NO_LABEL, "position_ids": 0, "segment_ids": 0}  # and what fills missing rows
+_IDS = {"rows time": "int32"}
 
 
 @dataclass(frozen=True)
-class TextObjective:
+class TextObjective(Objective):
     """The next token, by a vocabulary head that is done in pieces; batches are those of modelhub.training.batches."""
 
     config: Any
     unit = "tokens"
     sums = ("loss", "accuracy")
+    fields: ClassVar[Mapping[str, Field]] = {
+        "input_ids": Field(_IDS), "labels": Field(_IDS, NO_LABEL), "position_ids": Field(_IDS),
+        "segment_ids": Field(_IDS),
+    }  # fmt: skip
 
     def shape(self, batch: Batch) -> tuple[int, int]:
         rows, time = batch["input_ids"].shape
@@ -101,8 +144,8 @@ class TextObjective:
     def rows_at_once(self, positions: int) -> int:
         return max(1, max(_CPU_TOKENS, _CPU_SIZE // self.config.hidden_size) // positions)
 
-    def piece(self, batch: Batch, first: int, rows: int) -> tuple[dict[str, np.ndarray], int]:
-        arrays = _with_places({name: _part(batch[name], first, rows, fill) for name, fill in _ARRAYS.items()})
+    def piece(self, batch: Batch, first: int, rows: int) -> tuple[dict[str, np.ndarray], float]:
+        arrays = with_places(fields.cut(self.fields, batch, first, rows))
         return arrays, int(arrays["count"])
 
     def size(self, batch: Batch) -> int:
@@ -135,15 +178,7 @@ class TextObjective:
         return rows * time * kept + min(head.ROWS, rows * time) * config.vocab_size * 4
 
 
-def _part(array: np.ndarray, first: int, rows: int, fill: int) -> np.ndarray:
-    """`rows` rows from `first` on, also where the batch has fewer: shapes stay the same."""
-    part = array[first : first + rows]
-    if len(part) == rows:
-        return part
-    return np.pad(part, ((0, rows - len(part)), *((0, 0),) * (array.ndim - 1)), constant_values=fill)
-
-
-def _with_places(batch: Batch) -> dict[str, np.ndarray]:
+def with_places(batch: Batch) -> dict[str, np.ndarray]:
     """The batch as the programs get it: which positions have loss, and the labels there.
 
     A position predicts the label of the next one, if that belongs to the same example.
@@ -166,7 +201,7 @@ def _with_places(batch: Batch) -> dict[str, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class ImageObjective:
+class ImageObjective(Objective):
     """The class of an image; batches are those of modelhub.training.images.
 
     label_smoothing: the share of each label that is spread over all classes (Szegedy et al. 2015, arXiv:1512.00567).
@@ -179,6 +214,12 @@ class ImageObjective:
     metrics: tuple[str, ...] = ("accuracy",)
     frozen: bool = False
     unit = "images"
+    fields: ClassVar[Mapping[str, Field]] = {
+        "pixels": Field({"rows channels height width": "float32"}, required=False),
+        "pooled": Field({"rows features": "float32"}, required=False),
+        "labels": Field({"rows": "int32", "rows classes": "float32"}),
+        "weights": Field({"rows": "float32"}),
+    }
 
     def __post_init__(self) -> None:
         if not isinstance(self.label_smoothing, int | float) or not 0.0 <= self.label_smoothing < 1.0:
@@ -209,8 +250,8 @@ class ImageObjective:
     def rows_at_once(self, positions: int) -> int:
         return max(1, _CPU_PATCHES // positions)
 
-    def piece(self, batch: Batch, first: int, rows: int) -> tuple[dict[str, np.ndarray], int]:
-        arrays = {name: _part(array, first, rows, 0) for name, array in batch.items()}
+    def piece(self, batch: Batch, first: int, rows: int) -> tuple[dict[str, np.ndarray], float]:
+        arrays = fields.cut(self.fields, batch, first, rows)
         return arrays, int((arrays["weights"] > 0).sum())
 
     def size(self, batch: Batch) -> int:

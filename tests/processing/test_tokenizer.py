@@ -693,7 +693,21 @@ def test_text_that_is_not_text(gemma_folder, tmp_path, files):
     assert ours.encode("ab\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"))
 
 
-@pytest.mark.parametrize("bad", [-100, -1, 1200, 10**12])
+@pytest.mark.parametrize("beyond", [1200, 10**12])
+def test_ids_beyond_the_vocabulary_are_nothing(gemma_folder, tmp_path, beyond):
+    """As in transformers: models whose embedding is larger than their tokenizer can answer with them."""
+    reference = PreTrainedTokenizerFast.from_pretrained(gemma_folder)
+    for files in (["tokenizer.json"], ["tokenizer.model"]):
+        ours = Tokenizer.from_folder(copy_of(gemma_folder, tmp_path / files[0], *files))
+        ids = [600, 1200, 601]
+        assert ours.decode([600, beyond, 601]) == reference.decode(ids) == ours.decode([600, 601])
+        stream = ours.stream()
+        assert [stream.push(600), stream.push(beyond)] == [ours.decode([600]), ""]
+        with pytest.raises(TokenizerError, match=f"No token has the id {beyond}"):
+            ours.id_to_token(beyond)
+
+
+@pytest.mark.parametrize("bad", [-100, -1])
 def test_ids_out_of_range(gemma_folder, tmp_path, bad):
     for files in (["tokenizer.json"], ["tokenizer.model"]):
         ours = Tokenizer.from_folder(copy_of(gemma_folder, tmp_path / files[0], *files))

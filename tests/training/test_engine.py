@@ -13,6 +13,7 @@ from modelhub.core.tree import flatten
 from modelhub.families import family_of
 from modelhub.training.batches import complete
 from modelhub.training.engine import Engine, Settings
+from modelhub.training.objectives import TextObjective
 
 TIME = 16
 SIZES = {
@@ -103,7 +104,7 @@ def start(xp, kind="small", **settings):
     skeleton, params, _ = model(kind)
     settings = Settings(**{"optimizer": Keep()} | settings)
     arrays = {name: xp.array(x) for name, x in params.items()}
-    return Engine(xp, skeleton, arrays, list(params), settings)
+    return Engine(xp, skeleton, arrays, list(params), settings, TextObjective(skeleton.model.config))
 
 
 def gradients(engine, batches):
@@ -246,7 +247,8 @@ def test_adapter_steps_equal_peft(xp):
     adapted, specs = lora.attach(skeleton, config, modules)
     arrays = {name: xp.array(x) for name, x in params.items()}
     values = lora.initial(xp, arrays, specs, seed=1)
-    engine = Engine(xp, adapted, arrays | values, list(values), Settings(optim.AdamW(weight_decay=0.1)))
+    settings = Settings(optim.AdamW(weight_decay=0.1))
+    engine = Engine(xp, adapted, arrays | values, list(values), settings, TextObjective(skeleton.model.config))
 
     base = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**CONFIGS["gemma3_text"]), attn_implementation="eager"
@@ -288,7 +290,8 @@ def test_dropout_is_the_same_everywhere_and_off_in_evaluation(xp, monkeypatch):
     def make(name, **settings):
         backend = get_backend(name, "cpu")
         arrays = {name: backend.array(x) for name, x in (params | values).items()}
-        return Engine(backend, adapted, arrays, list(values), Settings(Keep(), dropout=True, **settings))
+        settings = Settings(Keep(), dropout=True, **settings)
+        return Engine(backend, adapted, arrays, list(values), settings, TextObjective(skeleton.model.config))
 
     batch = rows()
     engine = make(xp.name)
@@ -311,7 +314,7 @@ def test_dropout_is_the_same_everywhere_and_off_in_evaluation(xp, monkeypatch):
 def test_evaluation(backend, kind="gemma2"):
     skeleton, params, theirs = model(kind)
     arrays = {name: backend.array(x) for name, x in params.items()}
-    engine = Engine(backend, skeleton, arrays, (), Settings())
+    engine = Engine(backend, skeleton, arrays, (), Settings(), TextObjective(skeleton.model.config))
     batch = rows()
     with torch.no_grad():
         out = theirs(**{name: torch.tensor(x) for name, x in batch.items()})
@@ -329,7 +332,7 @@ def test_what_it_is_given_stays(xp):
     """The model's own arrays are neither donated nor written to, whatever is trained."""
     skeleton, params, _ = model("small")
     arrays = {name: xp.array(x) for name, x in params.items()}
-    engine = Engine(xp, skeleton, arrays, list(params)[:4], Settings(optim.SGD()))
+    engine = Engine(xp, skeleton, arrays, list(params)[:4], Settings(optim.SGD()), TextObjective(skeleton.model.config))
     engine.train([complete(rows())], 1, 0.1)
     for name, x in params.items():
         np.testing.assert_array_equal(xp.get(arrays[name]), x)

@@ -136,6 +136,13 @@ class Backend:
         changed.own_attention = fn
         return changed
 
+    def all_rows(self, x: Array) -> Array:
+        """x (rows, ...), which belongs to the rows computed here, of all rows of the batch, in their order.
+
+        Where the rows of a batch are computed in one place, that is x. Gradients go back to where the rows are.
+        """
+        return x
+
     def native_labels(self, x: Array) -> Array:
         """Labels, integers or shares of the classes, in the dtype that the framework's own losses take."""
         return x
