@@ -7,6 +7,7 @@ whatever the other is. All is computed in float32. V: the number of classes, or 
 
 import numpy as np
 
+from modelhub.core import problems
 from modelhub.core.backends import backend_of
 from modelhub.core.backends.base import Array, Backend
 from modelhub.errors import InputError
@@ -50,6 +51,36 @@ def cross_entropy(
     if reduction == "sum":
         return xp.sum(losses)
     return xp.mean(losses) if counts is None else xp.sum(losses) / xp.sum(counts)
+
+
+def classification_loss(
+    logits: Array, labels: Array, problem_type: str = problems.SINGLE_LABEL, label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Array:  # fmt: skip
+    """The loss of a head with labels, as transformers' ForSequenceClassificationLoss computes it; float32.
+
+    logits (B, C). problem_type: "single_label_classification": `cross_entropy`, labels as there;
+    "multi_label_classification": binary cross entropy, labels (B, C) of 0 and 1, or between; "regression": the squared
+    error, labels numbers (B, C), or (B,) where C is 1. reduction: "mean"; "sum" over rows of each row's mean; "none":
+    (B,). Raises InputError for shapes that do not fit, MixedBackends for arrays of two frameworks.
+    """
+    if problem_type not in problems.PROBLEM_TYPES:
+        raise InputError(f"problem_type must be one of {', '.join(problems.PROBLEM_TYPES)}, got {problem_type!r}")
+    if problem_type == problems.SINGLE_LABEL:
+        return cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction=reduction)
+    if reduction not in REDUCTIONS:
+        raise InputError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    xp, logits, labels = together(logits, labels)
+    logits, labels = xp.cast(logits, "float32"), xp.cast(labels, "float32")
+    if len(labels.shape) == 1 and len(logits.shape) == 2 and logits.shape[1] == 1:
+        labels = xp.expand_dims(labels, 1)
+    if len(logits.shape) != 2 or not fits(tuple(labels.shape), tuple(logits.shape)):
+        raise InputError(
+            f"for {problem_type} labels must have the logits' shape (batch, classes), got {tuple(labels.shape)} beside "
+            f"logits {tuple(logits.shape)}"
+        )
+    found = problems.losses(xp, logits, labels, problem_type, label_smoothing)
+    return found if reduction == "none" else xp.sum(found) if reduction == "sum" else xp.mean(found)
 
 
 def causal_lm_loss(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 from modelhub.core import nn, vision
 from modelhub.core.backends.base import Array, Backend
+from modelhub.core.problems import PROBLEM_TYPES
 from modelhub.core.tree import Module
 from modelhub.core.vision import Collected, Dropout
 from modelhub.errors import ConfigError
@@ -28,10 +29,11 @@ _PREFIX = "modelhub_"  # of model_types that transformers must not take for its 
 
 @dataclass
 class ImageConfig:
-    """What the configs of all image encoders have: Hugging Face's names, meanings and defaults, except the last seven.
+    """What the configs of all image encoders have: Hugging Face's names, meanings and defaults, except the last eight.
 
     num_labels: classes of the head, 0 for none. class_token, pooling (see core/vision.py's `pool`), classifier_dropout
-    (before the head): ours. Sizes of images and patches: one number, or (height, width).
+    (before the head): ours. problem_type: what the head's logits mean, see core/problems.py. Sizes of images and
+    patches: one number, or (height, width).
     """
 
     KINDS: ClassVar[dict[str, dict[str, Any]]]  # model_type: defaults that differ from those below
@@ -56,6 +58,7 @@ class ImageConfig:
     class_token: bool = True
     pooling: str = "cls"
     classifier_dropout: float = 0.0
+    problem_type: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,6 +97,8 @@ class ImageConfig:
             found.append(f'pooling={self.pooling!r} needs a class token; without one, pooling is "mean" or "none"')
         elif self.num_labels and self.pooling == "none":
             found.append(f'{self.num_labels} classes need one vector per image, not pooling="none"')
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            found.append(f"problem_type={self.problem_type!r} must be one of {', '.join(PROBLEM_TYPES)}")
         if type(self.num_labels) is not int or self.num_labels < 0:
             found.append(f"num_labels={self.num_labels!r} must be a whole number, 0 for no head")
         elif self.num_labels and self.id2label is not None and len(self.id2label) != self.num_labels:
@@ -144,7 +149,7 @@ class ImageConfig:
             data["model_type"] = _PREFIX + self.model_type
         if not self.num_labels or self.id2label:
             del data["num_labels"]
-        for key in ("id2label", "label2id"):
+        for key in ("id2label", "label2id", "problem_type"):
             if data[key] is None:
                 del data[key]
         if self.id2label is not None:

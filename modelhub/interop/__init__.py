@@ -32,7 +32,8 @@ def to_torch(x: Any) -> "torch.nn.Module":
                          num_items_in_batch=None) -> Output(loss, logits): ids, mask, positions and labels (B, T),
                          labels -100 where there is no loss, not shifted; logits float32 (B, T, V)
         ImageClassifier  forward(pixel_values, labels=None, num_items_in_batch=None) -> Output(loss, logits): pixels
-                         (B, C, H, W) normalised, labels (B,); logits float32 (B, classes)
+                         (B, C, H, W) normalised; logits float32 (B, classes); labels (B,), for several labels an image
+                         and for regression floats (B, classes): the config's problem_type decides the loss
         Backbone         without labels, and with last_hidden_state (B, T, D) in place of logits
         Module           forward(*tensors) -> what the Module's own call returns
 
@@ -98,7 +99,8 @@ def to_saved_model(x: Any, directory: str | os.PathLike[str], *, overwrite: bool
         generate(input_ids, attention_mask, max_new_tokens ()) -> output_ids (B, max_new_tokens): the greedy answer of
             each row, padded on either side, with its end token, then the padding token; a CausalLM only
     For images: serving_default(pixel_values (B, C, H, W) float32, normalised as lm.preprocessor does it) ->
-    probabilities and logits (B, classes); assets/labels.json is the list of the classes' names. A Backbone gives
+    probabilities and logits (B, classes), where problem_type says what probabilities are (of a regression the numbers
+    themselves); assets/labels.json is the list of the classes' names. A Backbone gives
     hidden_states (B, T, D) instead. Tokenizer and image processing are not in it.
 
     An active adapter is applied as it is; merge_lora() first makes the file smaller. The task stays as it is, on

@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from modelhub.core import problems
 from modelhub.core.backends.base import Array
 from modelhub.core.tree import Params, bind, flatten
 from modelhub.errors import InputError
@@ -67,7 +68,9 @@ def image_signatures(piece: Piece, params: Params, batch: int | None = None) -> 
     def serving_default(pixel_values: Array) -> dict[str, Array]:
         y = piece.forward(piece.xp, bind(piece.skeleton, params), pixel_values)
         outputs = {piece.output: tf.identity(y)}
-        return outputs | ({"probabilities": piece.xp.softmax(y)} if piece.head == CLASSES else {})
+        if piece.head != CLASSES:
+            return outputs
+        return outputs | {"probabilities": tf.identity(problems.scores(piece.xp, y, config.problem_type))}
 
     return {"serving_default": serving_default}
 

@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from modelhub.core import custom, lora, losses, nn, vision
+from modelhub.core import custom, lora, losses, nn, problems, vision
 from modelhub.core.backends import backend_of
 from modelhub.core.backends.base import Backend
 from modelhub.core.tree import Module, children, is_leaf
@@ -379,9 +379,11 @@ class _Image(_Root):
         y = self._compute(_working(self, pixels), self, pixels)
         if self._kind.head is None or labels is None:
             return self._output(y)
+        problem = problems.problem_of(self.config)
         if num_items_in_batch is None:
-            return Output(loss=losses.cross_entropy(y, labels), logits=y)
-        return Output(loss=losses.cross_entropy(y, labels, reduction="sum") / num_items_in_batch, logits=y)
+            return Output(loss=losses.classification_loss(y, labels, problem), logits=y)
+        total = losses.classification_loss(y, labels, problem, reduction="sum")
+        return Output(loss=total / num_items_in_batch, logits=y)
 
 
 def _with_our_names(module: _Root, state: dict[str, Any], prefix: str, *_: Any) -> None:

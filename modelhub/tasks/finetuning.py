@@ -15,8 +15,9 @@ from modelhub.training.batches import BatchSource, prepare
 from modelhub.training.callbacks import Callback
 from modelhub.training.engine import Engine, Settings
 from modelhub.training.history import History
+from modelhub.training.loaders import repeatable
 from modelhub.training.objectives import TextObjective
-from modelhub.training.records import read_records, rows_of
+from modelhub.training.records import OnError, read_records, rows_of
 from modelhub.training.trainer import Trainable, called, check_batch_size, check_split
 
 
@@ -70,12 +71,12 @@ class FineTuning(Trainable):
         grad_accum: int = 1, packing: bool = True, loss_on: str = "response", callbacks: Sequence[Callback] = (),
         checkpoint_dir: str | os.PathLike[str] | None = None, resume: str | bool = "auto", seed: int = 0,
         *, validation_split: float = 0.0, template: str | None = None, kind: str | None = None,
-        save_steps: int | None = None, verbose: bool = True,
+        on_error: OnError = "raise", save_steps: int | None = None, verbose: bool = True,
     ) -> History:  # fmt: skip
         """Train on data: the active adapter, or without one all weights. Returns what was measured.
 
-        data: a path (.jsonl, .json, .csv, .parquet), a list of strings or dicts, a Hugging Face Dataset, or an iterable
-            of ready batches (dicts with input_ids and labels, arrays of any framework).
+        data: a path (.jsonl, .json, .csv, .tsv, .parquet), a list of strings or dicts, a Hugging Face Dataset, a
+            DataFrame, or an iterable of ready batches (dicts with input_ids and labels, arrays of any framework).
         batch_size: rows of sequence_length in one step, packed or not. grad_accum: batches in one optimizer step.
         steps: optimizer steps in all; None: as many as `epochs` have.
         validation_data: like data, or validation_split: a share of the records to hold out; measured after each epoch.
@@ -84,6 +85,7 @@ class FineTuning(Trainable):
         template: for instruction records; a string with {instruction}, {context} and {response}, or "chat", the
             preset's own. kind: of the records, where the keys do not tell: "dolly", "alpaca", "prompt", "messages",
             "text".
+        on_error: what to do about rows that do not fit: "raise", or "skip" with a warning that counts and names them.
         checkpoint_dir: keep the run's state here; with resume="auto" the same call goes on where it was broken off,
             also on another backend. save_steps: steps between checkpoints; None: two minutes, and each epoch's end.
         verbose: print what will be trained on, and the progress.
@@ -98,10 +100,13 @@ class FineTuning(Trainable):
         name, held_out = called(data), validation_data
         if validation_split:
             check_split(validation_split, validation_data)
-            data, held_out = _split(data, kind, validation_split, seed)
+            data, held_out = _split(data, kind, validation_split, seed, on_error)
         options = {"packing": packing, "loss_on": loss_on, "template": template, "kind": kind, "seed": seed}
-        train = self._prepare(data, batch_size, **options)
-        validation = None if held_out is None else self._prepare(held_out, batch_size, shuffle=False, **options)
+        train = self._prepare(data, batch_size, on_error=on_error, **options)
+        validation = None
+        if held_out is not None:
+            held_out = repeatable(held_out)
+            validation = self._prepare(held_out, batch_size, shuffle=False, on_error=on_error, **options)
         self.backbone.keep_merged()
         adapter, length = self.backbone.adapter, self.preprocessor.sequence_length
         return self._train(
@@ -113,14 +118,15 @@ class FineTuning(Trainable):
 
     def evaluate(
         self, data: Any, batch_size: int = 4, packing: bool = True, loss_on: str = "response",
-        *, template: str | None = None, kind: str | None = None,
+        *, template: str | None = None, kind: str | None = None, on_error: OnError = "raise",
     ) -> dict[str, float]:  # fmt: skip
         """loss (mean over tokens), perplexity (its exponential), accuracy, and tokens, of data as `fit` takes it."""
         compiled = self._compiled
         settings = compiled.settings if compiled else Settings()
         source = self._prepare(
-            data, batch_size, packing=packing, loss_on=loss_on, template=template, kind=kind, shuffle=False
-        )
+            data, batch_size, packing=packing, loss_on=loss_on, template=template, kind=kind, shuffle=False,
+            on_error=on_error,
+        )  # fmt: skip
         objective = TextObjective(self.backbone.config)
         engine = Engine(self.backbone.xp, self.backbone.model, self.params, (), settings, objective)
         found = engine.evaluate(source.epoch(0))
@@ -141,12 +147,14 @@ class FineTuning(Trainable):
             return None
 
 
-def _split(data: Any, kind: str | None, share: float, seed: int) -> tuple[list[Any], list[Any]]:
-    rows = [row for _, row in rows_of(data)]
+def _split(
+    data: Any, kind: str | None, share: float, seed: int, on_error: OnError
+) -> tuple[list[Any], list[Any]]:  # fmt: skip
+    rows = [row for _, row in rows_of(data, (lambda problem: None) if on_error == "skip" else None)]
     if rows and isinstance(rows[0], Mapping) and "input_ids" in rows[0]:
         raise InputError("validation_split takes records; of ready batches give some as validation_data")
     # Errors name the file's lines; what can be gone through only once is read already.
-    read_records(data if isinstance(data, str | os.PathLike) else rows, kind)
+    read_records(data if isinstance(data, str | os.PathLike) else rows, kind, on_error)
     held = math.ceil(share * len(rows))
     if held >= len(rows):
         raise InputError(f"validation_split={share} leaves nothing of {len(rows)} records to train on")

@@ -9,7 +9,7 @@ from typing import Any, Self, Unpack
 
 import numpy as np
 
-from modelhub.core import custom
+from modelhub.core import custom, problems
 from modelhub.core.backends import get_backend
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.nn import Linear
@@ -57,11 +57,14 @@ class ImageClassifier(ImageTraining):
     @takes(LoadOptions)
     def from_preset(
         cls, preset: str | os.PathLike[str], *, num_classes: int | None = None, labels: Sequence[str] | None = None,
-        **options: Unpack[LoadOptions],
+        problem_type: str | None = None, **options: Unpack[LoadOptions],
     ) -> Self:  # fmt: skip
         """Load a model; with a new head, drawn from `seed`, where num_classes or labels are given.
 
-        labels: the names of the classes, saved as id2label. options, and errors: as for CausalLM.from_preset;
+        labels: the names of the classes, saved as id2label. problem_type: what the head's logits mean, as in
+        transformers: "single_label_classification", "multi_label_classification" (any number of labels an image), or
+        "regression" (numbers); None: what the preset says, of a new head a single label. options, and errors: as for
+        CausalLM.from_preset;
         InputError for a preset without a head if none is asked for.
         """
         xp = choose_backend(preset, cls.task, options)
@@ -72,9 +75,12 @@ class ImageClassifier(ImageTraining):
                 )
             told = any((source.preset.path / name).is_file() for name in _PROCESSORS)
             processor = ImageProcessor.from_folder(source.preset.path) if told else None
-            count = _count(num_classes, labels)
+            count = _count(num_classes, labels, problem_type)
             if count is not None:
                 source = _with_new_head(source, count, labels)
+            if problem_type is not None or count is not None:
+                config = dataclasses.replace(source.config, problem_type=problem_type)
+                source = dataclasses.replace(source, config=config)
             backbone = Backbone.from_source(source, xp, options)
         encoder = f"{backbone.config.model_type}."
         new_head = any(not place.startswith(encoder) for place in backbone.new_layers)
@@ -87,6 +93,7 @@ class ImageClassifier(ImageTraining):
         num_classes: int | None = None,
         *,
         labels: Sequence[str] | None = None,
+        problem_type: str | None = None,
         image_size: int | tuple[int, int] = 224,
         patch_size: int | tuple[int, int] = 16,
         num_channels: int = 3,
@@ -111,17 +118,19 @@ class ImageClassifier(ImageTraining):
         """A ViT without a checkpoint, its weights drawn from `seed`, equal on all backends.
 
         Parameters are Hugging Face's ViTConfig's, and three of ours: classifier_dropout (before the head), class_token,
-        and pooling: "cls" or "mean" (None: "cls" where there is a class token). Raises ConfigError.
+        and pooling: "cls" or "mean" (None: "cls" where there is a class token). problem_type: as in `from_preset`.
+        Raises ConfigError.
         """
         xp = custom.with_attention(get_backend(backend, device), attention)
-        count = _count(1000 if num_classes is None and labels is None else num_classes, labels)
+        count = _count(1000 if num_classes is None and labels is None else num_classes, labels, problem_type)
         assert count is not None
         named = dict(enumerate(labels)) if labels else None
         pooling = pooling or ("cls" if class_token else "mean")
         config = vit.Config(
             "vit", hidden_size, num_hidden_layers, num_attention_heads, hidden_act, hidden_dropout_prob,
             attention_probs_dropout_prob, layer_norm_eps, image_size, patch_size, num_channels, qkv_bias,
-            named, None, count, class_token, pooling, classifier_dropout, intermediate_size=intermediate_size,
+            named, None, count, class_token, pooling, classifier_dropout, problem_type,
+            intermediate_size=intermediate_size,
         )  # fmt: skip
         model = vit.Model.abstract(config)
         backbone = Backbone(model, random_params(model, xp, dtype, seed), xp, config, dtype)
@@ -139,15 +148,16 @@ class ImageClassifier(ImageTraining):
     def predict(self, images: Any, top: int = 5) -> Any:
         """The likeliest labels of an image, [(label, probability), ...], or of each of several: a list of such lists.
 
+        With the config's problem_type "multi_label_classification", and where there is one label alone, each has a
+        probability of its own; with "regression" it is the number that was learnt, the largest first.
+
         images: one image or a list of them, each a path, bytes, a Pillow image or an array; see ImageProcessor. Or
         {"pixel_values": floats (B, C, H, W)}, which are taken as they are. Raises InputError, which names the file, for
         what is no image.
         """
         if isinstance(top, bool) or not isinstance(top, int) or top < 1:
             raise InputError(f"top must be a whole number, 1 or more, got {top!r}")
-        logits = self.logits(images).astype(np.float64)
-        shares = np.exp(logits - logits.max(1, keepdims=True))
-        shares /= shares.sum(1, keepdims=True)
+        shares = problems.scores(get_backend("numpy"), self.logits(images), self.config.problem_type)
         names = self.labels
         order = np.argsort(-shares, axis=1, kind="stable")[:, :top]
         found = [
@@ -157,7 +167,7 @@ class ImageClassifier(ImageTraining):
         return found if several else found[0]
 
     def logits(self, images: Any) -> np.ndarray:
-        """float32 (images, classes), before the softmax; images as for `predict`."""
+        """float32 (images, classes), before softmax or sigmoid; images as for `predict`."""
         return np.concatenate([logits for _, logits in self._outputs(self._pixels(images))])
 
     def features(self, images: Any) -> np.ndarray:
@@ -222,8 +232,11 @@ def _classified(xp: Backend, model: Any, pixels: Array) -> tuple[Array, Array]:
     return xp.cast(pooled, "float32"), model.head(xp, pooled)
 
 
-def _count(num_classes: int | None, labels: Sequence[str] | None) -> int | None:
+def _count(num_classes: int | None, labels: Sequence[str] | None, problem_type: str | None = None) -> int | None:
     """How many classes a new head has; None: there is to be none."""
+    if problem_type not in (None, *problems.PROBLEM_TYPES):
+        known = ", ".join(problems.PROBLEM_TYPES)
+        raise InputError(f"problem_type must be one of {known}, got {problem_type!r}")
     if labels is not None:
         if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
             raise InputError(f"labels must be a list of texts, got {labels!r:.100}")
@@ -232,10 +245,17 @@ def _count(num_classes: int | None, labels: Sequence[str] | None) -> int | None:
         if num_classes not in (None, len(labels)):
             raise InputError(f"num_classes={num_classes} was given beside {len(labels)} labels; give one of them")
         num_classes = len(labels)
+    least = 2 if problem_type in (None, problems.SINGLE_LABEL) else 1
     if num_classes is not None and (
-        isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2
+        isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < least
     ):
-        raise InputError(f"num_classes must be a whole number, 2 or more, got {num_classes!r}")
+        hint = ""
+        if num_classes == 1:
+            hint = (
+                f"; one output is for a number, problem_type={problems.REGRESSION!r}, or for a yes or no, "
+                f"{problems.MULTI_LABEL!r}"
+            )
+        raise InputError(f"num_classes must be a whole number, {least} or more, got {num_classes!r}{hint}")
     return num_classes
 
 

@@ -1,6 +1,7 @@
 """What an image classifier needs to be trained: compile, fit, evaluate, the confusion matrix."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,19 +11,24 @@ import numpy as np
 from tqdm import tqdm
 
 from modelhub.core.head import Loss
+from modelhub.core.problems import SINGLE_LABEL, problem_of
 from modelhub.core.tree import Params
 from modelhub.errors import ConfigError, DataError, InputError
 from modelhub.processing.augment import Augment
 from modelhub.processing.image import ImageProcessor
 from modelhub.processing.image_reading import OnError
 from modelhub.training.batches import BatchSource
-from modelhub.training.callbacks import Callback, optional_package
+from modelhub.training.callbacks import Callback
+from modelhub.training.confusion import ConfusionMatrix
 from modelhub.training.engine import Engine, Settings
 from modelhub.training.history import History
 from modelhub.training.image_examples import Examples, read_examples
 from modelhub.training.images import ImageBatches, ReadyImages
+from modelhub.training.loaders import repeatable
 from modelhub.training.objectives import ImageObjective
 from modelhub.training.trainer import Trainable, called, check_batch_size, check_split
+
+log = logging.getLogger("modelhub")
 
 
 class ImageTraining(Trainable):
@@ -41,6 +47,12 @@ class ImageTraining(Trainable):
     def labels(self) -> list[str]:
         """The names of the classes, in their order."""
         return [self.config.id2label.get(index, f"LABEL_{index}") for index in range(self.config.num_labels)]
+
+    @property
+    def _names(self) -> list[str] | None:
+        """The labels, if they are more than numbers."""
+        labels = self.labels
+        return None if labels == [f"LABEL_{index}" for index in range(len(labels))] else labels
 
     @property
     def _processor(self) -> ImageProcessor:
@@ -75,18 +87,22 @@ class ImageTraining(Trainable):
     def compile(
         self, optimizer: Any = "adamw", learning_rate: float | None = None, schedule: Any = None,
         weight_decay: float = 0.0, clip_norm: float | None = None, loss: Loss | str | None = None,
-        metrics: Sequence[str] = ("accuracy", "top5_accuracy"), mixed_precision: str | None = None,
+        metrics: Sequence[str] | None = None, mixed_precision: str | None = None,
         matmul_precision: str | None = None, remat: bool = False, jit: bool | None = None,
         *, label_smoothing: float = 0.0,
     ) -> None:  # fmt: skip
         """Say how to train; see CausalLM.compile for what is not said here. Raises ConfigError.
 
         loss: loss(logits, labels) -> one loss per image, logits (B, classes) float32, labels (B,) int32, or where they
-            are soft (B, classes); or loss(xp, logits, labels), or the name of a registered one.
-        metrics: "accuracy", and "top5_accuracy" with any number in place of 5.
+            are soft (B, classes); or loss(xp, logits, labels), or the name of a registered one. None: what the config's
+            problem_type asks for: cross entropy, binary cross entropy for several labels an image, squared error.
+        metrics: "accuracy", and "top5_accuracy" with any number in place of 5; for several labels an image "accuracy"
+            (the share of labels that are right) and "exact_match" (of images whose labels all are); for regression
+            "mae". None: all of the problem's.
         label_smoothing: the share of each label that is spread over all classes.
         """
-        learning: dict[str, Any] = {"label_smoothing": label_smoothing, "metrics": tuple(metrics)}
+        learning: dict[str, Any] = {"label_smoothing": label_smoothing}
+        learning |= {"metrics": None if metrics is None else tuple(metrics)}
         ImageObjective(self.config, **learning)  # raises for what makes no sense
         if loss is not None and label_smoothing:
             raise ConfigError(
@@ -147,7 +163,7 @@ class ImageTraining(Trainable):
                 raise InputError("validation_split takes examples; of ready batches give some as validation_data")
             examples, held_out = examples.split(validation_split, seed)
         elif validation_data is not None:
-            held_out, held_data = self._examples(validation_data)
+            held_out, held_data = self._examples(repeatable(validation_data))
         train = self._batches(data, examples, batch_size, augment=augment, seed=seed, on_error=on_error)
         validation = None
         if held_out is not None or held_data is not None:
@@ -174,10 +190,12 @@ class ImageTraining(Trainable):
     def evaluate(self, data: Any, batch_size: int = 32, *, on_error: OnError = "raise") -> dict[str, float]:
         """loss, accuracy and top5_accuracy (the metrics of `compile`), means over images, and their number: images.
 
+        Without metrics in `compile` those of the problem: for several labels an image accuracy and exact_match.
+
         data, batch_size, on_error: as in `fit`.
         """
         settings = self._compiled.settings if self._compiled else Settings()
-        objective = ImageObjective(self.config, **self._learning or {"metrics": ("accuracy", "top5_accuracy")})
+        objective = ImageObjective(self.config, **self._learning)
         engine = Engine(self.backbone.xp, self.backbone.model, self.params, (), settings, objective)
         return engine.evaluate(self._in_order(data, batch_size, on_error))
 
@@ -187,32 +205,43 @@ class ImageTraining(Trainable):
     ) -> np.ndarray:  # fmt: skip
         """How many images of each class (rows) were taken for each class (columns): int64 (classes, classes).
 
+        For several labels an image (classes, 2, 2): of each label, how many images have it not or have it (rows), and
+        were taken so (columns), as scikit-learn's multilabel_confusion_matrix. Raises InputError for regression.
+
         data, batch_size, on_error: as in `fit`. path: a picture of it, .png, .svg or .pdf, which takes matplotlib.
         """
-        figure = optional_package("matplotlib.figure", "a picture of the confusion matrix") if path else None
-        matrix = np.zeros((self.config.num_labels,) * 2, np.int64)
+        problem = problem_of(self.config)
+        matrix = ConfusionMatrix(self.labels, problem, drawn=path is not None)
         for batch in self._in_order(data, batch_size, on_error):
             (_, logits), *_ = self._outputs([batch["pixels"]])
-            meant = batch["weights"] > 0
-            labels = batch["labels"] if batch["labels"].ndim == 1 else batch["labels"].argmax(1)
-            np.add.at(matrix, (labels[meant], logits.argmax(1)[meant]), 1)
-        if figure is not None:
-            _draw(figure, matrix, self.labels, Path(path or ""))
-        return matrix
+            matrix.add(logits, batch["labels"], batch["weights"] > 0)
+        if path is not None:
+            matrix.draw(Path(path))
+        return matrix.counts
 
     def _examples(self, data: Any, training: bool = False) -> tuple[Examples | None, Any]:
         """read_examples, with labels as the model counts them; a model without names takes those of its first data."""
         examples, data = read_examples(data)
         if examples is None:
             return None, data
-        if training and len(found := np.unique(examples.kinds)) < 2:
+        if training and self.config.problem_type is None:
+            self._decide(examples.told)
+        problem = problem_of(self.config)
+        names = self._names
+        if training and problem == SINGLE_LABEL and len(found := np.unique(examples.kinds)) < 2:
             name = examples.classes[int(found[0])] if examples.classes else found[0]
             raise DataError(f"{examples.origin} has images of one class only ({name}): nothing can be told apart")
-        unnamed = self.labels == [f"LABEL_{index}" for index in range(self.config.num_labels)]
-        examples = examples.numbered(self.config.num_labels, None if unnamed else self.labels)
-        if training and unnamed and examples.classes:
+        examples = examples.numbered(self.config.num_labels, names, problem)
+        if training and names is None and examples.classes:
             self._name(examples.classes)
         return examples, data
+
+    def _decide(self, told: str | None) -> None:
+        """What the first training data are for decides what a config without a problem_type is, as in transformers."""
+        if told is not None or self.config.num_labels == 1:
+            told = told or problem_of(self.config)
+            self.backbone.config = dataclasses.replace(self.config, problem_type=told)
+            log.info("problem_type: %s, as the labels tell", told)
 
     def _name(self, labels: Sequence[str]) -> None:
         named = {"id2label": dict(enumerate(labels)), "label2id": None}
@@ -229,7 +258,11 @@ class ImageTraining(Trainable):
             )
         if augment is not None:
             raise InputError("ready batches are taken as they come: augment the images where the batches are made")
-        return ReadyImages(data, self.preprocessor and self._processor, self.config.num_channels)
+        config = self.config
+        return ReadyImages(
+            data, self.preprocessor and self._processor, config.num_channels, config.num_labels, self._names,
+            problem_of(config),
+        )  # fmt: skip
 
     def _in_order(self, data: Any, batch_size: int, on_error: OnError) -> Iterator[Any]:
         check_batch_size(batch_size)
@@ -265,21 +298,3 @@ class ImageTraining(Trainable):
             adapter = self.backbone.trainable_names()
             return adapter + [name for name in head if self._new_head and name not in adapter]
         return head if frozen else list(self.params)
-
-
-def _draw(matplotlib_figure: Any, matrix: np.ndarray, labels: Sequence[str], path: Path) -> None:
-    size = min(3 + 0.35 * len(labels), 16)
-    figure = matplotlib_figure.Figure(figsize=(size + 1, size), layout="constrained")
-    axes = figure.add_subplot()
-    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=1), label="share of the class")
-    axes.set(xlabel="predicted label", ylabel="true label")
-    if len(labels) <= 40:  # more would not be legible
-        axes.set_xticks(range(len(labels)), labels, rotation=90)
-        axes.set_yticks(range(len(labels)), labels)
-    if len(labels) <= 20:
-        for (row, column), count in np.ndenumerate(matrix):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)

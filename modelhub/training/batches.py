@@ -25,7 +25,7 @@ from modelhub.training import fields
 from modelhub.training.examples import Example, Examples, Render, make_examples
 from modelhub.training.fields import Field
 from modelhub.training.loaders import Begun, peek
-from modelhub.training.records import read_records
+from modelhub.training.records import OnError, read_all
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -71,6 +71,7 @@ def prepare(
     kind: str | None = None,
     seed: int = 0,
     shuffle: bool = True,
+    on_error: OnError = "raise",
 ) -> BatchSource:
     """Whatever the user calls data, as batches for the fit loop.
 
@@ -82,8 +83,10 @@ def prepare(
         return ReadyBatches(data)
     if tokenizer is None:
         raise DataError("this model has no tokenizer: set lm.tokenizer, or give ready batches (input_ids and labels)")
-    records = read_records(data, kind)
+    records, skipped = read_all(data, kind, on_error)
     made = make_examples(records, tokenizer, sequence_length, render=render, template=template, loss_on=loss_on)
+    if skipped:
+        made.dropped["rows that could not be used"] = skipped
     return Batches(made, sequence_length, batch_size, packing=packing, seed=seed, shuffle=shuffle, tokenizer=tokenizer)
 
 
@@ -449,6 +452,8 @@ def complete(batch: Mapping[str, Any], where: str = "the batch") -> Batch:
             f"{where}: the arrays must all have one shape (rows, length), found {shapes}. Single examples are put "
             f"together by a DataLoader's collate function or by dataset.batch()"
         )
+    if max(ids.max(), labels.max()) > np.iinfo(np.int32).max:  # int32 below would make another id of it
+        raise DataError(f"{where}: token id {max(ids.max(), labels.max())} is outside any vocabulary")
     wrong = labels[(labels < 0) & (labels != NO_LABEL)]
     if wrong.size or (ids < 0).any():
         raise DataError(f"{where}: negative {f'labels {wrong[:3]}' if wrong.size else 'input_ids'}; only -100 masks")

@@ -121,7 +121,7 @@ def _text(record: Record, template: str | None, render: Render | None, made: Exa
     """None if there is nothing to learn from, which is counted."""
     fields = record.fields
     if record.kind == "messages":
-        return _conversation(fields["messages"], record.where, render, made)
+        return _conversation(fields["messages"], record.where, render, made, fields.get("prompt_messages", 0))
     if record.kind == "text":
         if not fields["text"]:
             made.dropped["empty text"] += 1
@@ -150,15 +150,21 @@ def _instruction(fields: dict[str, str], template: str | None, where: str) -> st
     return template.format(**fields | {"response": ""})
 
 
-def _conversation(messages: list[dict], where: str, render: Render | None, made: Examples) -> _Text | None:
-    """An answer reaches from the prompt that generation would give the model to the end of the assistant's turn."""
+def _conversation(
+    messages: list[dict], where: str, render: Render | None, made: Examples, prompt_messages: int = 0
+) -> _Text | None:
+    """An answer reaches from the prompt that generation would give the model to the end of the assistant's turn.
+
+    prompt_messages: so many at the start are not learnt, whoever says them.
+    """
     if render is None:
         raise DataError(
             f"{where} needs a chat template, and the preset has none: it was not trained to chat. Use an instruct "
             f"preset; instruction records also work without, with template=None or a template of your own"
         )
     # Nothing can be asked of a template before the first message, so an assistant that begins is not learnt.
-    turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+    first = max(1, prompt_messages)
+    turns = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
     if not turns:
         made.dropped["no assistant turn"] += 1
         return None

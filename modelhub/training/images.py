@@ -2,26 +2,31 @@
 
 A batch is a dict of arrays:
   pixels   float32 (rows, channels, height, width), normalised; 0 where there is no image
-  labels   int32 (rows,), or float32 (rows, classes) whose rows sum to 1 (soft)
+  labels   int32 (rows,), or float32 (rows, classes): soft, several, or numbers, as core/problems.py has them
   weights  float32 (rows,): 1 for an image, 0 for a row that only fills up the batch
 or, where only a head is trained, pooled float32 (rows, width) in place of pixels: what the encoder makes of them.
 """
 
+import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from modelhub.core.problems import SINGLE_LABEL, check_labels
 from modelhub.errors import DataError
 from modelhub.processing.augment import Augment
 from modelhub.processing.image import ImageProcessor
 from modelhub.processing.image_reading import OnError
 from modelhub.training.batches import Batch, ReadyBatches
-from modelhub.training.image_examples import IMAGE_KEYS, LABEL_KEYS, Examples, as_array, key_of, labelled
+from modelhub.training.image_examples import IMAGE_KEYS, LABEL_KEYS, Examples, as_array, key_of
+from modelhub.training.labels import Labelled, ambiguous, read_labels
+
+log = logging.getLogger("modelhub")
 
 T = TypeVar("T")
 
@@ -66,6 +71,7 @@ class ImageBatches:
     shuffle: bool = True
     on_error: OnError = "raise"
     pooled: np.ndarray | None = None
+    _broken: set[int] = field(default_factory=set, repr=False, compare=False)  # rows that were skipped, and told of
 
     @property
     def fingerprint(self) -> str | None:
@@ -103,16 +109,25 @@ class ImageBatches:
             batch = filled(self.pooled[rows], self.examples.labels[rows], self.batch_size)
             return {"pooled": batch.pop("pixels")} | batch
         augment, processor = self.augment, self.processor
+        rows = np.array([row for row in rows if row not in self._broken], np.int64)
 
         def changed(index: int, image: Image.Image) -> Image.Image:
             return augment.image(image, processor, int(rows[index]), epoch)  # type: ignore[union-attr]
 
         sources = [self.examples.sources[int(row)] for row in rows]
+        if not sources:  # all of them were broken in the epoch before
+            return filled(self._nothing(), self.examples.labels[:0], self.batch_size)
         pixels, kept = processor.load(sources, changed if augment else None, self.on_error)
+        self._broken.update(set(rows.tolist()) - set(rows[kept].tolist()))
         labels = self.examples.labels[rows[kept]]
         if augment is not None and augment.mixes:
             pixels, labels = augment.batch(pixels, labels, self.num_classes, number, epoch)
         return filled(pixels, labels, self.batch_size)
+
+    def _nothing(self) -> np.ndarray:
+        """Pixels of no image. The processor that fit gives a batch has one size for all."""
+        height, width = self.processor.output_size or (0, 0)
+        return np.empty((0, self.processor.channels, height, width), np.float32)
 
 
 def filled(pixels: np.ndarray, labels: np.ndarray, rows: int) -> Batch:
@@ -150,9 +165,15 @@ class ReadyImages(ReadyBatches):
 
     _nothing = "there is no image in {}"
 
-    def __init__(self, data: Iterable[Any], processor: ImageProcessor | None, channels: int) -> None:
+    def __init__(
+        self, data: Iterable[Any], processor: ImageProcessor | None, channels: int, num_classes: int | None = None,
+        names: Sequence[str] | None = None, problem: str = SINGLE_LABEL,
+    ) -> None:  # fmt: skip
+        """num_classes (None: not known), names, problem: of the model; see Labelled.numbered."""
         super().__init__(data)
         self._processor, self._channels, self._rows = processor, channels, 0
+        self._num_classes, self._names, self._problem = num_classes, names, problem
+        self._warned = False
         self._state: dict[str, Any] = {}
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -175,20 +196,39 @@ class ReadyImages(ReadyBatches):
                 f"{where} must be a pair (images, labels), or a dict with image and label; found {type(batch).__name__}"
             )
         pixels = self._pixels(images, where)
-        array = as_array(labels, f"{where}: labels")
-        soft = array.ndim == 2 and array.shape[1] > 1
-        if soft and not ((array >= 0).all() and (abs(array.sum(1) - 1) < 1e-2).all()):  # NaN fails both
-            raise DataError(f"{where}: soft labels must be shares from 0 to 1 that sum to 1 in each row")
-        examples = labelled(None, list(array), where, None)
-        if examples.classes is not None:
-            raise DataError(f"{where}: labels must be numbers, found {examples.classes[0]!r}")
-        if len(found := examples.labels) != len(pixels):
+        found = self._labels(labels, where)
+        if len(found) != len(pixels):
             raise DataError(f"{where} has {len(pixels)} images and {len(found)} labels")
         self._rows = self._rows or len(pixels)
         return filled(pixels, found, self._rows)
 
     def learnt(self, batch: Batch) -> int:
         return int((batch["weights"] > 0).sum())
+
+    def _labels(self, labels: Any, where: str) -> np.ndarray:
+        """As core/problems.py has them."""
+        listed = isinstance(labels, list | tuple)
+        read = read_labels(labels if listed else as_array(labels, f"{where}: labels"), where, lambda row: where)
+        if read.classes is not None and self._names is None:
+            raise DataError(f"{where}: labels must be numbers, found {read.classes[0]!r}")
+        values, names = read.values, self._names
+        classes = self._num_classes or (values.shape[1] if values.ndim == 2 else int(values.max(initial=0)) + 1)
+        if self._problem == SINGLE_LABEL and values.ndim == 1 and read.classes is None and read.written is None:
+            check_labels(values, classes, SINGLE_LABEL, where)
+            self._warn(values, where)
+            names = None
+        given = Labelled(labels=values, classes=read.classes, written=read.written, several=read.several, origin=where)
+        return given.numbered(classes, names, self._problem).labels
+
+    def _warn(self, values: np.ndarray, where: str) -> None:
+        """Once, where numbers may be meant as names: of tensors they are positions, which is all that most hold."""
+        value = None if self._warned else ambiguous(values, self._names)
+        if value is not None and self._names is not None:
+            self._warned = True
+            log.warning(
+                "%s: labels that are numbers count as positions: %d is the class %r, not %r; give names as texts",
+                where, value, self._names[value], str(value),
+            )  # fmt: skip
 
     def _pixels(self, images: Any, where: str) -> np.ndarray:
         if isinstance(images, list | tuple):

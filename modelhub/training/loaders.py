@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from modelhub.errors import DataError
+from modelhub.training.records import is_table
 
 _THREADED = ("jax", "tensorflow")  # a forked process inherits their locks, and not the threads that would release them
 
 
 def peek(data: Any) -> tuple[Any, Any]:
     """The first item (None if there is none to see), and the data with it put back where it was taken out."""
-    if isinstance(data, str | Path | Mapping) or hasattr(data, "iterrows") or not isinstance(data, Iterable):
+    if isinstance(data, str | Path | Mapping) or is_table(data) or not isinstance(data, Iterable):
         return None, data
     if isinstance(data, Sequence):
         return (data[0] if len(data) else None), data
@@ -30,6 +31,11 @@ def peek(data: Any) -> tuple[Any, Any]:
             raise DataError(f"the DataLoader's workers could not be started: {error}. {wanted}") from error
         raise
     return first, Begun(data, itertools.chain([first], iterator))
+
+
+def repeatable(data: Any) -> Any:
+    """The same, for what is gone through more than once: a generator, which can be read once, is kept as a list."""
+    return list(data) if isinstance(data, Iterator) else data
 
 
 class Begun:

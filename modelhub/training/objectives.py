@@ -5,14 +5,13 @@ adds up, divides and updates, whatever the objective; what it has to know for th
 """
 
 import functools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from modelhub.core import head, lora
+from modelhub.core import head, lora, problems
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.head import Loss
 from modelhub.core.tree import Module, Params, bind
@@ -204,14 +203,14 @@ def with_places(batch: Batch) -> dict[str, np.ndarray]:
 class ImageObjective(Objective):
     """The class of an image; batches are those of modelhub.training.images.
 
-    label_smoothing: the share of each label that is spread over all classes (Szegedy et al. 2015, arXiv:1512.00567).
-    metrics: "accuracy", or "top5_accuracy" with any number: the share of images whose label is among the 5 likeliest.
+    The config's problem_type decides what labels, loss and metrics are: see core/problems.py, also for label_smoothing
+    and for metrics; None: the problem's own.
     frozen: only the head is trained, on what the encoder gives outside of training.
     """
 
     config: Any
     label_smoothing: float = 0.0
-    metrics: tuple[str, ...] = ("accuracy",)
+    metrics: tuple[str, ...] | None = None
     frozen: bool = False
     unit = "images"
     fields: ClassVar[Mapping[str, Field]] = {
@@ -224,13 +223,18 @@ class ImageObjective(Objective):
     def __post_init__(self) -> None:
         if not isinstance(self.label_smoothing, int | float) or not 0.0 <= self.label_smoothing < 1.0:
             raise ConfigError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing!r}")
-        wrong = [metric for metric in self.metrics if _places_of(metric) is None]
-        if wrong:
-            raise ConfigError(f'metrics can be "accuracy" and "top5_accuracy" (or another number), got {wrong}')
+        if self.label_smoothing and self.problem == problems.REGRESSION:
+            raise ConfigError("label_smoothing is for classes; numbers (regression) have none to spread a label over")
+        problems.check_metrics(self.sums[1:], self.problem)
+
+    @property
+    def problem(self) -> str:
+        return problems.problem_of(self.config)
 
     @functools.cached_property
     def sums(self) -> tuple[str, ...]:
-        return "loss", *dict.fromkeys(self.metrics)
+        metrics = problems.METRICS[self.problem] if self.metrics is None else self.metrics
+        return "loss", *dict.fromkeys(metrics)
 
     def shape(self, batch: Batch) -> tuple[int, int]:
         if "pooled" in batch:
@@ -239,13 +243,7 @@ class ImageObjective(Objective):
         return rows, max(1, height // high) * max(1, width // wide) + self.config.tokens_before
 
     def check(self, batch: Batch) -> None:
-        labels, classes = batch["labels"], self.config.num_labels
-        if labels.ndim == 2 and labels.shape[1] != classes:
-            raise DataError(f"soft labels must be (batch, {classes} classes), found {labels.shape}")
-        meant = labels[batch["weights"] > 0]
-        if labels.ndim == 1 and meant.size and not 0 <= meant.min() <= meant.max() < classes:
-            wrong = int(meant[(meant < 0) | (meant >= classes)][0])
-            raise DataError(f"label {wrong} is out of range: the model has {classes} classes, 0 to {classes - 1}")
+        problems.check_labels(batch["labels"][batch["weights"] > 0], self.config.num_labels, self.problem)
 
     def rows_at_once(self, positions: int) -> int:
         return max(1, _CPU_PATCHES // positions)
@@ -269,9 +267,6 @@ class ImageObjective(Objective):
             encoder = xp if self.frozen else forward
             pooled = model.pooled(encoder, model.encode(encoder, xp.cast(batch["pixels"], dtype)))
         logits, labels, weights = model.head(forward, pooled), batch["labels"], batch["weights"]  # B, classes
-        soft = len(labels.shape) == 2
-        likeliest = xp.argmax(labels, 1) if soft else labels
-        own_logit = xp.take_along_axis(logits, xp.expand_dims(likeliest, 1), 1)
         if own is not None:
             losses = own(logits, labels)
             if tuple(losses.shape) != tuple(weights.shape):
@@ -280,18 +275,12 @@ class ImageObjective(Objective):
                     f'returned shape {tuple(losses.shape)}. Leave out the mean or sum (reduction="none")'
                 )
         else:
-            total = xp.logsumexp(logits, axis=1)
-            meant = xp.sum(logits * labels, axis=1) if soft else own_logit[:, 0]
-            if self.label_smoothing:
-                meant = meant + self.label_smoothing * (xp.mean(logits, axis=1) - meant)
-            losses = total - meant
+            losses = problems.losses(xp, logits, labels, self.problem, self.label_smoothing)
         value = xp.sum(losses * weights)
-        logits, own_logit = xp.stop_gradient(logits), xp.stop_gradient(own_logit)
-        # Of NaN nothing is at most as large: such a row is not among the correct ones.
-        place = logits.shape[1] - xp.sum(xp.cast(logits <= own_logit, "float32"), axis=1)
+        logits = xp.stop_gradient(logits)
         sums = {"loss": xp.stop_gradient(value)}
         for metric in self.sums[1:]:
-            sums[metric] = xp.sum(xp.cast(place < float(_places_of(metric) or 1), "float32") * weights)
+            sums[metric] = xp.sum(problems.measured(xp, logits, labels, metric, self.problem) * weights)
         return None if trainable is None else value, sums
 
     def most(self, batch: Mapping[str, Array]) -> float:
@@ -305,12 +294,6 @@ class ImageObjective(Objective):
         block += 3 * config.num_attention_heads * positions * 4
         layers = config.num_hidden_layers
         return rows * positions * (block + layers * config.hidden_size * item if remat else layers * block)
-
-
-def _places_of(metric: str) -> int | None:
-    """ "top5_accuracy" -> 5; None for what is no metric."""
-    match = re.fullmatch(r"(?:top([1-9]\d*)_)?accuracy", metric)
-    return None if match is None else int(match[1] or 1)
 
 
 def compute_dtype(xp: Backend, params: Mapping[str, Array]) -> str:

@@ -1,14 +1,18 @@
-"""A user's data, from files, lists and datasets, as records of a few known kinds."""
+"""A user's data, from files, lists, tables and datasets, as records of a few known kinds."""
 
 import csv
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn, TextIO
 
 from modelhub.errors import DataError
 from modelhub.processing.chat_template import ROLES
+from modelhub.training.missing import is_missing, present
 
 # The fields of each kind and what we call them, in the order of recognition: Alpaca's rows often carry a `text` too.
 KINDS = {
@@ -19,8 +23,15 @@ KINDS = {
     "text": {"text": "text"},
 }
 OPTIONAL = ("context", "input")
+# Other names for the keys of a kind, where a row has them and not the kind's own.
+ALSO = {"dolly": {"instruction": "question", "response": "answer"}, "messages": {"messages": "conversations"}}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
 SHOWN = 5  # wrong rows that one error tells of
+LARGEST_CELL = 100_000_000  # characters of a CSV file's cell: beyond it a quote is missing, or worse
+_CSV_ROWS = 1000  # read at a time
+
+OnError = Literal["raise", "skip"]
+Broken = Callable[[str], None]  # is told of a row that cannot be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +39,8 @@ class Record:
     """One row. where: the place it came from, for errors.
 
     fields, all str: instruction, context ("" if there is none) and response for the kinds dolly and alpaca; prompt and
-    response; text. For the kind messages: {"messages": [{"role": ..., "content": ...}, ...]}.
+    response; text. For the kind messages: {"messages": [{"role": ..., "content": ...}, ...]}, and perhaps
+    prompt_messages, the number of those that are a prompt, in which nothing is learnt.
     """
 
     kind: str
@@ -36,53 +48,106 @@ class Record:
     where: str
 
 
-def read_records(data: Any, kind: str | None = None) -> list[Record]:
+def read_records(data: Any, kind: str | None = None, on_error: OnError = "raise") -> list[Record]:
     """Every row of the data, checked.
 
-    data: a path to a .jsonl, .json, .csv or .parquet file, or rows: any iterable of str or dicts, such as a list, a
-    Hugging Face Dataset, or a pandas DataFrame. kind: a name in KINDS; None: recognised from the first row's keys.
-    Keys that the kind does not have are ignored.
+    data: a path to a .jsonl, .json, .csv, .tsv or .parquet file, or rows: any iterable of str or dicts, such as a list,
+    a Hugging Face Dataset, a pandas or polars DataFrame, or an Arrow table. kind: a name in KINDS; None: recognised
+    from the first row's keys. Keys that the kind does not have are ignored; a missing value (None, NaN, pandas' NA) is
+    as good as no key, at every depth. on_error: "skip" leaves rows out that do not fit, with one warning for all.
 
     Raises DataError with the places of the rows that do not fit.
     """
+    return read_all(data, kind, on_error)[0]
+
+
+def read_all(data: Any, kind: str | None = None, on_error: OnError = "raise") -> tuple[list[Record], int]:
+    """`read_records`, and how many rows were skipped."""
     if kind is not None and kind not in KINDS:
         raise DataError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if on_error not in ("raise", "skip"):
+        raise DataError(f"on_error is 'raise' or 'skip', not {on_error!r}")
+    skips = on_error == "skip"
     records: list[Record] = []
     problems: list[str] = []
-    for where, row in rows_of(data):
-        kind = kind or _recognise(row, where)
+    for where, row in rows_of(data, problems.append if skips else None):
+        try:
+            kind = kind or _recognise(row, where)
+        except DataError as error:
+            if not skips:
+                raise
+            problems.append(str(error))
+            continue
         try:
             records.append(Record(kind, _fields(row, kind), where))
         except DataError as error:
             problems.append(f"{where}: {error}")
+    named = data if isinstance(data, str | Path) else "the data"
     if problems:
         more = f"\nand {len(problems) - SHOWN} more rows" if len(problems) > SHOWN else ""
-        raise DataError("\n".join(problems[:SHOWN]) + more)
+        told = "\n".join(problems[:SHOWN]) + more
+        if not skips:
+            raise DataError(told)
+        if not records:
+            raise DataError(f"none of the {len(problems)} rows of {named} can be used:\n{told}")
+        warnings.warn(
+            f"skipped {len(problems)} of {len(problems) + len(records)} rows of {named}:\n{told}", stacklevel=3
+        )
     if not records:
-        raise DataError(f"{data if isinstance(data, str | Path) else 'the data'} holds no rows")
-    return records
+        raise DataError(f"{named} holds no rows")
+    return records, len(problems)
 
 
-def rows_of(data: Any) -> Iterator[tuple[str, Any]]:
-    """(where it is, row) of each row."""
+def rows_of(data: Any, broken: Broken | None = None) -> Iterator[tuple[str, Any]]:
+    """(where it is, row) of each row. broken: told of a file's rows that cannot be read; None: they raise DataError."""
     if isinstance(data, str | Path):
-        yield from _read_file(Path(data))
+        yield from _read_file(Path(data), broken or _raise)
         return
     if isinstance(data, Mapping):
         raise DataError(
             f"the data is a dict with the keys {_shown(data)}; give a list of rows, or of a DatasetDict one split: "
             f'data["train"]'
         )
-    if hasattr(data, "iterrows"):  # iterating a DataFrame would give the names of its columns
-        data = data.to_dict("records")
+    if is_table(data):  # iterating one would give its columns, or their names
+        data = _rows_of_table(data)
     if not isinstance(data, Iterable):
         raise DataError(f"the data is a {type(data).__name__}; give a path, a list of str or dicts, or a Dataset")
     for number, row in enumerate(data, 1):
         yield f"row {number}", row
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+def is_table(data: Any) -> bool:
+    """Whether it is a DataFrame of pandas or polars, or an Arrow table: none of them need be installed."""
+    return any(hasattr(data, name) for name in ("iterrows", "iter_rows", "to_batches")) and not is_series(data)
+
+
+def is_series(data: Any) -> bool:
+    """Whether it is one column of a DataFrame."""
+    return hasattr(data, "to_frame")
+
+
+def _rows_of_table(table: Any) -> Iterable[Any]:
+    if hasattr(table, "iterrows"):
+        columns = list(getattr(table, "columns", ()))
+        if repeated := sorted({str(name) for name in columns if columns.count(name) > 1}):
+            raise DataError(f"the DataFrame has several columns of the name {', '.join(repeated)}; rename or drop one")
+        return table.to_dict("records")
+    if hasattr(table, "iter_rows"):
+        return table.iter_rows(named=True)
+    return (row for batch in table.to_batches(1024) for row in batch.to_pylist())
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _raise(problem: str) -> NoReturn:
+    raise DataError(problem)
+
+
+def _read_file(path: Path, broken: Broken) -> Iterator[tuple[str, Any]]:
+    readers = {
+        ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet, ".tsv": _read_csv,
+    }  # fmt: skip
     if path.suffix.lower() not in readers:
         raise DataError(
             f"{path!s:.200}: cannot tell the format from the extension {path.suffix!r}; known: {', '.join(readers)}. "
@@ -91,31 +156,67 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
         raise DataError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     try:
-        yield from readers[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from None
+        yield from readers[path.suffix.lower()](path, broken)
+    except UnicodeDecodeError as error:  # of UTF-16, which says so at its start
+        raise DataError(f"{path} is not the {error.encoding} that it says it is ({error}); save it as UTF-8") from None
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
+def _opened(path: Path, newline: str | None = None) -> TextIO:
+    """A text file, read as UTF-8, or as the byte order mark at its start says.
+
+    Bytes that are no UTF-8 become half surrogates, so that the row they are in can be named; see `_not_utf8`.
+    """
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        return path.open(encoding="utf-32", newline=newline)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return path.open(encoding="utf-16", newline=newline)
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _not_utf8(text: str) -> str | None:
+    """What is wrong with a text of such a file; None: nothing."""
+    if text.isascii():
+        return None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start])
+        if 0xDC80 <= byte <= 0xDCFF:
+            return f"is not UTF-8 (the byte 0x{byte - 0xDC00:02x} at character {error.start + 1}); save it as UTF-8"
+    return None
+
+
+def _read_jsonl(path: Path, broken: Broken) -> Iterator[tuple[str, Any]]:
+    with _opened(path) as file:
         number = 0
         for line_number, line in enumerate(file, 1):
             if line.strip():
                 number += 1
+                if problem := _not_utf8(line):
+                    broken(f"{path}, row {number} (line {line_number}) {problem}")
+                    continue
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise DataError(f"{path} is not valid JSON on line {line_number}: {error}") from None
+                    broken(f"{path} is not valid JSON on line {line_number}: {error}")
+                    continue
                 yield f"{path}, row {number} (line {line_number})", row
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_json(path: Path, broken: Broken) -> Iterator[tuple[str, Any]]:
+    with _opened(path) as file:
+        text = file.read()
+    for line_number, line in enumerate(text.split("\n"), 1):
+        if problem := _not_utf8(line):
+            raise DataError(f"{path}, line {line_number} {problem}")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig") or "[]")
+        rows = json.loads(text or "[]")
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise DataError(f"{path} is not valid JSON on line {error.lineno}: {error}") from None
-        yield from _read_jsonl(path)  # one object a line: .jsonl under another name
+        yield from _read_jsonl(path, broken)  # one object a line: .jsonl under another name
         return
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
         raise DataError(f"{path} cannot be read: {error}") from None
@@ -125,20 +226,80 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}, row {number}", row
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+_field_size = threading.Lock()  # the limit on a cell is the csv module's own, for the whole process
+
+
+def _read_csv(path: Path, broken: Broken) -> Iterator[tuple[str, Any]]:
+    """With commas, semicolons or tabs between the cells, whichever the header has."""
+    with _opened(path, newline="") as file:
+        reader = csv.reader(file, delimiter=_delimiter(path), strict=True)
+        names: list[str] | None = None
+        number = 0
+        for line, cells in _lines(reader, path):
+            if names is None:
+                names = [name.strip() for name in cells]
+                if problem := _not_utf8(" ".join(names)):
+                    raise DataError(f"{path}, the header (line {line}) {problem}")
+                if repeated := sorted({name for name in names if name and names.count(name) > 1}):
+                    raise DataError(f"{path} has several columns of the name {', '.join(repeated)}; rename one")
+                continue
+            number += 1
+            where = f"{path}, row {number} (line {line})"
+            if len(cells) > len(names):
+                broken(
+                    f"{where} has more cells than the header has names ({len(cells)} and {len(names)}); quote cells "
+                    f"that hold the separator"
+                )
+                continue
+            if problem := next(filter(None, map(_not_utf8, cells)), None):
+                broken(f"{where} {problem}")
+                continue
+            yield where, dict(itertools.zip_longest(names, cells))
+
+
+def _lines(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(its last line, cells) of each row that is not empty."""
+    ended = False
+    while not ended:
+        rows, before = [], reader.line_num
+        with _field_size:
+            limit = csv.field_size_limit(LARGEST_CELL)
+            try:
+                for _ in range(_CSV_ROWS):
+                    before = reader.line_num
+                    rows.append((next(reader), reader.line_num))
+            except StopIteration:
+                ended = True
+            except csv.Error as error:
+                problem = f"{path} is not valid CSV near line {before}: {error}"
+                if "field larger" in str(error):
+                    problem = (
+                        f"{path} is not valid CSV near line {before}: a cell has more than {LARGEST_CELL:,} "
+                        f"characters; a quote may be missing. Larger texts go in a .jsonl or .parquet file"
+                    )
+                raise DataError(problem) from None
+            finally:
+                csv.field_size_limit(limit)
+        yield from ((line, cells) for cells, line in rows if cells)
+
+
+def _delimiter(path: Path) -> str:
+    """The one that cuts the header into the most names."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    with _opened(path, newline="") as file:
+        header = file.readline(1_000_000)
+
+    def names(delimiter: str) -> int:
         try:
-            for number, row in enumerate(reader, 1):
-                where = f"{path}, row {number} (line {reader.line_num})"
-                if None in row:
-                    raise DataError(f"{where} has more cells than the header has names; quote cells that hold commas")
-                yield where, row
-        except csv.Error as error:
-            raise DataError(f"{path} is not valid CSV near line {reader.line_num}: {error}") from None
+            return len(next(csv.reader([header], delimiter=delimiter, strict=True), ()))
+        except csv.Error:
+            return 0
+
+    return max((",", ";", "\t"), key=names)
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_parquet(path: Path, broken: Broken) -> Iterator[tuple[str, Any]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -152,50 +313,88 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path} is not a Parquet file that pyarrow reads: {error}") from None
 
 
+# --- kinds ------------------------------------------------------------------------------------------------------------
+
+
 def _recognise(row: Any, where: str) -> str:
     if isinstance(row, str):
         return "text"
     if isinstance(row, Mapping):
-        found = {key for key, value in row.items() if value is not None}
-        if "conversations" in found:
-            return "messages"
-        for kind, names in KINDS.items():
-            if found.issuperset(set(names).difference(OPTIONAL)):
-                return kind
-        if "input_ids" in found:
+        with_value = {key for key, value in row.items() if not is_missing(value)}
+        if "input_ids" in with_value and not any(map(with_value.__contains__, ("text", "prompt", "messages"))):
             raise DataError(f"{where} holds ready token ids among records; ready batches have them in every item")
+        for found in (with_value, set(row)):  # the latter: the error then says which value is missing
+            if kind := _kind_of(found):
+                return kind
+            if {"chosen", "rejected"} <= found:
+                raise DataError(
+                    f"{where} holds preferences (chosen, rejected). Training on preferences, such as DPO, is not "
+                    f"offered yet: it takes an objective of its own. To learn the chosen answers alone, rename chosen "
+                    f"to completion, or to messages where it is a whole conversation"
+                )
+    if is_missing(row):
+        raise DataError(f"{where} is missing: it is {row!r}")
     needed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in KINDS.items())
     raise DataError(
         f"{where} is of no known kind, it has {_shown(row)}. The kinds and their keys are: {needed} (or conversations "
-        f"for messages; {' and '.join(OPTIONAL)} may be missing). Rename the keys, or give kind= to see what is missing"
+        f"for messages, question and answer for dolly; {' and '.join(OPTIONAL)} may be missing). Rename the keys, or "
+        f"give kind= to see what is missing"
     )
+
+
+def _kind_of(found: set[str]) -> str | None:
+    if "conversations" in found:
+        return "messages"
+    for kind, names in KINDS.items():
+        also = ALSO.get(kind, {})
+        if all(key in found or also.get(key) in found for key in names if key not in OPTIONAL):
+            return kind
+    return None
 
 
 def _fields(row: Any, kind: str) -> dict[str, Any]:
     if isinstance(row, str) and kind == "text":
-        return {"text": row}
+        return {"text": _text(row, "text")}
+    if is_missing(row):
+        raise DataError(f"it is missing: {row!r}")
     if not isinstance(row, Mapping):
         raise DataError(f"a row of the kind {kind} must be a dict, found {type(row).__name__}: {row!r:.80}")
     if kind == "messages":
         return {"messages": _messages(row)}
+    also = ALSO.get(kind, {})
     given = {key: row.get(key) for key in KINDS[kind]}
+    given |= {key: row.get(also[key]) for key in also if is_missing(given[key])}
+    given = {key: present(value) for key, value in given.items()}
     missing = [key for key, value in given.items() if value is None and key not in OPTIONAL]
     if missing:
         raise DataError(f"{' and '.join(missing)} missing for the kind {kind}; it has {_shown(row)}")
+    if kind == "prompt" and any(isinstance(value, list) for value in given.values()):
+        return _conversational(given, row)
     for key, value in given.items():
         if not isinstance(value, str | None):
             raise DataError(f"{key} must be text, found {type(value).__name__}: {value!r:.80}")
-    return {KINDS[kind][key]: value or "" for key, value in given.items()}
+    return {KINDS[kind][key]: _text(value or "", key) for key, value in given.items()}
+
+
+def _conversational(given: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt and a completion that are lists of messages, as TRL has them."""
+    if not all(isinstance(value, list) and value for value in given.values()):
+        found = ", ".join(f"{key} is {value!r:.80}" for key, value in given.items())
+        raise DataError(f"prompt and completion must both be texts, or both lists of messages; {found}")
+    messages = _messages({**row, "messages": [*given["prompt"], *given["completion"]]})
+    return {"messages": messages, "prompt_messages": len(given["prompt"])}
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The conversation as chat templates take it. Datasets fill keys that a message does not have with None."""
-    turns = row.get("messages") if row.get("messages") is not None else row.get("conversations")
+    """The conversation as chat templates take it, without what is missing in it; an answer's content stays, as None:
+    templates ask for it where there are calls of tools."""
+    turns = row.get("messages") if not is_missing(row.get("messages")) else row.get("conversations")
+    turns = present(turns)
     if turns is None:
         raise DataError(f"messages (or conversations) missing; it has {_shown(row)}")
     if isinstance(turns, str | Mapping) or not isinstance(turns, Iterable):
         raise DataError(f"messages must be a list of messages, found {type(turns).__name__}: {turns!r:.80}")
-    if row.get("tools"):
+    if present(row.get("tools")):
         raise DataError("it has tools, which training does not render; remove them or the row")
     messages = []
     for number, turn in enumerate(turns):
@@ -210,14 +409,35 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise DataError(
                 f"message {number}: content must be text, found {type(content).__name__}; it has {_shown(turn)}"
             )
-        rest = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
+        rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        _text(rest | {"content": content}, f"message {number}")
         messages.append({**rest, "role": role, "content": content})
     if not messages:
         raise DataError("messages is empty")
     return messages
 
 
+def _text(value: Any, what: str) -> Any:
+    """The same, where every text in it is one. Raises DataError for half surrogates, which JSON can write."""
+    if isinstance(value, Mapping):
+        value = {_text(key, what): _text(item, what) for key, item in value.items()}
+    elif isinstance(value, list):
+        value = [_text(item, what) for item in value]
+    elif isinstance(value, str) and not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{what} has half of a surrogate pair, {value[error.start]!a}, at character {error.start + 1}, which "
+                f"is no text: correct or remove it"
+            ) from None
+    return value
+
+
 def _shown(row: Any) -> str:
-    if isinstance(row, Mapping):
-        return ", ".join(map(str, list(row)[:20])) or "no keys"
-    return f"{type(row).__name__}: {row!r:.80}"
+    if not isinstance(row, Mapping):
+        return f"{type(row).__name__}: {row!r:.80}"
+    keys = list(row)[:20]
+    without = [str(key) for key in keys if is_missing(row[key])]
+    told = ", ".join(map(str, keys)) or "no keys"
+    return told + (f" (without a value: {', '.join(without)})" if without else "")

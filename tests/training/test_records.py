@@ -133,7 +133,7 @@ def test_other_iterables():
         ([DOLLY, {**DOLLY, "context": ["a"]}], None, "row 2: context must be text, found list"),
         ([DOLLY, "text"], None, "row 2: a row of the kind dolly must be a dict, found str: 'text'"),
         (["text", DOLLY], None, "row 2: text missing for the kind text"),
-        ([{"question": "a", "answer": "b"}], None, r"row 1 is of no known kind, it has question, answer. The kinds .* dolly: instruction, context, response; alpaca: instruction, input, output; messages: messages; prompt: prompt, completion; text: text"),
+        ([{"query": "a", "reply": "b"}], None, r"row 1 is of no known kind, it has query, reply. The kinds .* dolly: instruction, context, response; alpaca: instruction, input, output; messages: messages; prompt: prompt, completion; text: text"),
         ([3], None, "row 1 is of no known kind, it has int: 3"),
         ([{}], None, "it has no keys"),
         ([], None, "the data holds no rows"),
