@@ -189,7 +189,7 @@ def _front_matter(facts: CardFacts) -> str:
         base_model_relation=relation if base_model else None,
         tags=[tag for tag in tags if tag],
         datasets=[name for name in facts.datasets if is_repo_id(name if "/" in name else f"datasets/{name}")] or None,
-        metrics=sorted({"accuracy", "perplexity"} & results.keys()) or None,  # those that the Hub knows
+        metrics=sorted({"accuracy", "exact_match", "mae", "perplexity"} & results.keys()) or None,  # those that the Hub knows
         model_name=clean(facts.title, 100) or "model",
         eval_results=_eval_results(facts, results) or None,
     )
@@ -338,7 +338,7 @@ def _training(facts: CardFacts) -> list[str]:
 def _run(run: TrainingRun) -> list[str]:
     amount = [f"{count:,} {name}" for count, name in [(run.examples, "examples"), (run.tokens, "tokens")] if count]
     text = f"Trained on {code(run.data)}" + (f" ({', '.join(amount)})" if amount else "")
-    text += ": an adapter (LoRA)" if run.adapter else ": all weights"
+    text += f": {_trained(run)}"
     text += f", on the backend {code(run.backend)}" + (f" in {_duration(run.seconds)}" if run.seconds else "")
     text += f"; it ended {code(run.date, 40)}." if run.date else "."
     settings = [
@@ -350,7 +350,22 @@ def _run(run: TrainingRun) -> list[str]:
     return [text, table(("setting", "value"), settings[:_ROWS])] if settings else [text]
 
 
+def _trained(run: TrainingRun) -> str:
+    """What of the model the run changed."""
+    count = "" if run.trained is None else f"{run.trained:,} parameters"
+    if run.adapter:
+        what = "an adapter (LoRA)" + (" and the head" if run.part == "head" else "")
+        return f"{what}, {count}" if count else what
+    if run.part == "head":
+        return f"the head ({count + '; ' if count else ''}the encoder is unchanged)"
+    if run.settings.get("freeze_backbone") is True:  # noted before `part` was
+        return "the head (the encoder is unchanged)"
+    return f"all weights ({count})" if count else "all weights"
+
+
 def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return "less than a second"
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -399,9 +414,12 @@ def _changes(facts: CardFacts) -> str:
     """What licences such as Apache 2.0 (section 4b) and Gemma's (3.1) want said of modified files."""
     if facts.adapter:
         return "This is an adapter alone: the base model's own weights are not part of it."
-    ways = {
-        "a trained adapter was merged into the weights" if run.adapter else "all weights were trained further"
-        for run in facts.provenance.runs
-    }
-    how = " and ".join(sorted(ways, reverse=True)) or "the files were written anew; no training has been recorded"
+    how = " and ".join(sorted({_way(run) for run in facts.provenance.runs}, reverse=True)) or "the files were written anew; no training has been recorded"
     return f"Changed from the base model with modelhub: {how}."
+
+
+def _way(run: TrainingRun) -> str:
+    if run.adapter:
+        return "a trained adapter was merged into the weights" + (", under a trained head" if run.part == "head" else "")
+    head = run.part == "head" or run.settings.get("freeze_backbone") is True
+    return "the head was trained, and the encoder left as it was" if head else "all weights were trained further"

@@ -82,10 +82,12 @@ def _behind(digest: Any) -> Iterator[Callable[[Any], Any]]:
         yield hashed
 
 
-def save_arrays(arrays: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def save_arrays(
+    arrays: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None, digest: Any = None
+) -> None:
     """save_tensors for what is in memory already."""
     native = {name: np.asarray(x, x.dtype.newbyteorder("=")) for name, x in arrays.items()}
-    save_tensors({name: (x.shape, str(x.dtype)) for name, x in native.items()}, native.__getitem__, path, metadata)
+    save_tensors({name: (x.shape, str(x.dtype)) for name, x in native.items()}, native.__getitem__, path, metadata, digest)
 
 
 def licence_files(folder: Path) -> dict[str, bytes]:

@@ -40,8 +40,9 @@ class TrainingRun:
     """One call of fit that came to an end.
 
     data: its name. settings: JSON values. metrics: the last values, by name; those on validation data begin with val_.
-    losses: (step, loss per token). adapter: what was trained of it (rank, alpha, targets, ...); None: all weights.
-    seconds: the steps took. date: of the end, ISO 8601.
+    losses: (step, loss per token). adapter: what was trained of it (rank, alpha, targets, ...); None: weights.
+    seconds: the steps took. date: of the end, ISO 8601. part: which weights were trained besides, "all", "head" or
+    None, and trained: how many parameters that were, the adapter's included; None: written before this was noted.
 
     What JSON cannot hold becomes text, numbers that are not finite or make no sense are left out, losses are thinned to
     200 points, and what is long is cut.
@@ -57,6 +58,8 @@ class TrainingRun:
     seconds: float | None
     backend: str
     date: str
+    part: str | None = None
+    trained: int | None = None
 
     def __post_init__(self) -> None:
         points = [(int(step), float(loss)) for step, loss in self.losses]
@@ -70,10 +73,10 @@ class TrainingRun:
             "seconds": None if self.seconds is None else float(self.seconds),
         }  # fmt: skip
         clean |= {name: getattr(self, name)[:_LONGEST_TEXT] for name in ("data", "backend", "date")}
-        for name in ("examples", "tokens"):
+        for name in ("examples", "tokens", "trained"):
             count = getattr(self, name)
             clean[name] = None if count is None else int(count)
-        clean |= {name: None for name in ("examples", "tokens", "seconds") if not _RUN[name](clean[name])}
+        clean |= {name: None for name in ("examples", "tokens", "trained", "seconds") if not _RUN[name](clean[name])}
         for name, value in clean.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
@@ -203,6 +206,7 @@ _RUN: dict[str, Callable[[object], bool]] = {
     "data": _is_text, "settings": _is_table, "metrics": _is_metrics, "losses": _is_curve,
     "adapter": _or_none(_is_table), "examples": _or_none(_is_count), "tokens": _or_none(_is_count),
     "seconds": _or_none(_is_number), "backend": _is_text, "date": _is_text,
+    "part": _or_none(_is_text), "trained": _or_none(_is_count),
 }  # fmt: skip
 _WHOLE: dict[str, Callable[[object], bool]] = {
     "base": _or_none(_is_text), "base_model": _or_none(_is_text), "licence": _or_none(_is_text),

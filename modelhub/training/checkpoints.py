@@ -7,8 +7,11 @@
       .lock, .lock.owner   held while a run writes here
 
 A checkpoint is written beside (step-00000020.tmp-PID), synced to the disk, then renamed: what has the name is whole.
+run.json has the SHA-256 of the state and of its own record: bytes that changed since are noticed, and the checkpoint
+before is taken.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -72,7 +75,8 @@ def save(
     if keep < 1:
         raise InputError(f"keep must be 1 or more checkpoints, got {keep}")
     directory = Path(directory)
-    record = json.dumps({"format": _FORMAT, "step": step, "meta": meta})
+    record = {"format": _FORMAT, "step": step, "meta": meta}
+    text = json.dumps(record)
     target = directory / f"step-{step:08d}"
     work = directory / f"{target.name}.tmp-{os.getpid()}"
     try:
@@ -80,12 +84,14 @@ def save(
         for leftover in directory.glob(_LEFTOVERS):
             shutil.rmtree(leftover)
         work.mkdir()
-        save_arrays(tensors, work / _STATE)
-        (work / _RUN).write_text(record, encoding="utf-8")
+        digest = hashlib.sha256()
+        save_arrays(tensors, work / _STATE, digest=digest)
+        sums = {"state": digest.hexdigest(), "run": hashlib.sha256(text.encode()).hexdigest()}
+        (work / _RUN).write_text(json.dumps(record | {"sha256": sums}), encoding="utf-8")
         replace_folder(work, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(work, ignore_errors=True)
-        needed = sum(array.nbytes for array in tensors.values()) + len(record)
+        needed = sum(array.nbytes for array in tensors.values()) + len(text)
         raise CheckpointError(_not_written(directory, step, needed, error)) from error
     (directory / _FINISHED).unlink(missing_ok=True)
     steps = _steps(directory)
@@ -248,6 +254,13 @@ def _open(folder: Path, step: int) -> Checkpoint:
         )
     if not isinstance(run["meta"], dict):
         raise CheckpointError(f"{folder / _RUN} holds no record of a run; expected an object as meta")
+    if (sums := run.pop("sha256", None)) is not None:  # earlier versions wrote none
+        with open(folder / _STATE, "rb") as file:
+            found = {"state": hashlib.file_digest(file, "sha256").hexdigest()}
+        found["run"] = hashlib.sha256(json.dumps(run).encode()).hexdigest()
+        if wrong := [name for name in found if found[name] != sums[name]]:
+            changed = " and ".join({"state": _STATE, "run": _RUN}[name] for name in wrong)
+            raise CheckpointError(f"{changed} changed after it was written: its SHA-256 is another")
     with SafetensorsCheckpoint(folder / _STATE):  # checks the header against the file's size
         return Checkpoint(folder, step, run["meta"])
 
