@@ -189,7 +189,8 @@ def _front_matter(facts: CardFacts) -> str:
         base_model_relation=relation if base_model else None,
         tags=[tag for tag in tags if tag],
         datasets=[name for name in facts.datasets if is_repo_id(name if "/" in name else f"datasets/{name}")] or None,
-        metrics=sorted({"accuracy", "exact_match", "mae", "perplexity"} & results.keys()) or None,  # those that the Hub knows
+        metrics=sorted({"accuracy", "exact_match", "mae", "perplexity"} & results.keys())
+        or None,  # those that the Hub knows
         model_name=clean(facts.title, 100) or "model",
         eval_results=_eval_results(facts, results) or None,
     )
@@ -414,12 +415,17 @@ def _changes(facts: CardFacts) -> str:
     """What licences such as Apache 2.0 (section 4b) and Gemma's (3.1) want said of modified files."""
     if facts.adapter:
         return "This is an adapter alone: the base model's own weights are not part of it."
-    how = " and ".join(sorted({_way(run) for run in facts.provenance.runs}, reverse=True)) or "the files were written anew; no training has been recorded"
+    how = (
+        " and ".join(sorted({_way(run) for run in facts.provenance.runs}, reverse=True))
+        or "the files were written anew; no training has been recorded"
+    )
     return f"Changed from the base model with modelhub: {how}."
 
 
 def _way(run: TrainingRun) -> str:
     if run.adapter:
-        return "a trained adapter was merged into the weights" + (", under a trained head" if run.part == "head" else "")
+        return "a trained adapter was merged into the weights" + (
+            ", under a trained head" if run.part == "head" else ""
+        )
     head = run.part == "head" or run.settings.get("freeze_backbone") is True
     return "the head was trained, and the encoder left as it was" if head else "all weights were trained further"

@@ -87,7 +87,9 @@ def save_arrays(
 ) -> None:
     """save_tensors for what is in memory already."""
     native = {name: np.asarray(x, x.dtype.newbyteorder("=")) for name, x in arrays.items()}
-    save_tensors({name: (x.shape, str(x.dtype)) for name, x in native.items()}, native.__getitem__, path, metadata, digest)
+    save_tensors(
+        {name: (x.shape, str(x.dtype)) for name, x in native.items()}, native.__getitem__, path, metadata, digest
+    )
 
 
 def licence_files(folder: Path) -> dict[str, bytes]:
