@@ -162,7 +162,7 @@ class Embeddings(Module):
         positions, dtype = self.position_embeddings, xp.dtype(x)
         count = len(before)
         patches = resized(xp, positions[:, count:], self.grid, grid, self.antialias)
-        parts = [x + xp.cast(patches, dtype)]
+        parts = [xp.plus(x, xp.cast(patches, dtype))]
         if before:
             special = xp.concat(before, 1) if count > 1 else before[0]
             if self.register_tokens is None:

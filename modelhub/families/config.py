@@ -144,24 +144,58 @@ def check_activation(name: str, where: str) -> str:
     return name
 
 
-def read_rope(where: str, theta: Any, *entries: Mapping[str, Any] | None) -> Rope:
-    """A Rope from rope_theta and from rope_scaling or rope_parameters entries, of which later ones win."""
-    entry: dict[str, Any] = {"rope_theta": theta}
-    for given in entries:
-        if not isinstance(given or {}, Mapping):
-            raise ConfigError(f"{where}: a rope's parameters must be an object, found {reprlib.repr(given)}")
-        entry |= {key: value for key, value in (given or {}).items() if value is not None}
+def read_rope(where: str, theta: Any, given: Mapping[str, Any] | None = None) -> Rope:
+    """A Rope from rope_theta and an entry such as rope_scaling's, which may have a rope_theta of its own."""
+    entry = {"rope_theta": theta} | _rope_entry(where, given)
     check_kinds(entry, f"{where}, rope")
-    kind = entry.pop("rope_type", entry.pop("type", "default"))
-    entry.pop("type", None)  # the older name of rope_type; some files have both
+    kind = entry.pop("rope_type", "default")
     fields = {"default": (), "linear": ("factor",), "llama3": Rope.LLAMA3}.get(kind)
     if fields is None:
         raise ConfigError(f"{where}: rope type {kind!r} is not supported; supported: default, linear, llama3")
     if missing := [key for key in fields if key not in entry]:
         raise ConfigError(f"{where}: rope type {kind!r} needs {', '.join(missing)}")
-    if unknown := set(entry) - {"rope_theta", *Rope.LLAMA3}:
+    require(entry, "partial_rotary_factor", (1,), f"{where}, rope")
+    if unknown := set(entry) - {"rope_theta", "partial_rotary_factor", *Rope.LLAMA3}:
         raise ConfigError(f"{where}: rope keys that modelhub does not know: {', '.join(sorted(unknown))}")
     return Rope(float(entry["rope_theta"]), kind, **{key: entry[key] for key in fields})
+
+
+def _rope_entry(where: str, given: Any) -> dict[str, Any]:
+    """What is set in it, under the names that are used now."""
+    if not isinstance(given or {}, Mapping):
+        raise ConfigError(f"{where}: a rope's parameters must be an object, found {reprlib.repr(given)}")
+    entry = {key: value for key, value in (given or {}).items() if value is not None}
+    if (older := entry.pop("type", None)) is not None:
+        entry.setdefault("rope_type", older)
+    return entry
+
+
+def hf_rope(
+    where: str, data: Mapping[str, Any], parameters: Mapping[str, Any] | None, theta: float, *, merged: bool = False
+) -> Rope:
+    """The Rope of a config.json: its rope_parameters (transformers 5), its rope_theta and rope_scaling (4), or both.
+
+    Of both rope_scaling counts, as in transformers: beside rope_parameters it was put by hand, to switch scaling on.
+    parameters: what rope_parameters has for these layers; theta: what rope_theta is where nothing says it; merged:
+    whether transformers keeps the theta of rope_parameters then. Raises ConfigError where the two contradict.
+    """
+    old, new = _rope_entry(where, data.get("rope_scaling")), _rope_entry(where, parameters)
+    thetas = {"rope_theta": data.get("rope_theta")}
+    thetas |= {"rope_scaling's rope_theta": old.get("rope_theta"), "rope_parameters' rope_theta": new.get("rope_theta")}
+    found = {name: value for name, value in thetas.items() if value is not None}
+    check_kinds({"rope_theta": data.get("rope_theta")}, where)
+    if len(set(found.values())) > 1:
+        raise ConfigError(f"{where}: {', '.join(f'{name} is {x!r}' for name, x in found.items())}; write one value")
+    base = next(iter(found.values()), theta)
+    if old and list(found) == ["rope_parameters' rope_theta"] and base != theta and not merged:
+        raise ConfigError(
+            f"{where}: rope_scaling takes the place of rope_parameters, and so transformers takes {theta:g} for "
+            f'rope_theta, not {base!r}. Write "rope_theta": {base!r} beside rope_scaling'
+        )
+    scalings = [{key: value for key, value in entry.items() if key != "rope_theta"} for entry in (old, new)]
+    if old and new and new.get("rope_type", "default") != "default" and scalings[0] != scalings[1]:
+        raise ConfigError(f"{where}: rope_scaling={scalings[0]} and rope_parameters={scalings[1]}; leave out one")
+    return read_rope(where, base, old or new)
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:

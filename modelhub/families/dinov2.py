@@ -161,9 +161,9 @@ class Block(Module):
     def __call__(self, xp: Backend, x: Array, collected: Collected | None) -> Array:
         of_attention, of_mlp = self.drop_paths
         y = self.attention(xp, self.norm1(xp, x), collected)
-        x = x + of_attention.rows(xp, y * self.layer_scale1.lambda1)
+        x = x + of_attention.rows(xp, xp.times(y, self.layer_scale1.lambda1))
         y = self.mlp(xp, self.norm2(xp, x))
-        return x + of_mlp.rows(xp, y * self.layer_scale2.lambda1)
+        return x + of_mlp.rows(xp, xp.times(y, self.layer_scale2.lambda1))
 
 
 @dataclass

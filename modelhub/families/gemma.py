@@ -24,8 +24,8 @@ from modelhub.families.config import (
     check_keys,
     check_kinds,
     check_sizes,
+    hf_rope,
     read_gguf,
-    read_rope,
     require,
     write_common,
     write_gguf,
@@ -238,13 +238,16 @@ def _layer_types(kind: str, layers: int, pattern: Any) -> list[str]:
 
 def _read_ropes(kind: str, data: Mapping[str, Any], where: str) -> dict[str, nn.Rope]:
     parameters = data.get("rope_parameters") or {}
-    per_layer = parameters if GLOBAL in parameters or LOCAL in parameters else {GLOBAL: parameters}
-    theta = data.get("rope_theta") or (1_000_000.0 if kind == "gemma3_text" else 10_000.0)
-    rope = read_rope(where, theta, data.get("rope_scaling"), per_layer.get(GLOBAL))
     if kind != "gemma3_text":
+        rope = hf_rope(where, data, parameters, 10_000.0)
         return {"rope": rope, "local_rope": rope}
-    local = read_rope(where, data.get("rope_local_base_freq") or 10_000.0, per_layer.get(LOCAL))
-    return {"rope": rope, "local_rope": local}
+    if parameters and not {GLOBAL, LOCAL} & set(parameters):  # transformers reads nothing else
+        raise ConfigError(
+            f"{where}: rope_parameters must be an object with {GLOBAL} and {LOCAL}, found {parameters!r:.200}"
+        )
+    rope = hf_rope(where, data, parameters.get(GLOBAL), 1_000_000.0, merged=True)
+    older = {"rope_theta": data.get("rope_local_base_freq")}
+    return {"rope": rope, "local_rope": hf_rope(where, older, parameters.get(LOCAL), 10_000.0)}
 
 
 _GGUF_KEYS: dict[str, set[str]] = {"gemma": set()}

@@ -24,8 +24,8 @@ from modelhub.families.config import (
     check_keys,
     check_sizes,
     gguf_rope_freqs,
+    hf_rope,
     read_gguf,
-    read_rope,
     require,
     write_common,
     write_gguf,
@@ -88,8 +88,7 @@ class Config:
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
         check_sizes({"head_dim": values["head_dim"]}, where)
         check_activation(values.get("hidden_act", "silu"), where)
-        theta = data.get("rope_theta") or 10_000.0
-        rope = read_rope(where, theta, data.get("rope_scaling"), data.get("rope_parameters"))
+        rope = hf_rope(where, data, data.get("rope_parameters"), 10_000.0)
         return cls(**values, rope=rope, extra=extra)._checked(where)
 
     @classmethod

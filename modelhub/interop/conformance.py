@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+import modelhub
 from modelhub import kinds
 from modelhub.core import losses
 from modelhub.core.backends import get_backend, installed
@@ -65,6 +66,7 @@ FAMILIES = {
     ),
     "llama": Case("LlamaForCausalLM", _TEXT),
     "llama3": Case("LlamaForCausalLM", _TEXT | {"rope_parameters": _LLAMA3}),
+    "llama_biases": Case("LlamaForCausalLM", _TEXT | {"attention_bias": True, "mlp_bias": True}),
     "mistral": Case("MistralForCausalLM", _TEXT | {"sliding_window": 8}),
     "vit": Case("ViTForImageClassification", _IMAGE | {"intermediate_size": 48}, (16, 16)),
     "deit": Case("DeiTForImageClassification", _IMAGE | {"intermediate_size": 48}, (16, 16)),
@@ -305,7 +307,7 @@ def _check_transformers() -> None:
 
 
 def _versions(opened: Sequence[Backend]) -> dict[str, str]:
-    found = {name: version(name) for name in ("modelhub", "transformers", "torch")}
+    found = {"modelhub": modelhub.__version__} | {name: version(name) for name in ("transformers", "torch")}
     return found | {xp.name: importlib.import_module(xp.name).__version__ for xp in opened}
 
 

@@ -302,6 +302,8 @@ CASES: dict[str, list[Case]] = {
             random(2, 3), random(3, 4), random(4, 2),
         ),
     ],
+    "plus": [case(lambda xp, x, b: xp.plus(x, b), lambda x, b: x + b, random(2, 3, 4), random(4))],
+    "times": [case(lambda xp, x, b: xp.times(x, b), lambda x, b: x * b, random(2, 3, 4), random(4))],
     "linear": [
         case(lambda xp, x, w, b: xp.linear(x, w, b), lambda x, w, b: x @ w.T + b, random(2, 3, 4), random(5, 4), random(5)),
         case(lambda xp, x, w: xp.linear(x, w), lambda x, w: x @ w.T, random(4), random(64, 4)),
@@ -375,6 +377,7 @@ FOR_TRAINING = {
     "value_and_grad": "TestGradients", "stop_gradient": "TestGradients", "block": "TestGradients",
     "for_training": "TestGradients", "loop": "TestLoops", "scan": "TestLoops", "joined": "TestLoops",
     "add_rows": "TestRows", "slice_rows": "TestRows", "add_into": "TestRows", "copy": "TestRows",
+    "one_of_equals": "TestRows",
     "dropout": "TestDropout", "native_optimizer": "TestNativeOptimizers",
     "matmul_precision": "test_matmul_precision_is_put_back", "free_memory": "test_memory", "peak_memory": "test_memory",
 }  # fmt: skip
@@ -472,7 +475,7 @@ def test_backends_offer_nothing_beyond_the_interface(backend):
 # Half precision: what the forward pass of a bfloat16 model uses, and the dtype it must come back in.
 
 HALF = {
-    "take", "embedding", "concat", "reshape", "transpose", "update_slots", "matmul", "linear", "einsum", "rms_norm",
+    "take", "embedding", "plus", "times", "sum", "mean", "concat", "reshape", "transpose", "update_slots", "matmul", "linear", "einsum", "rms_norm",
     "layer_norm", "softmax", "log_softmax", "attention",
 }  # fmt: skip
 HALF_CASES = [
@@ -514,6 +517,18 @@ def test_long_sums_do_not_drift(backend):
     assert np.abs(found - wanted).max() < 1e-6 * wanted[0, -1]
     total = backend.get(backend.sum(backend.array(shares)))
     assert abs(total - wanted[0, -1]) < 1e-6 * wanted[0, -1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sums_of_16_bits_are_taken_in_float32(backend, dtype):
+    ones = backend.array(np.ones(4097, np.float32), dtype)  # one by one, 16 bits stop at 256 or 2048
+    assert float(backend.get(backend.sum(ones))) == 4096 and float(backend.get(backend.mean(ones))) == 1
+    assert np.asarray(backend.get(backend.cumsum(ones)))[-1] == 4096
+    assert float(backend.get(backend.logsumexp(backend.log(ones)))) == pytest.approx(np.log(4097), rel=2**-8)
+    x = backend.array(np.random.default_rng(0).random((4096, 8), np.float32) / 16, dtype)
+    wanted = np.asarray(backend.get(x), np.float64).sum(0)
+    found = np.asarray(backend.get(backend.sum(x, axis=0)), np.float64)
+    np.testing.assert_allclose(found, wanted, rtol=2**-8 if dtype == "bfloat16" else 2**-10)
 
 
 # linear has several forms, chosen by rows, outputs and dtype.

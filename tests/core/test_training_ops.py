@@ -23,6 +23,22 @@ def draw(*shape, seed=0):
     return np.random.default_rng([seed, *shape]).standard_normal(shape, np.float32)
 
 
+# fn(xp, ones (4096, 8), parameter) -> (4096, 8), and where the parameter starts.
+SHARED = {
+    "bias": (
+        lambda xp, x, b: xp.linear(x, xp.cast(xp.array(np.eye(8, dtype=np.float32)), xp.dtype(x)), b),
+        np.zeros(8),
+    ),
+    "weight": (lambda xp, x, w: xp.linear(x, w), np.eye(8)),
+    "shift": (lambda xp, x, b: xp.plus(x, b), np.zeros(8)),
+    "scale": (lambda xp, x, b: xp.times(x, b), np.ones(8)),
+    "norm's weight": (lambda xp, x, w: xp.rms_norm(x, w, 1e-12), np.ones(8)),
+    "norm's bias": (lambda xp, x, b: xp.layer_norm(x, b + 1.0, b, 1e-12), np.zeros(8)),
+    "token": (lambda xp, x, t: xp.broadcast_to(t, (4096, 8)), np.ones((1, 8))),
+    "embedding": (lambda xp, x, w: xp.embedding(w, xp.zeros((4096,), "int32")), np.ones((3, 8))),
+}
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 class TestGradients:
     def run(self, xp, fn, variables, *args, compiled):
@@ -61,6 +77,24 @@ class TestGradients:
             compiled=compiled,
         )  # fmt: skip
         np.testing.assert_allclose(gradients["w"], np.bincount(ids.ravel(), minlength=6)[:, None] * np.ones(3))
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    @pytest.mark.parametrize("shared", SHARED)
+    def test_what_all_tokens_share_is_summed_in_float32(self, xp, shared, dtype, compiled):
+        """Of each parameter that all of 4096 tokens have in common, the gradient is off by one rounding at most."""
+        call, start = SHARED[shared]
+        weights = np.random.default_rng(0).random((4096, 8), np.float32) + 0.5
+        wide = np.asarray(xp.get(xp.array(weights, dtype)), np.float64)
+        training, ones = xp.for_training(), xp.array(np.ones((4096, 8), np.float32), dtype)
+
+        def fn(variables, w):
+            return xp.sum(xp.cast(call(training, ones, variables["shared"]) * w, "float32")) / 16, None
+
+        variables = {"shared": xp.array(np.asarray(start, np.float32), dtype)}
+        _, _, gradients = self.run(xp, fn, variables, xp.array(weights, dtype), compiled=compiled)
+        found = np.asarray(gradients["shared"], np.float64)
+        found, wanted = found[:, 0] if found.shape == (8, 8) else found.reshape(-1, 8)[0], wide.sum(0) / 16
+        np.testing.assert_allclose(found, wanted, rtol=2**-8 if dtype == "bfloat16" else 2**-10)
 
     def test_a_gradient_inside_of_a_gradient_program(self, xp, compiled):
         """As a user's loss is differentiated in the head: inside a loop, in a function that is differentiated itself."""
@@ -197,6 +231,11 @@ class TestRows:
                 found = backend.slice_rows(backend.array(x), given, 2)
                 assert tuple(found.shape) == (2, *x.shape[1:])
                 np.testing.assert_array_equal(backend.get(found), x[start : start + 2])
+
+    def test_one_of_equals(self, backend):
+        ids = np.array([3, 0, 3, 5, 0, 3], np.int32)
+        found = backend.get(backend.one_of_equals(backend.array(ids), 6))
+        assert (ids[found] == ids).all() and len(set(found.tolist())) == 3
 
     def test_add_into(self, backend):
         x, y = draw(3, 2), draw(3, 2, seed=1)

@@ -319,6 +319,10 @@ class Backend:
         """x (N, D) with new (M, D) added to its rows at indices (M,), also where they repeat. CONSUMES `x`."""
         raise NotImplementedError
 
+    def one_of_equals(self, ids: Array, size: int) -> Array:
+        """For each of ids (N,), from 0 to size - 1, the index of an id that equals it, the same for all equal ones."""
+        raise NotImplementedError
+
     # --- elementwise: each backend --------------------------------------------------------------------------
 
     def exp(self, x: Array) -> Array:
@@ -360,6 +364,7 @@ class Backend:
     # --- reductions and products: each backend --------------------------------------------------------------
 
     def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        """In the dtype of x; 16 bits are summed in float32, here and in `mean` and `cumsum`."""
         raise NotImplementedError
 
     def mean(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
@@ -396,14 +401,32 @@ class Backend:
 
     # --- composites: written once here, overridden where a framework has a faster one -----------------------
 
+    def plus(self, x: Array, shared: Array) -> Array:
+        """x (..., N) + shared, a parameter of fewer dimensions, whose gradient is summed in float32 in any dtype."""
+        return self.cast(self.cast(x, "float32") + self.cast(shared, "float32"), self.dtype(x))
+
+    def times(self, x: Array, shared: Array) -> Array:
+        """x (..., N) * shared; see `plus`."""
+        return self.cast(self.cast(x, "float32") * self.cast(shared, "float32"), self.dtype(x))
+
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         """x (..., D) times weight (N, D), transposed, plus bias (N,): (..., N)."""
         y = self.matmul(x, self.transpose(weight, (1, 0)))
-        return y if bias is None else y + bias
+        return y if bias is None else self.plus(y, bias)
 
     def embedding(self, weight: Array, ids: Array) -> Array:
-        """Rows of weight (V, D) at ids (...): (..., D)."""
-        return self.take(weight, ids, axis=0)
+        """Rows of weight (V, D) at ids (...): (..., D). The gradient of a row is summed in float32 in any dtype."""
+        dtype = self.dtype(weight)
+        if not self.training or dtype == "float32":
+            return self.take(weight, ids, axis=0)
+        # Every framework adds up the gradients of equal ids in the dtype of the table: in bfloat16 a word that comes
+        # 4096 times counts as if it came 256 times. Here equal ids take the same row of a float32 copy of their rows,
+        # which is a copy of the table's at one of them: the others bring nothing to the table.
+        width, flat = weight.shape[-1], self.reshape(ids, (-1,))
+        # (TensorFlow leaves the gradients of rows apart as far back as the reshape, which must not be in 16 bits.)
+        rows = self.reshape(self.cast(self.take(weight, ids, axis=0), "float32"), (-1, width))
+        rows = self.take(rows, self.one_of_equals(flat, weight.shape[0]), axis=0)
+        return self.reshape(self.cast(rows, dtype), (*self.shape(ids), width))
 
     def logsumexp(self, x: Array, axis: int = -1, keepdims: bool = False) -> Array:
         peak = self.max(x, axis=axis, keepdims=True)

@@ -204,7 +204,8 @@ class JaxBackend(Backend):
         return jnp.expand_dims(x, axis)
 
     def broadcast_to(self, x: Array, shape: Shape) -> Array:
-        return jnp.broadcast_to(x, shape)
+        wide = x.astype(jnp.float32) if x.dtype.itemsize == 2 else x  # XLA would sum its gradient in 16 bits
+        return jnp.broadcast_to(wide, shape).astype(x.dtype)
 
     def where(self, condition: Array, x: Array, y: Array) -> Array:
         return jnp.where(condition, x, y)
@@ -225,6 +226,9 @@ class JaxBackend(Backend):
 
     def add_rows(self, x: Array, indices: Array, new: Array) -> Array:
         return x.at[indices].add(new)
+
+    def one_of_equals(self, ids: Array, size: int) -> Array:
+        return jnp.zeros((size,), "int32").at[ids].set(jnp.arange(ids.shape[0], dtype="int32"))[ids]
 
     def exp(self, x: Array) -> Array:
         return jnp.exp(x)
@@ -306,7 +310,7 @@ class JaxBackend(Backend):
         both = jnp.broadcast_to(jnp.reshape(x, (rows, width)), (2, rows, width))
         y = jax.lax.dot_general(halves, both, (((2,), (2,)), ((0,), (0,))))  # 2, N / 2, rows
         y = jnp.reshape(jnp.moveaxis(y, 2, 0), (*x.shape[:-1], outputs))
-        return y if bias is None else y + bias
+        return y if bias is None else self.plus(y, bias)
 
     def einsum(self, equation: str, *operands: Array) -> Array:
         return jnp.einsum(equation, *operands)

@@ -154,6 +154,10 @@ class NumpyBackend(Backend):
         np.add.at(x, indices, new)
         return x
 
+    def one_of_equals(self, ids: Array, size: int) -> Array:
+        _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+        return first[inverse].astype(np.int32)
+
     def exp(self, x: Array) -> Array:
         return np.exp(x)
 
@@ -201,10 +205,10 @@ class NumpyBackend(Backend):
 
     def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
         # Integers stay what they are, as in the other frameworks; numpy alone would widen them.
-        return np.sum(x, axis, keepdims=keepdims, dtype=x.dtype)
+        return np.sum(_wide(x), axis, keepdims=keepdims, dtype=_wide(x).dtype).astype(x.dtype, copy=False)
 
     def mean(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-        return np.mean(x, axis, keepdims=keepdims)
+        return np.mean(_wide(x), axis, keepdims=keepdims).astype(x.dtype, copy=False)
 
     def max(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
         return np.max(x, axis, keepdims=keepdims)
@@ -223,7 +227,8 @@ class NumpyBackend(Backend):
 
     def cumsum(self, x: Array, axis: int = -1) -> Array:
         # One after the other in float32, 262,144 probabilities drift by 1e-4: enough to draw another token.
-        return np.cumsum(x, axis, dtype=np.float64 if x.dtype.kind == "f" else x.dtype).astype(x.dtype, copy=False)
+        dtype = x.dtype if x.dtype.kind in "iu" else np.float64
+        return np.cumsum(x, axis, dtype=dtype).astype(x.dtype, copy=False)
 
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
         indices = np.argpartition(-x, k - 1, axis=-1)[..., :k]

@@ -110,6 +110,11 @@ def _aligned(array: np.ndarray) -> np.ndarray:
     return copy
 
 
+def _wide(fn: Callable, x: Array, *args: Any) -> Array:
+    """fn(x, *args), for float16 in float32: of float16 TensorFlow takes sums, those of gradients too, in 16 bits."""
+    return tf.cast(fn(tf.cast(x, tf.float32), *args), tf.float16) if x.dtype == tf.float16 else fn(x, *args)
+
+
 class TensorflowBackend(Backend):
     name = "tensorflow"
     eager = True
@@ -297,7 +302,7 @@ class TensorflowBackend(Backend):
         return tf.expand_dims(x, axis)
 
     def broadcast_to(self, x: Array, shape: Shape) -> Array:
-        return tf.broadcast_to(x, tuple(shape))
+        return _wide(tf.broadcast_to, x, tuple(shape))
 
     def where(self, condition: Array, x: Array, y: Array) -> Array:
         return tf.where(condition, x, y)
@@ -330,6 +335,10 @@ class TensorflowBackend(Backend):
 
     def add_rows(self, x: Array, indices: Array, new: Array) -> Array:
         return tf.tensor_scatter_nd_add(x, indices[:, None], new)
+
+    def one_of_equals(self, ids: Array, size: int) -> Array:
+        table = tf.tensor_scatter_nd_update(tf.zeros((size,), tf.int32), ids[:, None], tf.range(tf.shape(ids)[0]))
+        return tf.gather(table, ids)
 
     def exp(self, x: Array) -> Array:
         return tf.exp(x)
@@ -368,10 +377,10 @@ class TensorflowBackend(Backend):
         return tf.minimum(x, y)
 
     def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-        return tf.reduce_sum(x, axis, keepdims)
+        return _wide(tf.reduce_sum, x, axis, keepdims)
 
     def mean(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-        return tf.reduce_mean(x, axis, keepdims)
+        return _wide(tf.reduce_mean, x, axis, keepdims)
 
     def max(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
         return tf.reduce_max(x, axis, keepdims)
@@ -430,4 +439,4 @@ class TensorflowBackend(Backend):
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         y = tf.matmul(tf.reshape(x, (-1, x.shape[-1])), weight, transpose_b=True)
         y = tf.reshape(y, (*self.shape(x)[:-1], weight.shape[0]))
-        return y if bias is None else y + bias
+        return y if bias is None else self.plus(y, bias)

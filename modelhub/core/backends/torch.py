@@ -305,6 +305,11 @@ class TorchBackend(Backend):
     def add_rows(self, x: Array, indices: Array, new: Array) -> Array:
         return x.index_add_(0, indices, new)
 
+    def one_of_equals(self, ids: Array, size: int) -> Array:
+        ids = ids.long()
+        places = torch.arange(len(ids), device=ids.device)
+        return torch.zeros(size, dtype=torch.int64, device=ids.device).scatter(0, ids, places)[ids]
+
     def exp(self, x: Array) -> Array:
         return torch.exp(x)
 
@@ -394,6 +399,12 @@ class TorchBackend(Backend):
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return _Product.apply(x, weight)
         return _product(x, weight)
+
+    def plus(self, x: Array, shared: Array) -> Array:
+        return x + shared  # torch sums in float32 by itself
+
+    def times(self, x: Array, shared: Array) -> Array:
+        return x * shared
 
     def einsum(self, equation: str, *operands: Array) -> Array:
         return torch.einsum(equation, *operands)
