@@ -40,8 +40,10 @@ def family_of(model_type: str | None) -> Any:
         packages = " and ".join(_package(point) for point in found)
         raise ConfigError(f"model_type {model_type!r} is claimed by {packages}; uninstall all but one")
     if not found:
-        known = ", ".join([*FAMILIES, *registered, *sorted(points.names)])
-        raise ConfigError(f"model_type {model_type!r} is not supported; supported: {known}")
+        known = [*FAMILIES, *registered, *sorted(points.names)]
+        near = " and ".join(name for name in known if str(model_type).startswith(name))
+        other = f" ({near} is, which has another architecture)" if near else ""
+        raise ConfigError(f"model_type {model_type!r} is not supported{other}; supported: {', '.join(known)}")
     return _load(found[0])
 
 

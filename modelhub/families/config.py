@@ -1,5 +1,6 @@
 """What the configs of all families share: strict reading of config.json, rope in both spellings, GGUF metadata."""
 
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
@@ -15,15 +16,30 @@ SIZES = (
 )  # fmt: skip
 ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
 
-# Keys that say nothing about the forward pass. They are kept and written back.
-COSMETIC = {
-    "architectures", "attention_dropout", "attn_implementation", "auto_map", "bos_token_id", "cache_implementation",
-    "chunk_size_feed_forward", "dtype", "eos_token_id", "finetuning_task", "id2label", "initializer_range",
-    "is_decoder", "is_encoder_decoder", "label2id", "max_length", "model_type", "name_or_path", "output_attentions",
-    "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "tf_legacy_loss",
-    "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "unsloth_fixed", "use_bfloat16",
-    "transformers.js_config", "use_cache",
+# Keys of transformers' models that change the forward pass and that no family here has, unless it names them itself.
+# What they may be all the same: whatever switches nothing on, and the values here.
+_MATTERS: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (), "alibi": (), "attention_multiplier": (), "attn_temperature_tuning": (), "clip_qkv": (),
+    "cross_attention_hidden_size": (), "embedding_multiplier": (), "ffn_layer": (), "is_causal": (True,),
+    "is_encoder_decoder": (), "logit_scale": (), "logits_scaling": (), "n_routed_experts": (), "no_rope_layers": (),
+    "num_experts": (), "num_local_experts": (), "partial_rotary_factor": (1,), "per_layer_config": (),
+    "qk_layernorm": (), "quantization_config": (), "residual_multiplier": (), "tie_last_hidden_states": (),
+    "use_bidirectional_attention": (), "use_mrope": (), "use_parallel_residual": (), "use_qk_norm": (),
 }  # fmt: skip
+# Of the files, the training, the generation and the labels; nothing of the forward pass.
+_HARMLESS = re.compile(
+    r"_.*|.*_token_id|.*_token_index|.*_version|unsloth_.*|output_.*|.*_dropout|.*gradient_checkpointing.*|"
+    r"(id2label|label2id|num_labels|problem_type|architectures|auto_map|name_or_path|model_type|tokenizer_class|prefix)|"
+    r"(torch_dtype|dtype|torchscript|transformers\.js_config|attn_implementation|experts_implementation|use_cache)|"
+    r"(return_dict|use_return_dict|tf_legacy_loss|use_bfloat16|finetuning_task|task_specific_params|initializer_range)|"
+    r"(cache_implementation|chunk_size_feed_forward|is_decoder|pretraining_tp|pruned_heads|tie_encoder_decoder)|"
+    r"(do_sample|early_stopping|temperature|top_k|top_p|min_p|typical_p|max_length|max_new_tokens|min_length|num_beams|"
+    r"num_beam_groups|num_return_sequences|diversity_penalty|repetition_penalty|encoder_no_repeat_ngram_size|"
+    r"no_repeat_ngram_size|length_penalty|bad_words_ids|suppress_tokens|begin_suppress_tokens|remove_invalid_values|"
+    r"exponential_decay_length_penalty|model_max_length)|"
+    r"(pooler_output_size|pooler_act|encoder_stride)|"  # of the pooler, which we leave out; of masked image modelling
+    r"(apply_layernorm|reshape_hidden_states|out_features|out_indices|stage_names)"  # of backbones for detectors
+)
 
 
 _LARGEST_SIZE = (1 << 31) - 1
@@ -96,29 +112,48 @@ def check_kinds(data: Mapping[str, Any], where: str) -> None:
         raise ConfigError(f"{where}: {'; '.join(bad)}. Correct it, or download it again")
 
 
-def check_keys(data: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
-    """Return the cosmetic keys of `data`; raise ConfigError for keys that are neither known nor cosmetic.
+def check_keys(
+    data: Mapping[str, Any], known: Iterable[str], where: str, only: Mapping[str, Iterable[Any]] | None = None
+) -> dict[str, Any]:
+    """What `data` has besides `known`, to be kept and written back; see `unknown_keys`.
 
-    Unknown keys that switch nothing on (null, false, empty) count as cosmetic. What `write_common` writes anyway is
-    left out: architectures, and the older spelling of dtype. The kinds of all values are checked too.
+    only: {key: values} that it may have and that change nothing. What `write_common` writes anyway is left out:
+    architectures, and the older spelling of dtype. Raises ConfigError for keys that change the maths, and for values of
+    another kind than their keys say.
     """
     check_kinds(data, where)
     known = {*known, "architectures", "torch_dtype"}
     extra = {key: value for key, value in data.items() if key not in known}
     if dtype := data.get("dtype") or data.get("torch_dtype"):
         extra["dtype"] = dtype
-    unknown = sorted(
-        key
-        for key, value in extra.items()
-        if key not in COSMETIC and not key.startswith("_") and value not in (None, False, [], {}, "")
-    )
-    if unknown:
-        listed = ", ".join(f"{key}={extra[key]!r}" for key in unknown)
+    allowed = _MATTERS | dict(only or {})
+    if bad := [
+        f"{key}={x!r:.200}" for key, x in extra.items() if key in allowed and _is_on(x) and x not in allowed[key]
+    ]:
         raise ConfigError(
-            f"{where}: keys that modelhub does not know and that may change the maths: {listed}. "
-            f"If they are harmless, remove them from config.json; if not, this model needs a newer modelhub."
+            f"{where}: {', '.join(sorted(bad))} changes the maths of the model, and modelhub does not have it. This "
+            "model needs a newer modelhub"
         )
     return extra
+
+
+def unknown_keys(extra: Mapping[str, Any]) -> list[str]:
+    """Of what `check_keys` kept, what is switched on and not known to be harmless."""
+    return sorted(k for k, value in extra.items() if _is_on(value) and k not in _MATTERS and not _HARMLESS.fullmatch(k))
+
+
+def _is_on(value: Any) -> bool:
+    return value not in (None, False, 0, [], {}, "")
+
+
+def refuse_unknown(data: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Raise ConfigError for arguments of a KerasHub class that are not known: each of them may change the maths."""
+    check_kinds(data, where)
+    if bad := [f"{key}={value!r:.200}" for key, value in sorted(data.items()) if key not in known and _is_on(value)]:
+        raise ConfigError(
+            f"{where}: arguments that modelhub does not know and that may change the maths: {', '.join(bad)}. This "
+            "model needs a newer modelhub"
+        )
 
 
 def check_sizes(sizes: Mapping[str, Any], where: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from modelhub.core.decoder import GLOBAL, LOCAL
 from modelhub.errors import ConfigError
-from modelhub.families.config import check_keys, check_kinds, check_sizes, read_rope, require
+from modelhub.families.config import check_kinds, check_sizes, read_rope, refuse_unknown, require
 from modelhub.families.naming import KEEP, NameMap, Rule, Via
 
 # The class that config.json names -> model_type. Gemma 2 is a GemmaBackbone too.
@@ -168,7 +168,7 @@ def _read_classifier(data: Any, class_token: bool) -> dict[str, Any]:
     name = str(data.get("registered_name")).rpartition(">")[2]
     if name != "ViTImageClassifier" or not isinstance(head, dict):
         raise ConfigError(f"{where} is of the class {name[:80]!r}; modelhub reads ViTImageClassifier")
-    check_keys({key: value for key, value in head.items() if key != "dtype"}, _CLASSIFIER_KEYS | _HARMLESS, where)
+    refuse_unknown({key: value for key, value in head.items() if key != "dtype"}, _CLASSIFIER_KEYS | _HARMLESS, where)
     # Of the probabilities of softmax, the logits are what it is given.
     require(head, "activation", ("linear", "softmax"), where)
     if head.get("intermediate_dim") is not None:
@@ -203,7 +203,7 @@ def _read(
     if not isinstance(given, dict):
         raise ConfigError(f"{where}: expected the class's arguments as an object, found {type(given).__name__}")
     dtype = _stored_dtype(given.get("dtype"), where)
-    check_keys({key: value for key, value in given.items() if key != "dtype"}, {*sizes, *_HARMLESS, *known}, where)
+    refuse_unknown({key: value for key, value in given.items() if key != "dtype"}, {*sizes, *_HARMLESS, *known}, where)
     if missing := [key for key in sizes if given.get(key) is None]:
         raise ConfigError(f"{where} lacks {', '.join(missing)}; the file is incomplete")
     values = {ours: given[theirs] for theirs, ours in sizes.items()}

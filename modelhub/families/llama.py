@@ -26,7 +26,6 @@ from modelhub.families.config import (
     gguf_rope_freqs,
     hf_rope,
     read_gguf,
-    require,
     write_common,
     write_gguf,
     write_rope,
@@ -78,8 +77,7 @@ class Config:
         where = f"{kind} config"
         known = set(cls.__dataclass_fields__) - {"extra", "rope"}
         # SmolLM2's configs carry rope_interleaved=false and is_llama_config; transformers reads neither.
-        extra = check_keys(data, known | ROPE_KEYS | {"rope_interleaved", "is_llama_config"}, where)
-        require(data, "rope_interleaved", (False,), where)
+        extra = check_keys(data, known | ROPE_KEYS | {"is_llama_config"}, where, {"rope_interleaved": (False,)})
         values = _DEFAULTS[kind] | {key: data[key] for key in known if data.get(key) is not None}
         if kind == "llama" or ("sliding_window" in data and data["sliding_window"] is None):
             values["sliding_window"] = None

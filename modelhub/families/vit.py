@@ -17,11 +17,6 @@ from modelhub.families import kerashub
 from modelhub.families.config import check_activation, check_keys, check_sizes, write_common
 from modelhub.families.naming import NameMap, Rule
 
-# Of the pooler, which no classifier uses and we leave out; of masked image modelling; of backbones for detectors.
-_COSMETIC = {
-    "pooler_output_size", "pooler_act", "encoder_stride", "apply_layernorm", "reshape_hidden_states", "out_features",
-    "out_indices", "stage_names", "_out_features", "_out_indices",
-}  # fmt: skip
 # Keys that transformers does not have; config.json keeps them apart, in an object under the key "modelhub".
 _OURS = ("class_token", "pooling", "classifier_dropout")
 _PREFIX = "modelhub_"  # of model_types that transformers must not take for its own
@@ -116,8 +111,7 @@ class ImageConfig:
         if not isinstance(ours, Mapping) or set(ours) - set(_OURS):
             raise ConfigError(f"{where}: modelhub={ours!r} must be an object with no keys but {', '.join(_OURS)}")
         known = set(cls.__dataclass_fields__) - {"extra", *_OURS}
-        extra = check_keys({k: v for k, v in data.items() if k not in _COSMETIC}, known | {"modelhub"}, where)
-        extra |= {key: data[key] for key in _COSMETIC & set(data)}
+        extra = check_keys(data, known | {"modelhub"}, where, {"head_dim": ()})
         values = cls.KINDS[kind] | {key: data[key] for key in known if data.get(key) is not None} | dict(ours)
         values |= cls.read_heads(data, where) | {"model_type": kind}
         return cls(**values, extra=extra)

@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -12,7 +13,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-import modelhub
 from modelhub import kinds
 from modelhub.core import losses
 from modelhub.core.backends import get_backend, installed
@@ -307,7 +307,8 @@ def _check_transformers() -> None:
 
 
 def _versions(opened: Sequence[Backend]) -> dict[str, str]:
-    found = {"modelhub": modelhub.__version__} | {name: version(name) for name in ("transformers", "torch")}
+    found = {"modelhub": sys.modules["modelhub"].__version__}  # a checkout is not installed
+    found |= {name: version(name) for name in ("transformers", "torch")}
     return found | {xp.name: importlib.import_module(xp.name).__version__ for xp in opened}
 
 

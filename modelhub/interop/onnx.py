@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 
-import modelhub
 from modelhub.core.tree import Params, bind
 from modelhub.errors import ConfigError, InputError
 from modelhub.hub import files
@@ -106,7 +106,7 @@ def _finish(model: Any, piece: Piece) -> None:
             value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
-    model.producer_name, model.producer_version = "modelhub", modelhub.__version__
+    model.producer_name, model.producer_version = "modelhub", sys.modules["modelhub"].__version__
     model.metadata_props.update(
         model_type=piece.config.model_type, config=json.dumps(piece.config.to_hf(), ensure_ascii=False)
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -20,7 +20,7 @@ from modelhub.core.backends.base import Backend
 from modelhub.core.tree import Module, Params, check, flatten, initial_value
 from modelhub.errors import CheckpointError, ConfigError, InputError, ModelhubError
 from modelhub.families import family_of
-from modelhub.families.config import check_kinds
+from modelhub.families.config import check_kinds, unknown_keys
 from modelhub.families.kerashub import BACKBONES, backbone_of
 from modelhub.families.naming import KEEP, NameMap
 from modelhub.hub.checkpoint import Checkpoint, open_folder
@@ -72,6 +72,9 @@ class Source(ABC):
 
     def close(self) -> None:  # noqa: B027 (most have nothing to close)
         pass
+
+
+SourceT = TypeVar("SourceT", bound=Source)
 
 
 class HuggingFaceSource(Source):
@@ -145,15 +148,19 @@ class KerasHubSource(Source):
 @contextlib.contextmanager
 def open_source(preset: str | os.PathLike[str], options: LoadOptions) -> Iterator[Source]:
     """A preset's Source for as long as the block lasts."""
-    source = open_preset(resolve_preset(preset, options))
+    found = resolve_preset(preset, options)
+    source = open_preset(found, strict=options.get("strict", False), weights=options.get("load_weights", True))
     try:
         yield source
     finally:
         source.close()
 
 
-def open_preset(preset: Preset) -> Source:
-    """Read config and metadata; build the skeleton. Raises ConfigError and CheckpointError."""
+def open_preset(preset: Preset, *, strict: bool = False, weights: bool = False) -> Source:
+    """Read config and metadata; build the skeleton. Raises ConfigError and CheckpointError.
+
+    strict: as in LoadOptions. weights: whether they are going to be read, so that they are asked what head there is.
+    """
     if preset.path.is_file():
         return _open_gguf(preset)
     data = _read_json(preset.path / "config.json")
@@ -163,10 +170,10 @@ def open_preset(preset: Preset) -> Source:
             f"{preset.path} holds no config.json (found: {found}); a preset is a Hugging Face model folder, a .gguf "
             "file or a KerasHub preset's folder"
         )
-    return _open_kerashub(preset, data) if is_kerashub(data) else _open_hf(preset, data)
+    return _open_kerashub(preset, data) if is_kerashub(data) else _open_hf(preset, data, strict, weights)
 
 
-def _open_hf(preset: Preset, data: dict[str, Any]) -> Source:
+def _open_hf(preset: Preset, data: dict[str, Any], strict: bool, weights: bool) -> Source:
     layers, attention = data.pop(LAYERS, None) or [], data.pop(ATTENTION, None)
     if not isinstance(layers, list) or not all(map(_is_pair, layers)):
         raise ConfigError(f"{preset.path}: {LAYERS} must be [[pattern, name of a layer], ...], found {layers!r:.200}")
@@ -174,9 +181,58 @@ def _open_hf(preset: Preset, data: dict[str, Any]) -> Source:
         raise ConfigError(f"{preset.path}: {ATTENTION} must be the name of a function, found {attention!r:.200}")
     family = family_of(data.get("model_type"))
     config = family.Config.from_hf(data)
+    if unknown := unknown_keys(config.extra):
+        problem = f"{preset.path / 'config.json'} has keys that modelhub does not know: {', '.join(unknown)}"
+        if strict:
+            raise ConfigError(
+                f"{problem}. If they change nothing, load it without strict=True: it is what they are for"
+            )
+        log.warning("%s. They are kept as they are; strict=True would refuse them", problem)
     names = family.names("hf", config)
     model = family.Model.abstract(config)
-    return HuggingFaceSource(preset, config, model, names, layers=dict(layers), attention=attention)
+    source = HuggingFaceSource(preset, config, model, names, layers=dict(layers), attention=attention)
+    return _with_the_head_of_the_files(source, strict) if weights else source
+
+
+_HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def _with_the_head_of_the_files(source: Source, strict: bool) -> Source:
+    """As transformers has it: a head in the files that is not the table counts, whatever the config says of it.
+
+    And one that should be in the files, and is not, starts at random, with a warning.
+    """
+    tied = getattr(source.config, "tie_word_embeddings", None)
+    if tied is None:
+        return source
+    untied = _untied(source) if tied else source
+    if _HEAD not in flatten(untied.model):  # another kind of model
+        return source
+    with contextlib.closing(source.checkpoint()) as checkpoint:
+        found = {ours[0]: name for name in checkpoint.tensors if (ours := untied.names.to_ours(name)) is not None}
+        if not tied and _HEAD not in found:
+            problem = f"{source.preset.path}: config.json says that the head is not the table, and no file has one"
+            if strict:
+                raise CheckpointError(f"{problem}. If it is, write tie_word_embeddings=true into config.json")
+            log.warning("%s: it starts at random, and needs training (or tie_word_embeddings=true there)", problem)
+            return dataclasses.replace(source, new_parts=(*source.new_parts, "lm_head"))
+        if not tied or _HEAD not in found or _TABLE not in found:
+            return source
+        head, table = (checkpoint.read(found[name], checkpoint.tensors[found[name]].dtype) for name in (_HEAD, _TABLE))
+    if head.shape == table.shape and np.array_equal(head, table):
+        return source
+    log.warning(
+        "%s: config.json says that the head is the table, and the files have another one, which is taken; saved models "
+        "say tie_word_embeddings=false", source.preset.path,
+    )  # fmt: skip
+    return untied
+
+
+def _untied(source: SourceT) -> SourceT:
+    """The same with a head of its own."""
+    config = dataclasses.replace(source.config, tie_word_embeddings=False)
+    names = family_of(config.model_type).names(source.kind, config)
+    return dataclasses.replace(source, config=config, names=names, model=type(source.model).abstract(config))
 
 
 def _is_pair(value: object) -> bool:
@@ -274,9 +330,7 @@ def with_layers(source: Source, asked: Mapping[str, str] | None, xp: Backend) ->
         return source, {}
     if getattr(source.config, "tie_word_embeddings", False) and any(custom.means(at, "lm_head") for at in layers):
         # A head of its own needs a place of its own: it starts from the table of the embeddings.
-        config = dataclasses.replace(source.config, tie_word_embeddings=False)
-        names = family_of(config.model_type).names(source.kind, config)
-        source = dataclasses.replace(source, config=config, names=names, model=type(source.model).abstract(config))
+        source = _untied(source)
     model, before = custom.replaced(source.model, layers, xp.name)
     fresh = tuple(place for place in before if any(custom.means(pattern, place) for pattern in new))
     return dataclasses.replace(source, model=model, layers=layers, new_layers=fresh), before
@@ -346,8 +400,8 @@ def load_params(source: Source, xp: Backend, dtype: str, seed: int = 0) -> Param
     finally:
         checkpoint.close()
     for name, spec in new.items():
-        table = params.get("model.embed_tokens.weight")
-        if name == "lm_head.weight" and table is not None and tuple(table.shape) == spec.shape:
+        table = params.get(_TABLE)
+        if name == _HEAD and not name.startswith(anew) and table is not None and tuple(table.shape) == spec.shape:
             params[name] = xp.copy(table)  # the head was tied to it
         else:
             params[name] = xp.put(initial_value(name, spec, seed).astype(dtype, copy=False))

@@ -43,6 +43,8 @@ class LoadOptions(SourceOptions, total=False):
     layers: {pattern: name of a registered layer}, see modelhub.register: these take the places that the pattern
         means: dotted names ("model.layers.0.mlp"), ends of them ("mlp"), patterns ("model.layers.*.mlp").
         Parameters that the checkpoint has under the same name and shape are loaded, the others drawn from `seed`.
+    strict: refuse a config.json with keys that modelhub does not know, and a checkpoint without the head that it should
+        have; otherwise a warning names them.
     """
 
     backend: str | None
@@ -52,9 +54,10 @@ class LoadOptions(SourceOptions, total=False):
     attention: Callable | str | None
     layers: Mapping[str, str] | None
     seed: int
+    strict: bool
 
 
-_DEFAULTS = {"offline": False, "load_weights": True, "seed": 0}  # of all others None
+_DEFAULTS = {"offline": False, "load_weights": True, "seed": 0, "strict": False}  # of all others None
 
 
 def takes(options: type) -> Callable[[F], F]:

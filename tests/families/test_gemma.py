@@ -389,13 +389,13 @@ def test_cosmetic_keys_are_kept():
 
 def test_unknown_maths_keys_raise_and_are_listed():
     data = HUB["gemma-2-9b"] | {
-        "attn_temperature": 2.0,
+        "attn_temperature_tuning": 2.0,
         "num_experts": 8,
         "moe": False,
         "clip_qkv": None,
         "_private": 3,
     }
-    with pytest.raises(ConfigError, match="attn_temperature=2.0, num_experts=8") as caught:
+    with pytest.raises(ConfigError, match="attn_temperature_tuning=2.0, num_experts=8") as caught:
         Config.from_hf(data)
     assert (
         "moe" not in str(caught.value) and "clip_qkv" not in str(caught.value) and "_private" not in str(caught.value)
