@@ -101,6 +101,7 @@ def chat(
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
+    template_option: options.TemplateOption = None,
     seed: options.Seed = 0,
     backend: options.Backend = None,
     device: options.Device = None,
@@ -114,6 +115,7 @@ def chat(
     given = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed,
+        "template_options": options.template_options(template_option),
     }  # fmt: skip
     if sys.stdin.isatty():
         err.print(f"{preset} on {lm.backend} ({lm.device}). /help for commands, Ctrl-C stops an answer, Ctrl-D leaves.")
@@ -141,6 +143,7 @@ def finetune(
     packing: options.Packing = None,
     loss_on: options.LossOn = None,
     template: options.Template = None,
+    template_option: options.TemplateOption = None,
     kind: options.Kind = None,
     on_error: Annotated[str | None, option("images that cannot be read: raise (default), or skip", DATA)] = None,
     augment: Annotated[bool | None, option("images: random parts, mirrored half of the time", DATA)] = None,
@@ -194,6 +197,7 @@ def evaluate(
     packing: options.Packing = None,
     loss_on: options.LossOn = None,
     template: options.Template = None,
+    template_option: options.TemplateOption = None,
     kind: options.Kind = None,
     backend: options.Backend = None,
     device: options.Device = None,
@@ -257,7 +261,10 @@ def _load(
 def _given(context: typer.Context, *others: str) -> dict[str, Any]:
     """The options on the command line but for `others`: what is not there is for the recipe or the API to say."""
     absent = (None, ())  # () is a list's
-    return {k: v for k, v in context.params.items() if v not in absent and k not in others}
+    given = {k: v for k, v in context.params.items() if v not in absent and k not in others}
+    if pairs := given.pop("template_option", None):
+        given["template_options"] = options.template_options(pairs)
+    return given
 
 
 def _print_stream(pieces: Any) -> None:

@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -42,7 +42,14 @@ _HEAD: Settings = {
     "compile": {"learning_rate": 1e-3},
     "fit": {"epochs": 10},
 }  # where a head is trained and nothing else is said
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Sequence: "a list of texts"}
+_WORDS = {
+    Mapping: "a table",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Sequence: "a list of texts",
+}
 
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 

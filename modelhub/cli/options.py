@@ -1,8 +1,11 @@
 """Options that several commands share. Their names are the parameters' of the Python API."""
 
+import json
 from typing import Annotated, Any
 
 import typer
+
+from modelhub.errors import InputError
 
 
 def option(help: str, panel: str | None = None, *names: str) -> Any:
@@ -29,6 +32,20 @@ RepetitionPenalty = Annotated[float | None, option("above 1: say less again")]
 Seed = Annotated[int, option("the same seed gives the same text on every backend")]
 
 
+def template_options(given: list[str] | None) -> dict[str, Any]:
+    """{key: value} of KEY=VALUE; values are JSON where they can be read as such, else text."""
+    found: dict[str, Any] = {}
+    for entry in given or ():
+        key, equals, value = entry.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(f"--template-option must be KEY=VALUE, such as enable_thinking=false; got {entry!r}")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
 def rate(run: Any, before: str) -> str:
     """How fast it was, as text; nothing where too few tokens came to tell."""
     return "" if run.tokens_per_second is None else f"{before}{run.tokens_per_second:.1f} tokens/s"
@@ -47,5 +64,9 @@ Packing = Annotated[bool | None, option("several examples in a row (default), or
 LossOn = Annotated[str | None, option("response (default), or all: prompts are learnt too", DATA)]
 Template = Annotated[
     str | None, option("of instruction records: text with {instruction}, {context}, {response}; or chat", DATA)
+]
+TemplateOption = Annotated[
+    list[str] | None,
+    option("KEY=VALUE for the chat template, such as enable_thinking=false; may be given several times", DATA),
 ]
 Kind = Annotated[str | None, option("of the records, if the keys do not tell: dolly, alpaca, prompt, ...", DATA)]

@@ -4,13 +4,16 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from modelhub.errors import ChatTemplateError
+from modelhub.processing.tools import tool_schemas
 
 LONGEST = 1_000_000  # characters of a template; known ones have 20,000
+_GIVEN = {"messages", "add_generation_prompt", "tools"}  # what is there without being asked for
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -27,21 +30,32 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         timeout: float = 5.0,
+        tools: Iterable[Mapping[str, Any] | Callable[..., Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
         **variables: Any,
     ) -> str:
         """The conversation as the model was trained to read it; equal to transformers' apply_chat_template.
 
         messages: [{"role": "user", "content": "..."}, ...]. add_generation_prompt: end with what opens an answer.
-        timeout: seconds. variables: further ones that the template knows (tools, documents, ...); plain data.
+        timeout: seconds. tools: JSON schemas, or functions that tell their own, see modelhub.processing.tools. options:
+        keyword arguments of the template's own, such as enable_thinking; variables: further ones, and the template may
+        know them or not (documents, ...). All is plain data.
 
-        Raises ChatTemplateError for messages of another form, and for what the template refuses or does wrong.
+        Raises ChatTemplateError for messages of another form, for options and tools that the template does not read,
+        and for what it refuses or does wrong; InputError for tools that have no schema.
         """
         _check(messages)
-        if len(self.source) > LONGEST:
+        options = dict(options or {})
+        if tools is not None:
+            variables["tools"] = tool_schemas(tools) or None
+        asked = [*options, *(["tools"] if variables.get("tools") else [])]
+        if unknown := [name for name in asked if name not in {*self.options, "tools"} & {*self.variables}]:
             raise ChatTemplateError(
-                f"the preset's chat template has {len(self.source):,} characters, above {LONGEST:,}"
+                f"the preset's chat template does not read {', '.join(map(str, unknown))}, which would change nothing; "
+                f"its options are {', '.join(self.options) or 'none'}"
+                + ("" if "tools" in self.variables else ", and it has no place for tools")
             )
-        given = self.special_tokens | {"tools": None, "documents": None} | variables
+        given = self.special_tokens | {"tools": None, "documents": None} | options | variables
         given |= {
             "messages": [_with_reasoning(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
@@ -52,10 +66,27 @@ class ChatTemplate:
             raise ChatTemplateError(
                 f"messages and variables must be plain data (text, numbers, lists): {error}"
             ) from None
+        return self._ask(request, timeout)["text"]
+
+    @cached_property
+    def variables(self) -> tuple[str, ...]:
+        """The names that the template reads: of what it is always given, and of its own options."""
+        return tuple(self._ask(json.dumps({"template": self.source, "variables": None}), 5.0)["variables"])
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The names of the keyword arguments that are the template's own."""
+        return tuple(n for n in self.variables if n not in _GIVEN and n not in self.special_tokens)
+
+    def _ask(self, request: str, timeout: float) -> dict[str, Any]:
+        if len(self.source) > LONGEST:
+            raise ChatTemplateError(
+                f"the preset's chat template has {len(self.source):,} characters, above {LONGEST:,}"
+            )
         answer = _worker.ask(request, timeout)
         if "error" in answer:
             raise ChatTemplateError(f"the preset's chat template {answer['error']}")
-        return answer["text"]
+        return answer
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +116,7 @@ class _Worker:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
-    def ask(self, request: str, timeout: float) -> dict[str, str]:
+    def ask(self, request: str, timeout: float) -> dict[str, Any]:
         with self._lock:
             used = self._process is not None
             line, expired = self._exchange(request, timeout)

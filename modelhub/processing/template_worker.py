@@ -12,7 +12,7 @@ import sys
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
@@ -46,19 +46,30 @@ def strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
+@functools.cache
+def environment() -> ImmutableSandboxedEnvironment:
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    made.filters["tojson"] = to_json
+    made.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    return made
+
+
 @functools.lru_cache(maxsize=64)
 def compile_template(source: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    return environment.from_string(source)
+    return environment().from_string(source)
 
 
-def answer(request: dict[str, Any]) -> dict[str, str]:
-    """{"text": rendered} or {"error": what went wrong}."""
+@functools.lru_cache(maxsize=64)
+def variables(source: str) -> list[str]:
+    """The names that a template reads and does not set itself."""
+    return sorted(meta.find_undeclared_variables(environment().parse(source)) - environment().globals.keys())
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """{"text": rendered}, {"variables": names} where nothing is to be rendered, or {"error": what went wrong}."""
     try:
+        if request["variables"] is None:
+            return {"variables": variables(request["template"])}
         text = compile_template(request["template"]).render(**request["variables"])
         if len(text) > LONGEST:
             return {"error": f"makes {len(text):,} characters; the longest conversation may have {LONGEST:,}"}

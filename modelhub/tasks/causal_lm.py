@@ -1,5 +1,6 @@
 """CausalLM: text in, text out. One of the few objects with state; everything below it is functions."""
 
+import inspect
 import itertools
 import os
 import time
@@ -199,17 +200,34 @@ class CausalLM(FineTuning):
             results = [results[i : i + num_return_sequences] for i in range(0, len(results), num_return_sequences)]
         return results[0] if alone else results
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], max_new_tokens: int | None = None, **options: Any) -> Any:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_new_tokens: int | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
         """The assistant's answer to a conversation, through the preset's own chat template.
 
         messages: [{"role": "user", "content": "..."}, ...] with roles system, user and assistant (tool, developer where
-        the template has them). max_new_tokens: 512, unless generation_config says otherwise. options: those of
-        `generate`. The template's end of a turn ends the answer. In a growing conversation only the new tokens are
-        computed.
+        the template has them). max_new_tokens: 512, unless generation_config says otherwise. tools: what the model may
+        call: JSON schemas, or functions with type hints and a docstring that describes each argument under Args:, as
+        for transformers' apply_chat_template. template_options: keyword arguments of the template itself, such as
+        {"enable_thinking": False}. options: those of `generate`. The template's end of a turn ends the answer. In a
+        growing conversation only the new tokens are computed.
 
-        Raises InputError if the preset has no chat template, ChatTemplateError for what the template refuses.
+        Raises InputError if the preset has no chat template, ChatTemplateError for what the template refuses, or does
+        not read.
         """
-        text = self.chat_template.render(messages, add_generation_prompt=True)
+        template = self.chat_template
+        if own := [key for key in options if key not in _OPTIONS and key in template.options]:
+            given = ", ".join(f"{key!r}: {options[key]!r}" for key in own)
+            raise InputError(
+                f"{', '.join(own)} belongs to the preset's chat template: write template_options={{{given}}}"
+            )
+        text = template.render(messages, add_generation_prompt=True, tools=tools, options=template_options)
         return self.generate(_Rendered(text), max_new_tokens, **options)
 
     def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> Any:
@@ -386,6 +404,7 @@ class CausalLM(FineTuning):
         return [min(how.room(len(prompt)), context - len(prompt)) for prompt in ids]
 
 
+_OPTIONS = frozenset(inspect.signature(CausalLM.generate).parameters)
 _FEWEST_TIMED = 8  # tokens: the clock says nothing of fewer
 
 

@@ -1,5 +1,6 @@
 """What a language model needs to be trained: compile, fit, evaluate."""
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -71,7 +72,8 @@ class FineTuning(Trainable):
         grad_accum: int = 1, packing: bool = True, loss_on: str = "response", callbacks: Sequence[Callback] = (),
         checkpoint_dir: str | os.PathLike[str] | None = None, resume: str | bool = "auto", seed: int = 0,
         *, validation_split: float = 0.0, template: str | None = None, kind: str | None = None,
-        on_error: OnError = "raise", save_steps: int | None = None, verbose: bool = True,
+        on_error: OnError = "raise", template_options: Mapping[str, Any] | None = None, save_steps: int | None = None,
+        verbose: bool = True,
     ) -> History:  # fmt: skip
         """Train on data: the active adapter, or without one all weights. Returns what was measured.
 
@@ -84,7 +86,8 @@ class FineTuning(Trainable):
         loss_on: "response" (instructions and chats; strings always count whole) or "all".
         template: for instruction records; a string with {instruction}, {context} and {response}, or "chat", the
             preset's own. kind: of the records, where the keys do not tell: "dolly", "alpaca", "prompt", "messages",
-            "text".
+            "text". template_options: keyword arguments of the preset's chat template, as in `chat`; the tools of a
+            conversation stand in its row.
         on_error: what to do about rows that do not fit: "raise", or "skip" with a warning that counts and names them.
         checkpoint_dir: keep the run's state here; with resume="auto" the same call goes on where it was broken off,
             also on another backend. save_steps: steps between checkpoints; None: two minutes, and each epoch's end.
@@ -101,7 +104,8 @@ class FineTuning(Trainable):
         if validation_split:
             check_split(validation_split, validation_data)
             data, held_out = _split(data, kind, validation_split, seed, on_error)
-        options = {"packing": packing, "loss_on": loss_on, "template": template, "kind": kind, "seed": seed}
+        options: dict[str, Any] = dict(packing=packing, loss_on=loss_on, template=template, kind=kind, seed=seed)
+        options |= {"template_options": dict(template_options)} if template_options else {}
         train = self._prepare(data, batch_size, on_error=on_error, **options)
         validation = None
         if held_out is not None:
@@ -119,13 +123,14 @@ class FineTuning(Trainable):
     def evaluate(
         self, data: Any, batch_size: int = 4, packing: bool = True, loss_on: str = "response",
         *, template: str | None = None, kind: str | None = None, on_error: OnError = "raise",
+        template_options: Mapping[str, Any] | None = None,
     ) -> dict[str, float]:  # fmt: skip
         """loss (mean over tokens), perplexity (its exponential), accuracy, and tokens, of data as `fit` takes it."""
         compiled = self._compiled
         settings = compiled.settings if compiled else Settings()
         source = self._prepare(
             data, batch_size, packing=packing, loss_on=loss_on, template=template, kind=kind, shuffle=False,
-            on_error=on_error,
+            on_error=on_error, template_options=template_options,
         )  # fmt: skip
         objective = TextObjective(self.backbone.config)
         engine = Engine(self.backbone.xp, self.backbone.model, self.params, (), settings, objective)
@@ -133,16 +138,18 @@ class FineTuning(Trainable):
         perplexity = math.exp(found["loss"]) if found["loss"] < 700 else math.inf
         return {"loss": found["loss"], "perplexity": perplexity} | found
 
-    def _prepare(self, data: Any, batch_size: int, **options: Any) -> BatchSource:
+    def _prepare(
+        self, data: Any, batch_size: int, template_options: Mapping[str, Any] | None = None, **options: Any
+    ) -> BatchSource:
         length, context = self.preprocessor.sequence_length, self.backbone.config.max_position_embeddings
         if not isinstance(length, int) or not 2 <= length <= context:
             raise InputError(f"sequence_length must be 2 to {context}, the model's context; got {length!r}")
         check_batch_size(batch_size)
-        return prepare(data, self.tokenizer, self._render(), length, batch_size, **options)
+        return prepare(data, self.tokenizer, self._render(template_options), length, batch_size, **options)
 
-    def _render(self) -> Callable[..., str] | None:
+    def _render(self, options: Mapping[str, Any] | None) -> Callable[..., str] | None:
         try:
-            return self.chat_template.render  # type: ignore[attr-defined]
+            return functools.partial(self.chat_template.render, options=options)  # type: ignore[attr-defined]
         except ModelhubError:  # the preset has none; an error only for data that needs one
             return None
 

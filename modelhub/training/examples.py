@@ -8,6 +8,7 @@ searched for, neither in the text nor in the ids.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from string import Formatter
 
@@ -121,6 +122,8 @@ def _text(record: Record, template: str | None, render: Render | None, made: Exa
     """None if there is nothing to learn from, which is counted."""
     fields = record.fields
     if record.kind == "messages":
+        if render is not None and fields.get("tools"):
+            render = partial(render, tools=fields["tools"])
         return _conversation(fields["messages"], record.where, render, made, fields.get("prompt_messages", 0))
     if record.kind == "text":
         if not fields["text"]:

@@ -39,8 +39,8 @@ class Record:
     """One row. where: the place it came from, for errors.
 
     fields, all str: instruction, context ("" if there is none) and response for the kinds dolly and alpaca; prompt and
-    response; text. For the kind messages: {"messages": [{"role": ..., "content": ...}, ...]}, and perhaps
-    prompt_messages, the number of those that are a prompt, in which nothing is learnt.
+    response; text. For the kind messages: {"messages": [{"role": ..., "content": ...}, ...]}, perhaps prompt_messages,
+    the number of those that are a prompt, in which nothing is learnt, and tools, a list of JSON schemas.
     """
 
     kind: str
@@ -360,7 +360,8 @@ def _fields(row: Any, kind: str) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise DataError(f"a row of the kind {kind} must be a dict, found {type(row).__name__}: {row!r:.80}")
     if kind == "messages":
-        return {"messages": _messages(row)}
+        tools = _tools(present(row.get("tools")))
+        return {"messages": _messages(row)} | ({"tools": tools} if tools else {})
     also = ALSO.get(kind, {})
     given = {key: row.get(key) for key in KINDS[kind]}
     given |= {key: row.get(also[key]) for key in also if is_missing(given[key])}
@@ -394,8 +395,6 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise DataError(f"messages (or conversations) missing; it has {_shown(row)}")
     if isinstance(turns, str | Mapping) or not isinstance(turns, Iterable):
         raise DataError(f"messages must be a list of messages, found {type(turns).__name__}: {turns!r:.80}")
-    if present(row.get("tools")):
-        raise DataError("it has tools, which training does not render; remove them or the row")
     messages = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, Mapping):
@@ -432,6 +431,19 @@ def _text(value: Any, what: str) -> Any:
                 f"is no text: correct or remove it"
             ) from None
     return value
+
+
+def _tools(tools: Any) -> list[Any]:
+    """The JSON schemas of what may be called in a conversation: a list, or its JSON, as many datasets have it."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools or "[]")
+        except ValueError as error:
+            raise DataError(f"tools is not valid JSON: {error}") from None
+    tools = [] if tools is None else tools
+    if isinstance(tools, Mapping) or not isinstance(tools, Iterable) or not all(isinstance(t, Mapping) for t in tools):
+        raise DataError(f"tools must be a list of JSON schemas, found {type(tools).__name__}: {tools!r:.80}")
+    return list(_text(tools, "tools"))
 
 
 def _shown(row: Any) -> str:

@@ -145,7 +145,8 @@ def test_other_iterables():
         ([{"messages": [CHAT[0], {"role": "bot", "content": "a"}]}], None, "row 1: message 1 has the role 'bot'.*known: system, .*human"),
         ([{"messages": [{"content": "a"}]}], None, "row 1: message 0 has the role None"),
         ([{"messages": [{"role": "user", "text": "a"}]}], None, "message 0: content must be text, found NoneType; it has role, text"),
-        ([{"messages": CHAT, "tools": [{"name": "f"}]}], None, "row 1: it has tools"),
+        ([{"messages": CHAT, "tools": ["f"]}], None, "row 1: tools must be a list of JSON schemas"),
+        ([{"messages": CHAT, "tools": "{"}], None, "row 1: tools is not valid JSON"),
     ],
 )  # fmt: skip
 def test_errors_of_rows(rows, kind, says):
