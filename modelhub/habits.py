@@ -82,6 +82,14 @@ ADVICE = {
     "the preset's generation_config says otherwise",
     "early_stopping": "give fit callbacks=[modelhub.training.EarlyStopping()]; for beams the preset's "
     "generation_config says it",
+    **dict.fromkeys(
+        (
+            "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_new_tokens", "min_length", "sequence_bias",
+            "typical_p", "epsilon_cutoff", "eta_cutoff", "length_penalty", "forced_eos_token_id",
+            "exponential_decay_length_penalty", "encoder_repetition_penalty", "begin_suppress_tokens",
+        ),
+        "set the key of lm.generation_config, which all calls follow: lm.generation_config['...'] = ...",
+    ),
     "pad_token_id": "prompts of several lengths need no padding",
     "eos_token_id": "lm.generation_config['eos_token_id'] holds what ends an answer; stop= takes texts",
     "use_cache": "the cache is always used",
