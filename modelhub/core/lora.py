@@ -20,6 +20,7 @@ from modelhub.errors import ConfigError
 ALL_LINEAR = "all-linear"
 DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query", "value"))  # the first whose layers there are
 HEADS = {"lm_head", "classifier", "cls_classifier", "distillation_classifier"}
+HEAD, TABLE = "lm_head", "model.embed_tokens"  # of models of text; a head may be the table of embeddings
 MARK = ".lora."  # in the names of an adapter's parameters: MODULE.lora.lora_A
 ModuleT = TypeVar("ModuleT", bound=Module)
 
@@ -67,15 +68,33 @@ def linears(node: Any, prefix: str = "") -> dict[str, Linear]:
     return found
 
 
+def with_own_head(skeleton: ModuleT) -> ModuleT:
+    """The skeleton with a head in a place of its own where the table of embeddings was the head; it starts as that
+    table."""
+    if getattr(skeleton, HEAD, skeleton) is not None:
+        return skeleton
+    table: Any = dict(children(dict(children(skeleton))["model"]))["embed_tokens"]
+    return with_parts(skeleton, {HEAD: Linear(table.weight)})
+
+
+def plain(skeleton: ModuleT, modules: Iterable[str], whole: Iterable[str] = ()) -> ModuleT:
+    """The skeleton that the weights of a model fit once an adapter of `modules`, and of the parameters `whole`, is
+    merged into them: a head that differs from the table of embeddings is apart from it."""
+    ends = {*modules, *(name.rpartition(".")[0] for name in whole)}
+    return with_own_head(skeleton) if ends & {HEAD, TABLE} else skeleton
+
+
 def choose(skeleton: Module, targets: str | Sequence[str] | None) -> list[str]:
     """The names of the layers that `targets` mean, in the model's order.
 
     targets: "all-linear" (all but the head), or names: of a layer ("q_proj", "self_attn.q_proj", the full name) or a
-    pattern for the full name ("model.layers.1?.*_proj"). None: the projections of queries and values.
+    pattern for the full name ("model.layers.1?.*_proj"). None: the projections of queries and values. A head that is
+    the table of embeddings has no other name than "lm_head".
 
     Raises ConfigError, listing what exists, if one of them means no layer.
     """
-    everything = list(linears(skeleton))
+    tied = linears(with_own_head(skeleton)).keys() - linears(skeleton).keys()
+    everything = list(linears(with_own_head(skeleton)))
     if targets == ALL_LINEAR:
         return [name for name in everything if name.partition(".")[0] not in HEADS]
     endings = sorted({name.rpartition(".")[2] for name in everything})
@@ -85,7 +104,9 @@ def choose(skeleton: Module, targets: str | Sequence[str] | None) -> list[str]:
     found: set[str] = set()
     for target in wanted:
         matches = {
-            name for name in everything if f".{name}".endswith(f".{target}") or fnmatch.fnmatchcase(name, target)
+            name
+            for name in everything
+            if f".{name}".endswith(f".{target}") or (name not in tied and fnmatch.fnmatchcase(name, target))
         }
         if not matches:
             raise ConfigError(
@@ -98,9 +119,32 @@ def choose(skeleton: Module, targets: str | Sequence[str] | None) -> list[str]:
     return [name for name in everything if name in found]
 
 
+def choose_whole(skeleton: Module, modules: Sequence[str], adapted: Iterable[str]) -> list[str]:
+    """The parameters of `modules`, which are to be trained as a whole beside an adapter of the layers `adapted`.
+
+    modules: as in PEFT's modules_to_save, names ("lm_head", "embed_tokens", "classifier") or full names.
+
+    Raises ConfigError, listing what exists, if one of them means nothing, or what is adapted.
+    """
+    names = list(flatten(with_own_head(skeleton)))
+    places = {name.rpartition(".")[0] for name in names}
+    found: set[str] = set()
+    for wanted in [modules] if isinstance(modules, str) else modules:
+        matches = {place for place in places if f".{place}".endswith(f".{wanted}")}
+        if not matches:
+            kinds = ", ".join(sorted({place.rpartition(".")[2] for place in places}))
+            raise ConfigError(
+                f"modules_to_save: this model has no module {wanted!r} with parameters; there are {kinds}"
+            )
+        found |= matches
+    if both := sorted(found.intersection(adapted)):
+        raise ConfigError(f"modules_to_save: {both[0]} would be trained as a whole and have an adapter; choose one")
+    return [name for name in names if name.rpartition(".")[0] in found]
+
+
 def check_ranks(skeleton: Module, config: LoRAConfig, modules: Iterable[str]) -> None:
     """Raise ConfigError if a new adapter would have a larger rank than one of its layers."""
-    layers = linears(skeleton)
+    layers = linears(with_own_head(skeleton))
     shapes = {name: layers[name].weight.shape for name in modules}
     small = [f"{name} ({n} x {k})" for name, (n, k) in shapes.items() if config.rank_of(name) > min(n, k)]
     if small:

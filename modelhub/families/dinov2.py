@@ -94,10 +94,15 @@ def names(source: str, config: Config) -> NameMap:
     return NameMap(aliases=tuple(rules), ignored=unused)
 
 
-def adapter_names(config: Config) -> NameMap:
-    """How PEFT's files call the layers: as transformers does in memory."""
-    layer = f"{config.model_type}.encoder.layer.{{}}.attention"
-    return NameMap(tuple(Rule(f"{layer}.{theirs}", f"{layer}.{ours}") for theirs, ours in _IN_MEMORY.items()))
+def adapter_names(config: Config, part_of: str | None) -> NameMap:
+    """How PEFT's files call the layers: as transformers does in memory; an encoder without a head has no prefix."""
+    layer, prefix = "encoder.layer.{}.attention", f"{config.model_type}."
+    older = Rule("encoder.{}", f"{prefix}encoder.{{}}")
+    with_head, bare = (
+        tuple(Rule(f"{start}{layer}.{theirs}", f"{prefix}{layer}.{ours}") for theirs, ours in _IN_MEMORY.items())
+        for start in (prefix, "")
+    )
+    return NameMap(with_head if config.num_labels else (*bare, older), (*with_head, *bare, older))
 
 
 @dataclass

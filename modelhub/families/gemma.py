@@ -31,7 +31,7 @@ from modelhub.families.config import (
     write_gguf,
     write_rope,
 )
-from modelhub.families.naming import KEEP, MINUS_ONE, NameMap, Rule
+from modelhub.families.naming import BARE_DECODER, KEEP, MINUS_ONE, NameMap, Rule
 
 # What a key is when config.json leaves it out: the defaults of transformers' config classes, which checkpoints rely on.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -304,6 +304,15 @@ def names(source: str, config: Config) -> NameMap:
             Rule(f"blk.{{}}.{theirs}.weight", f"model.layers.{{}}.{ours}.weight", MINUS_ONE if "norm" in ours else KEEP)
         )
     return NameMap(tuple(rules))
+
+
+def adapter_names(config: Config, part_of: str | None) -> NameMap:
+    """How PEFT's files call the layers: in multimodal Gemma 3 they sit deeper, elsewhere before transformers 4.52."""
+    deeper = Rule("model.language_model.{}", "model.{}")
+    older = Rule("language_model.model.{}", "model.{}"), Rule("language_model.lm_head", "lm_head")
+    bare = tuple(Rule(f"language_model.{rule.theirs}", rule.ours) for rule in BARE_DECODER)
+    images = tuple(name for name in _IGNORED if "vision" in name or "multi_modal" in name)
+    return NameMap((deeper,) if part_of else (), (deeper, *older, *bare, *BARE_DECODER), images)
 
 
 @dataclass

@@ -30,7 +30,7 @@ from modelhub.families.config import (
     write_gguf,
     write_rope,
 )
-from modelhub.families.naming import NameMap, Rule, Via
+from modelhub.families.naming import BARE_DECODER, NameMap, Rule, Via
 
 # What a key is when config.json leaves it out: the defaults of transformers' config classes, which checkpoints rely on.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -174,6 +174,11 @@ def names(source: str, config: Config) -> NameMap:
     ]
     rules += [Rule(f"blk.{{}}.{theirs}.{{}}", f"model.layers.{{}}.{ours}.{{}}") for theirs, ours in _GGUF_BLOCK.items()]
     return NameMap(tuple(rules), ignored=("rope_freqs.weight",))
+
+
+def adapter_names(config: Config, part_of: str | None) -> NameMap:
+    """How PEFT's files call the layers."""
+    return NameMap(aliases=BARE_DECODER)
 
 
 def _interleaved(heads: int) -> Via:

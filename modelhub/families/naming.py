@@ -72,6 +72,10 @@ class NameMap:
         return name, KEEP
 
 
+# How PEFT calls the layers of a decoder that was adapted without its head.
+BARE_DECODER = tuple(Rule(name, f"model.{name}") for name in ("layers.{}", "embed_tokens", "norm"))
+
+
 def _rename(name: str, source: str, target: str) -> str | None:
     match = _pattern(source).fullmatch(name)
     return target.format(*match.groups()) if match else None

@@ -270,10 +270,15 @@ def names(source: str, config: Config) -> NameMap:
     return NameMap(aliases=tuple(rules), ignored=(*unused, *(f"{prefix}.{name}" for name in unused)))
 
 
-def adapter_names(config: Config) -> NameMap:
-    """How PEFT's files call the layers: as transformers does in memory."""
-    start, ours = f"{config.model_type}.layers.{{}}", f"{config.model_type}.encoder.layer.{{}}"
-    return NameMap(tuple(Rule(f"{start}.{theirs}", f"{ours}.{name}") for theirs, name in _IN_MEMORY.items()))
+def adapter_names(config: Config, part_of: str | None) -> NameMap:
+    """How PEFT's files call the layers: as transformers does in memory; an encoder without a head has no prefix."""
+    ours = f"{config.model_type}.encoder.layer.{{}}"
+    with_head, bare = (
+        tuple(Rule(f"{start}layers.{{}}.{theirs}", f"{ours}.{name}") for theirs, name in _IN_MEMORY.items())
+        for start in (f"{config.model_type}.", "")
+    )
+    older = Rule("encoder.{}", f"{config.model_type}.encoder.{{}}")
+    return NameMap(with_head if config.num_labels else bare, (*with_head, *bare, older))
 
 
 @dataclass

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ _MARK = ".lora."
 _TENSOR = re.compile(
     rf"(?:{re.escape(_PREFIX)})?(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
 )
+# A whole parameter: of modules_to_save, or PEFT's copy of the base's, which it makes of an embedding and a head.
+_WHOLE = re.compile(
+    rf"(?:{re.escape(_PREFIX)})?(?!.*\.lora_)(.+?)(\.base_layer)?(?:\.modules_to_save(?:\.default)?)?\.(weight|bias)"
+)
+_STORED = ("float32", "float16", "bfloat16")
 _LARGEST_CONFIG = 10_000_000
 _PLAIN = re.compile(r"[\w.\\^-]*")  # expressions that repeat nothing
 _QUICK = 1_000_000  # matches of plain expressions, about a second
@@ -41,8 +46,11 @@ class AdapterFiles:
 
     rank, alpha, dropout, use_rslora, use_dora: as PEFT's r, lora_alpha, ... rank_pattern, alpha_pattern: other values
     of single modules, by their full names. targets: PEFT's target_modules; of an adapter read, the full names. base:
-    the base model's name or "". tensors: MODULE.lora.lora_A (r, in), MODULE.lora.lora_B (out, r) and, with DoRA,
-    MODULE.lora.lora_magnitude_vector (out,), float32.
+    the base model's name or ""; revision: its commit, branch or tag, where known. tensors: MODULE.lora.lora_A (r, in),
+    MODULE.lora.lora_B (out, r) and, with DoRA, MODULE.lora.lora_magnitude_vector (out,), float32. whole: parameters by
+    their full names (MODULE.weight), in place of the base's, in a float dtype; modules_to_save: names of the modules
+    that they are all of, as PEFT matches them. copies: names in `whole` that PEFT puts into its files wherever a head
+    or an embedding is adapted: mostly what the base has.
     """
 
     rank: int
@@ -56,6 +64,10 @@ class AdapterFiles:
     base: str
     tensors: dict[str, np.ndarray]
     task_type: str | None = "CAUSAL_LM"  # PEFT's; None: a model of any kind
+    whole: dict[str, np.ndarray] = field(default_factory=dict)
+    modules_to_save: list[str] = field(default_factory=list)
+    copies: frozenset[str] = frozenset()
+    revision: str | None = None
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
@@ -71,16 +83,27 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     config = _read_config(folder / CONFIG)
     with SafetensorsCheckpoint(folder / WEIGHTS) as file:
         theirs = {name: _TENSOR.fullmatch(name) for name in file.tensors}
-        _refuse(folder, [*_unknown_settings(config), *_unknown_tensors(name for name in theirs if not theirs[name])])
+        entire = {name: match for name in theirs if not theirs[name] and (match := _WHOLE.fullmatch(name))}
+        _refuse(
+            folder,
+            [*_unknown_settings(config), *_unknown_tensors(n for n in theirs if not theirs[n] and n not in entire)],
+        )
         tensors: dict[str, np.ndarray] = {}
+        whole: dict[str, np.ndarray] = {}
+        copies = set()
         for name, match in theirs.items():
-            assert match
-            ours = f"{match[1]}{_MARK}{match[2]}"
-            if ours in tensors:
+            part = entire.get(name)
+            found, ours = tensors, f"{match[1]}{_MARK}{match[2]}" if match else ""
+            if part:
+                found, ours = whole, f"{part[1]}.{part[3]}"
+            if ours in found:
                 raise CheckpointError(
                     f"{folder / WEIGHTS} holds {shown(ours)} twice, the second time as {shown(name)}."
                 )
-            tensors[ours] = file.read(name)
+            stored = file.tensors[name].dtype
+            found[ours] = file.read(name, stored if part and stored in _STORED else "float32")
+            if part and part[2]:
+                copies.add(ours)
     values, mistakes = _read_settings(config)
     _complain(folder / CONFIG, mistakes)
     modules = _modules(tensors)
@@ -95,6 +118,10 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
         alpha_pattern=_by_module(folder / CONFIG, values["alpha_pattern"], modules, values["lora_alpha"]),
         base=values["base_model_name_or_path"],
         tensors=tensors,
+        whole=whole,
+        modules_to_save=values["modules_to_save"],
+        copies=frozenset(copies),
+        revision=values["revision"] or None,
     )
     _complain(folder, _misfits(files))
     return files
@@ -123,10 +150,11 @@ def write_adapter(
         "init_lora_weights": True,
         "lora_alpha": _whole(files.alpha),
         "lora_dropout": files.dropout,
-        "modules_to_save": None,
+        "modules_to_save": sorted(files.modules_to_save) or None,
         "peft_type": "LORA",
         "r": files.rank,
         "rank_pattern": files.rank_pattern,
+        "revision": files.revision,
         "alpha_pattern": {module: _whole(alpha) for module, alpha in files.alpha_pattern.items()},
         "target_modules": sorted(files.targets),
         "task_type": files.task_type,
@@ -134,6 +162,7 @@ def write_adapter(
         "use_rslora": files.use_rslora,
     }
     tensors = {_peft_name(name): np.asarray(array, np.float32, order="C") for name, array in files.tensors.items()}
+    tensors |= {f"{_PREFIX}{name}": np.ascontiguousarray(array) for name, array in files.whole.items()}
     try:
         with replacing(target) as work:
             (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -199,7 +228,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 _ACCEPTED = {
     "auto_mapping", "corda_config", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size",
-    "revision", "runtime_config", "target_modules", "task_type",
+    "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
 # The other ways to start (pissa, olora, corda, loftq, lora_ga) take the first update out of the base's weights.
 _BASE_INTACT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -215,7 +244,11 @@ def _unknown_settings(config: Mapping[str, Any]) -> list[str]:
 
 
 def _unknown_tensors(names: Iterable[str]) -> list[str]:
-    return [f"the tensor {shown(name)}: not LoRA or DoRA of a linear layer" for name in names]
+    embedded = "LoRA of an embedding layer; with modules_to_save the layer is trained as a whole"
+    return [
+        f"the tensor {shown(name)}: {embedded if '.lora_embedding_' in name else 'not LoRA or DoRA of a linear layer'}"
+        for name in names
+    ]
 
 
 def _refuse(folder: Path, problems: list[str]) -> None:
@@ -223,8 +256,7 @@ def _refuse(folder: Path, problems: list[str]) -> None:
         raise CheckpointError(
             f"{folder}: this adapter does more than modelhub has:\n  {_lines(problems)}\nMerge it into its base with "
             "PEFT, PeftModel.from_pretrained(base_model, folder).merge_and_unload().save_pretrained(new_folder), and "
-            "load the result with from_preset; or train it without these. Whole weights of embed_tokens or lm_head "
-            "that were only copied stay out with PEFT's save_pretrained(folder, save_embedding_layers=False)."
+            "load the result with from_preset; or train it without these."
         )
 
 
@@ -264,6 +296,8 @@ _SETTINGS: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
     "rank_pattern": ({}, "whole numbers by pattern", lambda x: isinstance(x, dict) and all(map(_is_rank, x.values()))),
     "alpha_pattern": ({}, "numbers by pattern", lambda x: isinstance(x, dict) and all(map(_is_alpha, x.values()))),
     "base_model_name_or_path": ("", "text", lambda x: isinstance(x, str)),
+    "revision": ("", "text", lambda x: isinstance(x, str)),
+    "modules_to_save": ([], "a list of names", lambda x: isinstance(x, list) and all(isinstance(n, str) for n in x)),
 }
 
 
@@ -332,7 +366,12 @@ def _modules(names: Iterable[str]) -> list[str]:
 
 
 def _misfits(files: AdapterFiles) -> list[str]:
-    problems = [] if files.tensors else ["there are no tensors"]
+    problems = [] if files.tensors or files.whole else ["there are no tensors"]
+    problems += [
+        f"{shown(module)} is there as a whole, and has an adapter"
+        for module in _modules(files.tensors)
+        if f"{module}.weight" in files.whole and f"{module}.weight" not in files.copies
+    ]
     for module in _modules(files.tensors):
         a, b, magnitude = (
             files.tensors[name].shape if (name := f"{module}{_MARK}{kind}") in files.tensors else None

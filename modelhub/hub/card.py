@@ -34,7 +34,7 @@ class CardFacts:
     published; None: a folder. curve: name of a picture in the folder. licence_files: names of texts in it.
     provenance: of an adapter, base and base_model are the weights that it goes on. layers: (pattern, name) of layers of
     the user's own, attention: the name of such a function, own_family: whether model_type is one's too: of all these
-    nothing but the names is in the folder.
+    nothing but the names is in the folder. classes: of an adapter's own head.
     """
 
     title: str
@@ -54,6 +54,7 @@ class CardFacts:
     layers: tuple[tuple[str, str], ...] = ()
     attention: str | None = None
     own_family: bool = False
+    classes: int = 0
 
     @property
     def kind(self) -> TaskKind:
@@ -296,6 +297,8 @@ def _with_modelhub(facts: CardFacts, where: str, base: str) -> list[str]:
         asked += f", layers={{{', '.join(f'{literal(at)}: {literal(layer)}' for at, layer in facts.layers)}}}"
     if facts.adapter and facts.attention:
         asked += f", attention={literal(facts.attention)}"
+    if facts.classes:
+        asked += f", num_classes={facts.classes}"
     load = [f"{kind.variable} = {kind.class_name}.from_preset({base if facts.adapter else where}{asked})"]
     if facts.adapter:
         load.append(f"{kind.variable}.load_adapter({where})")
@@ -306,6 +309,7 @@ def _with_transformers(facts: CardFacts, where: str, revision: str, base: str, s
     kind, use = facts.kind, facts.usage
     source = base if facts.adapter else where + revision
     name = "tokenizer" if kind.processor == "AutoTokenizer" else "processor"
+    own_head = f", num_labels={facts.classes}, ignore_mismatched_sizes=True" if facts.classes else ""
     return [
         *(["import kagglehub"] if setup else []),
         *(["from peft import PeftModel"] if facts.adapter else []),
@@ -314,7 +318,7 @@ def _with_transformers(facts: CardFacts, where: str, revision: str, base: str, s
         "",
         *setup,
         f"{name} = {kind.processor}.from_pretrained({source})",
-        f"model = {kind.auto_class}.from_pretrained({source})",
+        f"model = {kind.auto_class}.from_pretrained({source}{own_head})",
         *([f"model = PeftModel.from_pretrained(model, {where}{revision})"] if facts.adapter else []),
         *use.theirs,
     ]

@@ -1,7 +1,7 @@
 """Where a model comes from and what was done to it; kept in its folder as modelhub.json.
 
 {"base": "hf://owner/name@commit", "base_model": "owner/name", "licence": "gemma", "base_licence": null,
- "from_scratch": false, "layers": [],
+ "from_scratch": false, "layers": [], "attention": null, "labels": [],
  "runs": [{"data": "dolly_style.jsonl", "settings": {...}, "metrics": {"loss": 2.1}, "losses": [[1, 3.4], ...],
            "adapter": {"rank": 8, ...}, "examples": 250, "tokens": 31415, "seconds": 60.5, "backend": "jax",
            "date": "2025-01-31T12:00:00+00:00"}]}
@@ -87,7 +87,9 @@ class Provenance:
 
     base_model: the repository on the Hugging Face Hub, where known. licence: identifier as the Hub spells it.
     from_scratch: the weights began random. runs: in order of time. base_licence: whose terms follow the weights, where
-    `licence` is another. layers: (pattern, name) of layers of the user's own in the model that an adapter is for.
+    `licence` is another. layers: (pattern, name) of layers of the user's own in the model that an adapter is for;
+    attention: the name of the attention function that it was trained with, if that was the user's own. labels: of the
+    classes of an adapter's own head.
     """
 
     base: str | None = None
@@ -97,6 +99,8 @@ class Provenance:
     runs: tuple[TrainingRun, ...] = ()
     base_licence: str | None = None
     layers: tuple[tuple[str, str], ...] = ()
+    attention: str | None = None
+    labels: tuple[str, ...] = ()
 
     def with_run(self, run: TrainingRun) -> "Provenance":
         return dataclasses.replace(self, runs=(*self.runs, run))
@@ -198,6 +202,10 @@ def _is_layers(value: object) -> bool:
     )
 
 
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
 def _or_none(check: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: value is None or check(value)
 
@@ -211,7 +219,7 @@ _RUN: dict[str, Callable[[object], bool]] = {
 _WHOLE: dict[str, Callable[[object], bool]] = {
     "base": _or_none(_is_text), "base_model": _or_none(_is_text), "licence": _or_none(_is_text),
     "base_licence": _or_none(_is_text), "from_scratch": lambda value: isinstance(value, bool),
-    "layers": _or_none(_is_layers),
+    "layers": _or_none(_is_layers), "attention": _or_none(_is_text), "labels": _or_none(_is_texts),
 }  # fmt: skip
 
 
@@ -235,6 +243,7 @@ def _parse(path: Path, raw: bytes) -> Provenance:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{path} is damaged: {'; '.join(problems[:5])}{more}. {advice}")
+    facts["labels"] = tuple(facts["labels"] or ())
     facts["layers"] = tuple((pattern, name) for pattern, name in facts["layers"] or ())
     return Provenance(**facts, runs=tuple(TrainingRun(**table) for table in tables))
 

@@ -1,6 +1,7 @@
 """LoRA on a Backbone: enabling, switching, merging, and PEFT's folders."""
 
 import dataclasses
+import logging
 import math
 import os
 import re
@@ -9,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelhub.core import lora
+import numpy as np
+
+from modelhub.core import custom, lora
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Params, flatten
 from modelhub.errors import CheckpointError, InputError
@@ -19,21 +22,26 @@ from modelhub.habits import Habits
 from modelhub.hub.adapters import AdapterFiles, read_adapter, write_adapter
 from modelhub.hub.preset import resolve_adapter
 from modelhub.hub.provenance import Provenance, TrainingRun, read_provenance, write_provenance
-from modelhub.kinds import kind_reading
+
+log = logging.getLogger("modelhub")
 
 
 @dataclass(repr=False)
 class Adapter:
     """One adapter. params: its arrays, under our names; those of the active one are in the Backbone's params too.
 
-    model: the skeleton with this adapter; the same one each time, so that nothing compiles again.
+    model: the skeleton with this adapter; the same one each time, so that nothing compiles again. plain: the skeleton
+    of the model that it is merged into. whole: names of parameters that it has in place of the base's.
     """
 
     config: lora.LoRAConfig
     modules: list[str]
     params: Params
     model: Any
+    plain: Any
+    whole: tuple[str, ...] = ()
     runs: tuple[TrainingRun, ...] = ()  # what trained it
+    labels: tuple[str, ...] = ()  # of the classes of its own head, where its files say them
 
     def __repr__(self) -> str:
         about = self.described()
@@ -46,7 +54,9 @@ class Adapter:
         """For a model card: JSON values."""
         kinds = sorted({module.rpartition(".")[2] for module in self.modules})
         plain = {key: value for key, value in dataclasses.asdict(self.config).items() if not key.endswith("_pattern")}
-        return plain | {"alpha": self.config.alpha or self.config.rank, "targets": kinds}
+        whole = sorted({name.rpartition(".")[0] for name in self.whole})
+        described = plain | {"alpha": self.config.alpha or self.config.rank, "targets": kinds}
+        return described | ({"modules_to_save": whole} if whole else {})
 
 
 class Adapters(Habits):
@@ -67,17 +77,21 @@ class Adapters(Habits):
     optimizer: Any = None
     provenance: Provenance  # of the weights without any adapter
     identity: Provenance | None  # what they are, as base and base_model; None: there is no other copy of them
-    _replaced: Params  # the base weights that merge_lora has put others in place of
+    part_of: str | None  # the model_type of a larger model, if what `identity` is has this one inside
+    merged: bool  # whether the active adapter is
+    _replaced: Params  # the base weights that the active adapter, or a merge, has put others in place of
 
     def enable_lora(
         self, rank: int = 4, alpha: float | None = None, dropout: float = 0.0,
         targets: str | Sequence[str] | None = None, use_rslora: bool = False, use_dora: bool = False,
-        *, name: str = "default", seed: int = 0,
+        *, name: str = "default", seed: int = 0, modules_to_save: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """Add a new low-rank adapter and make it the active one; from now on `fit` trains it alone.
 
         rank, alpha (None: equal to rank), dropout, use_rslora, use_dora: as in PEFT. targets: names of linear layers
         ("q_proj", "mlp.up_proj"), patterns ("model.layers.1?.*"), or "all-linear"; None: queries and values.
+        modules_to_save: as in PEFT, names of modules ("lm_head", "embed_tokens", "classifier") of which the adapter has
+        a copy, that is trained whole and saved with it.
 
         Raises ConfigError for values that make no sense and for targets that match nothing; InputError for a name that
         is taken.
@@ -89,17 +103,20 @@ class Adapters(Habits):
         config = lora.LoRAConfig(rank, alpha, dropout, use_rslora, use_dora)
         modules = lora.choose(self.base_model, targets)
         lora.check_ranks(self.base_model, config, modules)
-        skeleton, specs = lora.attach(self.base_model, config, modules)
-        self.set_adapter(None)
-        params = lora.initial(self.xp, self.params, specs, seed)
-        self.adapters[name] = Adapter(config, modules, params, skeleton)
+        whole = lora.choose_whole(self.base_model, modules_to_save, modules)
+        plain = lora.plain(self.base_model, modules, whole)
+        base = self._fitting(plain, self._base_params())
+        skeleton, specs = lora.attach(plain, config, modules)
+        params = lora.initial(self.xp, base, specs, seed)
+        params |= {key: self.xp.copy(self.xp.stop_gradient(base[key])) for key in whole}
+        self.adapters[name] = Adapter(config, modules, params, skeleton, plain, tuple(whole))
         self.set_adapter(name)
 
     def set_adapter(self, name: str | None) -> None:
         """Make an adapter the active one; None: none of them. A merged one is taken out of the weights first."""
         if name is not None and name not in self.adapters:
             raise InputError(f"there is no adapter {name!r}; there are {', '.join(self.adapters) or 'none'}")
-        if self._replaced:
+        if self.merged:
             self.unmerge_lora()
         base = self._base_params()
         if (kept := self.adapter) is not None:  # keep what training made of it
@@ -116,42 +133,55 @@ class Adapters(Habits):
         adapter = self._require_adapter("merge")
         folding = lora.folding(self.xp, self.model, self.params)
         weights = {name: self.xp.stop_gradient(fold()) for name, fold in folding.items()}  # of torch Parameters
+        weights |= {name: self.params[name] for name in adapter.whole}
         base = self._base_params()
-        adapter.params = {k: x for k, x in self.params.items() if lora.MARK in k}
-        self._use(self.base_model, base | weights)
-        self._replaced = {key: base[key] for key in weights}
+        adapter.params = {key: self.params[key] for key in adapter.params}
+        self._use(adapter.plain, self._fitting(adapter.plain, base) | weights)
+        self._replaced, self.merged = {key: base[key] for key in weights if key in base}, True
 
     def unmerge_lora(self) -> None:
         """Undo merge_lora: the base weights are what they were, bit for bit."""
-        if not self._replaced:
+        if not self.merged:
             raise InputError("no adapter is merged; merge_lora() comes first")
-        base, self._replaced = self.params | self._replaced, {}
+        base, self.merged = self._base_params(), False
         self._use_adapter(base)
 
     def keep_merged(self) -> None:
         """Make a merge final: the adapter and what the optimizer remembers are forgotten, its weights are the model's
         own. `fit` begins with it."""
-        if self._replaced:
-            for run in self.adapters.pop(self.active_adapter or "").runs:
+        if self.merged:
+            config, adapter = self.plain_config(), self.adapters.pop(self.active_adapter or "")
+            for run in adapter.runs:
                 self.provenance = self.provenance.with_run(run)
-            self.active_adapter, self._replaced, self.identity, self.optimizer = None, {}, None, None
+            if adapter.plain is not self.base_model:  # the head was the table of embeddings, and is it no more
+                self.base_model, self.config = adapter.plain, config
+                for other in self.adapters.values():
+                    other.plain, other.model = adapter.plain, lora.with_own_head(other.model)
+            self.active_adapter, self._replaced, self.merged = None, {}, False
+            self.identity, self.optimizer = None, None
 
     def save_adapter(
         self, folder: str | os.PathLike[str], base: str = "", beside: Callable[[Path], None] | None = None,
-        task_type: str | None = None,
+        *, revision: str | None = None,
     ) -> None:  # fmt: skip
         """Write the active adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
 
         base: the name of the base model that the folder is to state. beside: writes more files into the folder.
-        task_type: PEFT's; None: that of the task that such models are usually loaded for.
+        revision: of the base model.
         """
         adapter = self._require_adapter("save", merged=True)
-        config, arrays = adapter.config, adapter.params if self._replaced else self.params
-        theirs = {module: self._adapter_names().to_theirs(module)[0] for module in lora.linears(self.base_model)}
+        config, arrays = adapter.config, adapter.params if self.merged else self.params
+        names = self._adapter_names()
+        layers = lora.linears(lora.with_own_head(self.base_model))
+        theirs = {module: names.to_theirs(module)[0] for module in layers}
         endings = {module: name.rpartition(".")[2] for module, name in theirs.items()}
         targets = sorted({endings[module] for module in adapter.modules})
-        if [module for module in theirs if endings[module] in targets] != adapter.modules:
+        # PEFT looks for short names in the parts of a model that are not here, too.
+        alone = self.identity is None or self.part_of is None
+        if not alone or [module for module in theirs if endings[module] in targets] != adapter.modules:
             targets = [theirs[module] for module in adapter.modules]
+        whole = {name: _renamed_parameter(name, lambda module: names.to_theirs(module)[0]) for name in adapter.whole}
+        saved = {name.rpartition(".")[0] for name in whole.values()}
         files = AdapterFiles(
             rank=config.rank,
             alpha=config.rank if config.alpha is None else config.alpha,
@@ -162,13 +192,22 @@ class Adapters(Habits):
             rank_pattern={theirs[module]: rank for module, rank in config.rank_pattern.items()},
             alpha_pattern={theirs[module]: alpha for module, alpha in config.alpha_pattern.items()},
             base=base,
-            tensors={_renamed(key, theirs.__getitem__): self.xp.get(arrays[key]) for key in adapter.params},
-            task_type=task_type or kind_reading(self.base_model.reads).peft,
+            tensors={
+                _renamed(key, theirs.__getitem__): self.xp.get(arrays[key])
+                for key in adapter.params
+                if key not in whole
+            },
+            whole={theirs: self.xp.get(arrays[ours]) for ours, theirs in whole.items()},
+            modules_to_save=sorted(saved if not alone else {name.rpartition(".")[2] for name in saved}),
+            revision=revision,
+            task_type="CAUSAL_LM" if hasattr(self.base_model, "lm_head") else None,
         )
 
+        attention = custom.name_of(custom.own_attention(self.xp))
+
         def companions(work: Path) -> None:
-            if self.layers:
-                write_provenance(work, Provenance(layers=tuple(self.layers.items())))
+            if self.layers or attention:
+                write_provenance(work, Provenance(layers=tuple(self.layers.items()), attention=attention))
             if beside is not None:
                 beside(work)
 
@@ -176,11 +215,12 @@ class Adapters(Habits):
 
     def load_adapter(
         self, folder: str | os.PathLike[str], name: str | None = None, *, revision: str | None = None,
-        offline: bool = False, token: str | None = None,
+        offline: bool = False, token: str | None = None, modules_to_save: Sequence[str] = (),
     ) -> str:  # fmt: skip
         """Read a PEFT folder, or one at an address (hf://, kaggle://, file://), and make it the active adapter.
 
         Returns its name, by default that of the folder or repository. revision, offline, token: as in from_preset.
+        modules_to_save: modules that it gets a copy of where its files have none; see enable_lora.
         Raises CheckpointError for files that are damaged, of an unknown kind, or made for another base model;
         PresetNotFound and DownloadError for addresses.
         """
@@ -190,44 +230,95 @@ class Adapters(Habits):
             name = re.split("[@?#]", Path(address).name)[0] if "://" in address else folder.resolve().name
         if name in self.adapters:
             raise InputError(f"there is an adapter {name!r} already; give this one another name=")
-        files = self._with_our_names(read_adapter(Path(folder)))
+        files = self._with_our_names(read_adapter(Path(folder)), folder)
         made = read_provenance(Path(folder))
-        if made and made.layers and made.layers != tuple(self.layers.items()):
-            raise CheckpointError(
-                f"{folder}: this adapter is for a base model with layers of its maker's own, and this model has "
-                f"{dict(self.layers) or 'none'}. Load the base model with layers={dict(made.layers)}, where they are "
-                f"registered, and the adapter on it"
-            )
+        self._check_pieces(made, folder)
         config = lora.LoRAConfig(
             files.rank, files.alpha, files.dropout, files.use_rslora, files.use_dora, files.rank_pattern,
             files.alpha_pattern,
         )  # fmt: skip
         modules = _in_order(self.base_model, {key.partition(lora.MARK)[0] for key in files.tensors}, folder)
-        skeleton, specs = lora.attach(self.base_model, config, modules)
-        _check_shapes(specs, files, folder)
+        base = self._base_params()
+        arrays = self._without_copies(files, base)
+        more = lora.choose_whole(self.base_model, modules_to_save, modules)
+        plain = lora.plain(self.base_model, modules, [*arrays, *more])
+        skeleton, specs = lora.attach(plain, config, modules)
+        _check_shapes(specs, flatten(plain), arrays, files, folder)
+        base = self._fitting(plain, base)
         params = {key: self.xp.array(files.tensors[key], "float32") for key in specs}
-        self.adapters[name] = Adapter(config, modules, params, skeleton, made.runs if made else ())
+        params |= {key: self.xp.array(array, self.xp.dtype(base[key])) for key, array in arrays.items()}
+        params |= {key: self.xp.copy(self.xp.stop_gradient(base[key])) for key in more if key not in params}
+        whole = tuple(key for key in params if key not in specs)
+        told = (made.runs, made.labels) if made else ()
+        self.adapters[name] = Adapter(config, modules, params, skeleton, plain, whole, *told)
         self.set_adapter(name)
         return name
 
     def _adapter_names(self) -> NameMap:
         """Between our names of layers and those in PEFT's files, where they differ."""
         names = getattr(family_of(self.config.model_type), "adapter_names", None)
-        return names(self.config) if names else NameMap()
+        # Weights that are nowhere else are going to be saved as what they are here.
+        return names(self.config, None if self.identity is None else self.part_of) if names else NameMap()
 
-    def _with_our_names(self, files: AdapterFiles) -> AdapterFiles:
+    def _with_our_names(self, files: AdapterFiles, folder: str | os.PathLike[str]) -> AdapterFiles:
         names = self._adapter_names()
+        modules = {key.partition(lora.MARK)[0] for key in files.tensors} | {k.rpartition(".")[0] for k in files.whole}
+        ours = {module: found[0] for module in modules if (found := names.to_ours(module))}
+        if unused := sorted(modules - ours.keys()):
+            log.warning(
+                "%s adapts %d layers of parts that are not loaded here, such as %s: they are left out, also where this "
+                "adapter is saved", folder, len(unused), unused[0],
+            )  # fmt: skip
 
-        def ours(module: str) -> str:
-            renamed = names.to_ours(module)
-            return renamed[0] if renamed else module
+        def renamed(table: Mapping[str, Any], module_of: Callable[[str], str]) -> dict[str, Any]:
+            kept = {key: value for key, value in table.items() if module_of(key) in ours}
+            return {ours[module_of(key)] + key[len(module_of(key)) :]: value for key, value in kept.items()}
+
+        def of_parameter(key: str) -> str:
+            return key.rpartition(".")[0]
 
         return dataclasses.replace(
             files,
-            rank_pattern={ours(module): rank for module, rank in files.rank_pattern.items()},
-            alpha_pattern={ours(module): alpha for module, alpha in files.alpha_pattern.items()},
-            tensors={_renamed(key, ours): array for key, array in files.tensors.items()},
+            rank_pattern=renamed(files.rank_pattern, str),
+            alpha_pattern=renamed(files.alpha_pattern, str),
+            tensors=renamed(files.tensors, lambda key: key.partition(lora.MARK)[0]),
+            whole=renamed(files.whole, of_parameter),
+            copies=frozenset(renamed(dict.fromkeys(files.copies), of_parameter)),
         )
+
+    def _without_copies(self, files: AdapterFiles, params: Params) -> dict[str, np.ndarray]:
+        """The whole parameters of an adapter, but for those that say what the base model says."""
+        head, table = f"{lora.HEAD}.weight", f"{lora.TABLE}.weight"
+        wanted = {name.rpartition(".")[2] for name in files.modules_to_save}
+        found: dict[str, np.ndarray] = {}
+        for name, array in files.whole.items():
+            tied = name == head and head not in params and table in params
+            base = params.get(table if tied else name)
+            copied = name in files.copies or name.split(".")[-2] not in wanted
+            if copied and base is not None and tuple(base.shape) == array.shape:
+                stored = self.xp.get(self.xp.stop_gradient(base))
+                if np.array_equal(stored, array.astype(stored.dtype)):
+                    continue
+            found[name] = array
+            if tied and name in files.copies:  # there it is one array with the table, and so it stays
+                found.setdefault(table, array)
+        return found
+
+    def _check_pieces(self, made: Provenance | None, folder: str | os.PathLike[str]) -> None:
+        """What an adapter's maker had in the base model of their own must be in this one."""
+        if made and made.layers and made.layers != tuple(self.layers.items()):
+            raise CheckpointError(
+                f"{folder}: this adapter is for a base model with layers of its maker's own, and this model has "
+                f"{dict(self.layers) or 'none'}. Load the base model with layers={dict(made.layers)}, where they are "
+                f"registered, and the adapter on it"
+            )
+        own = custom.name_of(custom.own_attention(self.xp))
+        if made and made.attention and made.attention != own:
+            log.warning(
+                "%s was trained with the attention function %r, and this model has %s: its answers may differ. Load "
+                "the base model with attention=%r, where it is registered", folder, made.attention,
+                f"{own!r}" if own else "the usual one", made.attention,
+            )  # fmt: skip
 
     @property
     def adapter(self) -> Adapter | None:
@@ -237,11 +328,13 @@ class Adapters(Habits):
     @property
     def has_adapter(self) -> bool:
         """Whether an adapter is active, and not merged."""
-        return self.active_adapter is not None and not self._replaced
+        return self.active_adapter is not None and not self.merged
 
     def trainable_names(self) -> list[str]:
         """What `fit` trains: the active adapter, else everything."""
-        return [name for name in self.params if lora.MARK in name] if self.has_adapter else list(self.params)
+        if (adapter := self.adapter) is None or self.merged:
+            return list(self.params)
+        return [name for name in self.params if name in adapter.params]
 
     def plain_param(self) -> Callable[[str], Array]:
         """Gives, one by one, the parameters of a model without adapters that does the same."""
@@ -249,25 +342,39 @@ class Adapters(Habits):
         return lambda name: folding[name]() if name in folding else self.params[name]
 
     def plain_names(self) -> list[str]:
-        """The parameters of the model without adapters, in its own order."""
-        return list(flatten(self.base_model))
+        """The parameters of that model, in its own order."""
+        return list(flatten(self.base_model if self.adapter is None else self.adapter.plain))
+
+    def plain_config(self) -> Any:
+        """The config of that model."""
+        if self.adapter is None or self.adapter.plain is self.base_model:
+            return self.config
+        return dataclasses.replace(self.config, tie_word_embeddings=False)
 
     def _base_params(self) -> Params:
-        return {name: self.params[name] for name in self.plain_names()}
+        return {name: self._replaced.get(name, self.params.get(name)) for name in flatten(self.base_model)}
+
+    @staticmethod
+    def _fitting(skeleton: Any, base: Params) -> Params:
+        """The base model's parameters for a skeleton that may have its head apart; it is no copy of the table."""
+        table = base.get(f"{lora.TABLE}.weight")
+        return {name: base.get(name, table) for name in flatten(skeleton) if lora.MARK not in name}
 
     def _require_adapter(self, what: str, merged: bool = False) -> Adapter:
         if (adapter := self.adapter) is None:
             raise InputError(f"there is no active adapter to {what}; enable_lora() or load_adapter() makes one")
-        if self._replaced and not merged:
+        if self.merged and not merged:
             raise InputError(f"the adapter {self.active_adapter!r} is merged already")
         return adapter
 
     def _use_adapter(self, base: Params) -> None:
-        """Put the active adapter, if there is one, beside the base model's parameters."""
+        """Put the active adapter, if there is one, beside the base model's parameters, and in place of some."""
         if (adapter := self.adapter) is None:
+            self._replaced = {}
             self._use(self.base_model, base)
         else:
-            self._use(adapter.model, base | adapter.params)
+            self._replaced = {name: base[name] for name in adapter.whole if name in base}
+            self._use(adapter.model, self._fitting(adapter.model, base) | adapter.params)
 
     def _use(self, model: Any, params: Params) -> None:
         raise NotImplementedError
@@ -279,8 +386,13 @@ def _renamed(key: str, rename: Callable[[str], str]) -> str:
     return f"{rename(module)}{mark}{rest}"
 
 
+def _renamed_parameter(name: str, rename: Callable[[str], str]) -> str:
+    module, _, kind = name.rpartition(".")
+    return f"{rename(module)}.{kind}"
+
+
 def _in_order(base: Any, modules: Iterable[str], folder: str | os.PathLike[str]) -> list[str]:
-    layers = lora.linears(base)
+    layers = lora.linears(lora.with_own_head(base))
     wanted = set(modules)
     if unknown := sorted(wanted - layers.keys()):
         raise CheckpointError(
@@ -290,15 +402,31 @@ def _in_order(base: Any, modules: Iterable[str], folder: str | os.PathLike[str])
     return [name for name in layers if name in wanted]
 
 
-def _check_shapes(specs: Any, files: AdapterFiles, folder: str | os.PathLike[str]) -> None:
-    wrong = [
-        f"{name} is {files.tensors[name].shape}, this model needs {spec.shape}"
-        for name, spec in specs.items()
-        if name in files.tensors and files.tensors[name].shape != spec.shape
+def _check_shapes(
+    specs: Mapping[str, Any], plain: Mapping[str, Any], whole: Mapping[str, np.ndarray], files: AdapterFiles,
+    folder: str | os.PathLike[str],
+) -> None:  # fmt: skip
+    """specs: of the adapter's own tensors; plain: of the parameters of the model that it is for."""
+    found = {name: files.tensors[name] for name in specs if name in files.tensors} | dict(whole)
+    needed = {**plain, **specs}
+    problems = [f"{name} {x.shape} is no parameter of this model" for name, x in found.items() if name not in needed]
+    problems += [
+        f"{name} is {array.shape}, this model needs {needed[name].shape}"
+        for name, array in found.items()
+        if name in needed and array.shape != needed[name].shape
     ]
-    missing = [f"{name} is missing" for name in specs if name not in files.tensors]
-    if wrong or missing:
-        raise CheckpointError(
-            f"{folder}: this adapter is for another base model{f' ({files.base})' if files.base else ''}:\n  "
-            + "\n  ".join((wrong + missing)[:10])
-        )
+    problems += [f"{name} is missing" for name in specs if name not in files.tensors]
+    if not problems:
+        return
+    advice = ""
+    for name, array in whole.items():
+        module = name.partition(".")[0]
+        if name in needed and array.shape[1:] == needed[name].shape[1:] and array.shape != needed[name].shape:
+            if module in (lora.HEAD, lora.TABLE.partition(".")[0]):
+                advice = "\nThe vocabulary was resized before training: merge it with PEFT, and load the result"
+            elif module in lora.HEADS:
+                advice = f"\nIts head has {len(array)} classes: load the base model with num_classes={len(array)}"
+    raise CheckpointError(
+        f"{folder}: this adapter is for another base model{f' ({files.base})' if files.base else ''}:\n  "
+        + "\n  ".join(problems[:10]) + advice
+    )  # fmt: skip

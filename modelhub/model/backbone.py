@@ -50,12 +50,14 @@ class Origin:
 
     provenance: what they were made from. identity: what they are, for an adapter that goes on them: base is an address,
     a preset (modelhub:NAME) or a path, base_model a repository on the Hub; None: they are nowhere but in memory.
-    licence_files: name -> text of what is to go with every copy.
+    licence_files: name -> text of what is to go with every copy. part_of: the model_type of a larger model, such as one
+    that sees, if this one is a part of what is there.
     """
 
     provenance: Provenance
     identity: Provenance | None = None
     licence_files: Mapping[str, bytes] = field(default_factory=dict)
+    part_of: str | None = None
 
 
 RANDOM = Origin(Provenance(from_scratch=True))  # weights that nothing was loaded into
@@ -85,7 +87,8 @@ class Backbone(Movable):
         self.base_model = model
         self.provenance, self.identity = origin.provenance, origin.identity
         self.licence_files = dict(origin.licence_files)
-        self.adapters, self.active_adapter, self._replaced = {}, None, {}
+        self.adapters, self.active_adapter, self.merged, self._replaced = {}, None, False, {}
+        self.part_of = origin.part_of
         self._borrowed, self._outside = WeakValueDictionary(), WeakValueDictionary()
         self._params: Params = {}
         self._use(model, params)
@@ -120,8 +123,9 @@ class Backbone(Movable):
         try_layers(source, xp, params, before)
         origin = origin_of(source.preset) if load_weights else RANDOM
         changed = bool(source.new_layers or source.new_parts)
-        if changed:  # as they are now they are nowhere else
+        if source.new_layers:  # as they are now they are nowhere else; a new head goes with the adapters
             origin = dataclasses.replace(origin, identity=None)
+        origin = dataclasses.replace(origin, part_of=source.part_of)
         backbone = cls(source.model, params, xp, source.config, dtype, origin)
         backbone.untouched = source.preset.path if load_weights and not changed else None
         backbone.layers, backbone.new_layers = source.layers, source.new_layers
@@ -162,7 +166,7 @@ class Backbone(Movable):
 
     @property
     def num_parameters(self) -> int:
-        return sum(map(self._count, self.params.values()))
+        return sum(map(self._count, {id(x): x for x in self.params.values()}.values()))  # a head may be the embeddings
 
     def __call__(self, inputs: Any) -> Array:
         """Hidden states (batch, time, width), an array of the backend, of token ids (batch, time).
@@ -234,7 +238,7 @@ class Backbone(Movable):
         if (adapter := self.adapter) is not None:
             names = adapter.params
             count, size = sum(map(self._count, names.values())), 4 * sum(map(self._count, names.values()))
-            state = "merged" if self._replaced else "trainable"
+            state = "merged" if self.merged else "trainable"
             row(f"{state}: adapter {self.active_adapter!r}, rank {adapter.config.rank}", len(names), count, size)
             endings = sorted({module.rpartition(".")[2] for module in adapter.modules})
             table.caption = f"LoRA on {len(adapter.modules)} layers: {', '.join(endings)}"

@@ -47,6 +47,7 @@ class Source(ABC):
     layers: {pattern: name} of the user's own, which are in `model` once `with_layers` has put them there; new_layers:
     where those stand that the files know nothing of, so that their parameters may be missing there. new_parts: names of
     parts of the model whose parameters start anew, whatever the files have. attention: the name of the user's own.
+    part_of: the model_type of the larger model that config.json describes.
     """
 
     kind: ClassVar[str]  # of its names, as a family's `names` takes it
@@ -59,6 +60,7 @@ class Source(ABC):
     new_layers: tuple[str, ...] = field(default=(), kw_only=True)
     new_parts: tuple[str, ...] = field(default=(), kw_only=True)
     attention: str | None = field(default=None, kw_only=True)
+    part_of: str | None = field(default=None, kw_only=True)
 
     @property
     def generation_config(self) -> dict[str, Any]:
@@ -190,7 +192,10 @@ def _open_hf(preset: Preset, data: dict[str, Any], strict: bool, weights: bool) 
         log.warning("%s. They are kept as they are; strict=True would refuse them", problem)
     names = family.names("hf", config)
     model = family.Model.abstract(config)
-    source = HuggingFaceSource(preset, config, model, names, layers=dict(layers), attention=attention)
+    source = HuggingFaceSource(
+        preset, config, model, names, layers=dict(layers), attention=attention,
+        part_of=data["model_type"] if "text_config" in data else None,
+    )  # fmt: skip
     return _with_the_head_of_the_files(source, strict) if weights else source
 
 

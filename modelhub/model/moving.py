@@ -11,7 +11,6 @@ from tqdm import tqdm
 from modelhub.core import custom
 from modelhub.core.backends import backend_class, get_backend, of
 from modelhub.core.backends.base import Array, Backend
-from modelhub.core.lora import MARK
 from modelhub.core.tree import Params, listed
 from modelhub.errors import DeviceError, InputError
 from modelhub.model.adapters import Adapters
@@ -109,7 +108,8 @@ class Movable(Adapters):
             holder = get_backend(owner.name, owner.device_of(x))
             cast = holder.cast(x, xp.dtype(self._params[name]))
             taken[name] = xp.copy(xp.adopt(cast, holder))
-        base = [name for name in taken if MARK not in name]
+        own = self.adapter.params if self.adapter is not None and not self.merged else {}
+        base = [name for name in taken if name not in own]
         if base:
             self.keep_merged()
         if self.identity is not None and not all(
@@ -158,7 +158,7 @@ class Movable(Adapters):
     def hand_over(self, xp: Backend, instead: Params | None = None) -> None:
         """Move everything to the backend xp; with `instead`, which are there already, in the place of `params`."""
         self._params = dict(self._params) if instead is None else instead  # the dict may be in the user's hands
-        if (adapter := self.adapter) is not None and not self._replaced:
+        if (adapter := self.adapter) is not None and not self.merged:
             adapter.params = {name: self._params[name] for name in adapter.params}
         places: dict[int, list[tuple[Params, str]]] = {}
         for held in self._held():

@@ -59,7 +59,7 @@ def write_backbone(
     written, not into those of the model. digests: gets the sha256 of each file of weights.
     """
     xp, dtype, get = backbone.xp, dtype or backbone.dtype, backbone.plain_param()
-    config = backbone.config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
+    config = backbone.plain_config().to_hf() | {"dtype": dtype, "torch_dtype": dtype}
     write_json(folder / "config.json", config | _own_pieces(backbone, config.get("architectures") or []))
     shapes = {name: (tuple(backbone.params[name].shape), dtype) for name in backbone.plain_names()}
     sizes = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (shape, _) in shapes.items()}

@@ -18,8 +18,7 @@ from modelhub.hub import publish
 from modelhub.hub.card import CardFacts, check_card, inherited, missing_licence, notice, render_card
 from modelhub.hub.files import licence_files
 from modelhub.hub.provenance import Provenance, TrainingRun, write_provenance
-from modelhub.hub.sources import cache_root
-from modelhub.kinds import TaskKind
+from modelhub.hub.sources import HubSource, cache_root
 from modelhub.model.backbone import Backbone, at_address
 from modelhub.model.loading import DTYPES, check_dtype, stored_dtype
 from modelhub.model.saving import MAX_SHARD_SIZE, model_folder, own_attention, write_backbone, write_card
@@ -33,7 +32,7 @@ _TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
 class Publishing(Habits):
     """Mixed into tasks. They say what they are (`task`), how to look at their outputs, and what goes with weights."""
 
-    kind: TaskKind
+    task: str  # as in the registry's cards
     backbone: Backbone
     preset: str
 
@@ -119,7 +118,7 @@ class Publishing(Habits):
                 digests=digests,
             )  # fmt: skip
             if not adapter_only and backbone.adapter is None:
-                backbone.identity = at_address(done.address)
+                backbone.identity, backbone.part_of = at_address(done.address), None
             return dataclasses.replace(done, remarks=done.remarks + remarks)
         finally:
             if done is None:
@@ -158,8 +157,10 @@ class Publishing(Habits):
         weights = self.backbone.identity or Provenance()
         # PEFT reads it as a repository or a path, and knows no other addresses.
         base = weights.base_model or (weights.base if weights.base and os.path.isabs(weights.base) else "")
+        at = weights.base or ""
+        revision = HubSource.parse(at).revision if at.startswith("hf://") else None
         self.backbone.save_adapter(
-            target, base, lambda work: self._write_companions(work, target, True, **facts), self.kind.peft
+            target, base, lambda work: self._write_companions(work, target, True, **facts), revision=revision
         )
 
     def _write_companions(self, work: Path, target: Path, adapter: bool, **facts: Any) -> None:
@@ -172,7 +173,7 @@ class Publishing(Habits):
         # A folder that modelhub saved may have got a card by hand since, and is published with it.
         saved = self.backbone.untouched
         old = saved if saved and not adapter and (saved / "modelhub.json").is_file() else target
-        write_card(work, render_card(self._facts(adapter, curve=_draw(provenance, work, self.kind.unit), **facts)), old)
+        write_card(work, render_card(self._facts(adapter, curve=_draw(provenance, work, self.task), **facts)), old)
         if text := notice(provenance):
             ours, kept = text.encode(), texts.get("NOTICE", b"")
             if ours.splitlines()[0] not in kept:
@@ -189,7 +190,12 @@ class Publishing(Habits):
         return dataclasses.replace(
             found, base=weights.base, base_model=weights.base_model, from_scratch=False, runs=active.runs,
             base_licence=inherited(found) or found.base_licence, layers=tuple(self.backbone.layers.items()),
+            attention=own_attention(self.backbone), labels=tuple(self._own_classes()),
         )  # fmt: skip
+
+    def _own_classes(self) -> list[str]:
+        """What the classes of the active adapter's own head are called."""
+        return []
 
     def _facts(self, adapter: bool, **facts: Any) -> CardFacts:
         backbone = self.backbone
@@ -199,10 +205,11 @@ class Publishing(Habits):
             counted = [backbone.params[name] for name in backbone.plain_names()]
         facts = {"licence_files": tuple(backbone.licence_files)} | facts
         return CardFacts(
-            task=self.kind.name, model_type=backbone.config.model_type, dtype=backbone.dtype,
-            provenance=self._told(adapter), parameters=sum(int(np.prod(x.shape)) for x in counted), adapter=adapter,
+            task=self.task, model_type=backbone.config.model_type, dtype=backbone.dtype, provenance=self._told(adapter),
+            parameters=sum(int(np.prod(x.shape)) for x in counted), adapter=adapter,
             has_chat_template=self._chats(), layers=tuple(backbone.layers.items()), attention=own_attention(backbone),
-            own_family=backbone.config.model_type in custom.names("family"), **facts,
+            own_family=backbone.config.model_type in custom.names("family"),
+            classes=len(self._own_classes()) if adapter else 0, **facts,
         )  # fmt: skip
 
     def _chats(self) -> bool:
@@ -260,13 +267,15 @@ def _check_equal(found: np.ndarray, expected: np.ndarray, folder: Path, dtype: s
         )
 
 
-def _draw(provenance: Provenance, folder: Path, unit: str) -> str | None:
+def _draw(provenance: Provenance, folder: Path, task: str) -> str | None:
     """curve.png of the last run; its name, or None without a run or without matplotlib."""
     if not provenance.runs or not (losses := provenance.runs[-1].losses):
         return None
-    history = History(unit)
-    steps = [{"step": step, "epoch": 0, "loss": loss} for step, loss in losses]
-    history.load_state_dict({"history": {}, "epoch": [], "steps": steps})
+    history = History()
+    counted = {} if task == "causal-lm" else {"images": 0}  # what the loss is per
+    history.load_state_dict({"history": {}, "epoch": [], "steps": [
+        {"step": step, "epoch": 0, "loss": loss} | counted for step, loss in losses
+    ]})  # fmt: skip
     try:
         return history.plot(folder / "curve.png").name
     except BackendNotInstalled:

@@ -207,13 +207,9 @@ class ImageClassifier(ImageTraining):
 
     # --- saving -------------------------------------------------------------------------------------------------
 
-    def _save_adapter(self, target: Path, **facts: Any) -> None:
-        if self._new_head:
-            raise InputError(
-                "an adapter's folder cannot hold the new head, without which the adapter is of no use: "
-                "save_to_preset(), or publish() without adapter_only, writes the whole model, the adapter merged in"
-            )
-        super()._save_adapter(target, **facts)
+    def _own_classes(self) -> list[str]:
+        adapter = self.backbone.adapter
+        return self.labels if adapter and {*self._heads()} & {*adapter.whole} else []
 
     def _write_processors(self, folder: Path) -> None:
         if self.preprocessor is not None:

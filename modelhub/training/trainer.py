@@ -127,10 +127,12 @@ class Trainable(Publishing):
     def enable_lora(
         self, rank: int = 4, alpha: float | None = None, dropout: float = 0.0,
         targets: str | Sequence[str] | None = None, use_rslora: bool = False, use_dora: bool = False,
-        *, name: str = "default", seed: int = 0,
+        *, name: str = "default", seed: int = 0, modules_to_save: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """Add a low-rank adapter, which `fit` then trains alone; see Backbone.enable_lora."""
-        self.backbone.enable_lora(rank, alpha, dropout, targets, use_rslora, use_dora, name=name, seed=seed)
+        self.backbone.enable_lora(
+            rank, alpha, dropout, targets, use_rslora, use_dora, name=name, seed=seed, modules_to_save=modules_to_save
+        )
 
     def set_adapter(self, name: str | None) -> None:
         """Make one of several adapters the active one; None: the base model alone."""
