@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Augment": "modelhub.processing.augment",
-    "Backbone": "modelhub.model.backbone",
+    "Backbone": "modelhub.tasks.backbone",
     "CausalLM": "modelhub.tasks.causal_lm",
     "ImageClassifier": "modelhub.tasks.image_classifier",
     "Tokenizer": "modelhub.tasks.tokenizer",
@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from modelhub.core.custom import register
     from modelhub.hub.registry import list_presets
     from modelhub.interop import to_jax, to_litert, to_onnx, to_saved_model, to_tensorflow, to_torch
-    from modelhub.model.backbone import Backbone
     from modelhub.processing.augment import Augment
+    from modelhub.tasks.backbone import Backbone
     from modelhub.tasks.causal_lm import CausalLM
     from modelhub.tasks.image_classifier import ImageClassifier
     from modelhub.tasks.tokenizer import Tokenizer

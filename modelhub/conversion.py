@@ -14,9 +14,9 @@ from modelhub.families.naming import KEEP
 from modelhub.habits import explained
 from modelhub.hub import gguf_writer
 from modelhub.hub.gguf_settings import write_settings
-from modelhub.model.backbone import Backbone
 from modelhub.model.loading import DTYPES, HuggingFaceSource, Source, open_source
 from modelhub.model.options import SourceOptions, takes
+from modelhub.tasks.backbone import Backbone
 from modelhub.tasks.causal_lm import CausalLM
 
 log = logging.getLogger("modelhub")

@@ -294,16 +294,19 @@ def _problem(
     parameters = inspect.signature(function).parameters
     takes = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     passes_on = len(takes) < len(parameters)
+    inner = error.__traceback__ and error.__traceback__.tb_next
+    if inner is not None and getattr(function, "hands_on", False):
+        inner = inner.tb_next
     if isinstance(error, UnknownArgument):
         # Of a function that hands its keywords on: the user wrote its name, and not that of the one inside.
         if not kwargs.keys() - set(takes) >= set(error.names):
             return None
-        names, known = error.names, [name for name in takes if name not in ("self", "cls")] + error.known
-    elif error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+        names, known = error.names, [name for name in takes if name not in ("self", "cls", "task")] + error.known
+    elif inner is not None:
         return None  # raised by what runs inside
     else:
         names = () if passes_on else tuple(name for name in kwargs if name not in takes)
-        known = [name for name in takes if name not in ("self", "cls")]
+        known = [name for name in takes if name not in ("self", "cls", "task")]
     owner = _owner(function, args)
     shown = _shown(function, owner)
     if not names:
@@ -349,7 +352,7 @@ def _others(owner: type | None, function: Callable) -> dict[str, str]:
 def _owner(function: Callable, args: tuple[Any, ...]) -> type | None:
     """The class that the user called the method of."""
     first = next(iter(inspect.signature(function).parameters), "")
-    if not args or first not in ("self", "cls"):
+    if not args or first not in ("self", "cls", "task"):
         return None
     return args[0] if isinstance(args[0], type) else type(args[0])
 

@@ -19,7 +19,8 @@ from typing import Any, Unpack
 
 from modelhub.bench.processes import Model, Row, Workload, measure
 from modelhub.core import custom
-from modelhub.core.backends import FASTEST, NAMES, installed
+from modelhub.core.backends import FASTEST, NAMES, get_backend, installed
+from modelhub.core.backends.base import Backend
 from modelhub.errors import ConfigError, DeviceError, InputError, UnknownBackend
 from modelhub.hub.sources import cache_root
 from modelhub.kinds import kind_named, kind_reading
@@ -133,6 +134,17 @@ def fastest(preset: str | os.PathLike[str], *, task: str, **options: Unpack[Load
                 verdict = shelf.keep(_watched(model, workload, names))
     _say(f"fastest: {verdict.line(model.preset)}")
     return verdict.backend
+
+
+def choose_backend(preset: str | os.PathLike[str], task: str, options: LoadOptions) -> Backend:
+    """The backend that is asked for, with the user's own attention function if there is one.
+
+    task: the name of what is loaded, which "fastest" is measured with.
+    """
+    name = options.get("backend")
+    if name == FASTEST:
+        name = fastest(preset, task=task, **options)
+    return custom.with_attention(get_backend(name, options.get("device")), options.get("attention"))
 
 
 def machine() -> dict[str, Any]:

@@ -82,11 +82,14 @@ class Text(Subject):
 
     def batches(self) -> Iterator[tuple[Any, int, int | None]]:
         from modelhub.hub.resources import resource
+        from modelhub.training import text_fit
 
         self.task.enable_lora(rank=RANK)
         self.task.preprocessor.sequence_length = min(ROWS, self.task.config.max_position_embeddings)
         options = {"packing": True, "loss_on": "response", "template": None, "kind": None, "seed": 0}
-        data = self.task._prepare(resource("finetune") / "dolly_style.jsonl", self.request["batch_size"], **options)
+        data = text_fit.batches(
+            self.task, resource("finetune") / "dolly_style.jsonl", self.request["batch_size"], **options
+        )
         for epoch in itertools.count():
             for batch in data.epoch(epoch):
                 segments = batch["segment_ids"]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import inspect
 import json
 import os
 import tomllib
@@ -36,7 +37,7 @@ TOP = {
 }  # fmt: skip
 # What a file cannot say, what stands at the top, and LoRA's seed, which is the run's.
 _NOT_IN_RECIPES = {
-    "lora": {"name", "seed"}, "compile": {"loss"}, "fit": {"data", "validation_data", "callbacks", "verbose"},
+    "lora": {"name", "seed"}, "compile": {"loss"}, "fit": {"task", "data", "validation_data", "callbacks", "verbose"},
 }  # fmt: skip
 _HEAD: Settings = {
     "compile": {"learning_rate": 1e-3},
@@ -54,13 +55,14 @@ _WORDS = {
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
-def recipe_keys(*tasks: type) -> dict[str, dict[str, Any]]:
+def recipe_keys(*tasks: Any) -> dict[str, dict[str, Any]]:
     """{table: {key: type}}: the parameters of the methods that the tables are named after; of all tasks or of some."""
     keys: dict[str, dict[str, Any]] = {"": TOP}
     for task in tasks or [task_class(kind) for kind in TASKS.values() if kind.head is not None]:
         for table, method in {"lora": "enable_lora", "compile": "compile", "fit": "fit"}.items():
             hints = get_type_hints(getattr(task, method))
-            own = {k: hint for k, hint in hints.items() if k not in {"return"} | _NOT_IN_RECIPES[table]}
+            lacking = {"metrics", "label_smoothing"} - inspect.signature(task.objective).parameters.keys()
+            own = {k: hint for k, hint in hints.items() if k not in {"return"} | _NOT_IN_RECIPES[table] | lacking}
             keys[table] = keys.get(table, {}) | own
     return keys
 

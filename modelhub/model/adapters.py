@@ -1,11 +1,11 @@
-"""LoRA on a Backbone: enabling, switching, merging, and PEFT's folders."""
+"""LoRA: enabling, switching, merging, and PEFT's folders."""
 
 import dataclasses
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,35 +13,43 @@ from typing import Any
 import numpy as np
 
 from modelhub.core import custom, lora
-from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Params, flatten
 from modelhub.errors import CheckpointError, InputError
 from modelhub.families import family_of
 from modelhub.families.naming import NameMap
-from modelhub.habits import Habits
 from modelhub.hub.adapters import AdapterFiles, read_adapter, write_adapter
 from modelhub.hub.preset import resolve_adapter
 from modelhub.hub.provenance import Provenance, TrainingRun, read_provenance, write_provenance
+from modelhub.kinds import kind_reading
+from modelhub.model.weights import PARAMS, REPLACED, Change, Layout, Weights, adapter_store
 
 log = logging.getLogger("modelhub")
 
 
 @dataclass(repr=False)
 class Adapter:
-    """One adapter. params: its arrays, under our names; those of the active one are in the Backbone's params too.
+    """One adapter. names: of its parameters, under our names; their arrays are the Weights'.
 
     model: the skeleton with this adapter; the same one each time, so that nothing compiles again. plain: the skeleton
     of the model that it is merged into. whole: names of parameters that it has in place of the base's.
     """
 
+    weights: Weights
+    name: str
     config: lora.LoRAConfig
     modules: list[str]
-    params: Params
+    names: tuple[str, ...]
     model: Any
     plain: Any
     whole: tuple[str, ...] = ()
     runs: tuple[TrainingRun, ...] = ()  # what trained it
     labels: tuple[str, ...] = ()  # of the classes of its own head, where its files say them
+
+    @property
+    def params(self) -> Params:
+        """Its arrays: apart, or among the model's while it is active."""
+        params = self.weights.params
+        return self.weights.stores.get(adapter_store(self.name)) or {name: params[name] for name in self.names}
 
     def __repr__(self) -> str:
         about = self.described()
@@ -59,27 +67,35 @@ class Adapter:
         return described | ({"modules_to_save": whole} if whole else {})
 
 
-class Adapters(Habits):
-    """What a Backbone can do with adapters; at most one of them is active at a time.
+class AdapterSet(Mapping[str, Adapter]):
+    """The adapters of a model by name, of which at most one is active at a time; their arrays are the Weights'."""
 
-    base_model: the skeleton without any. adapters: all of them by name. active_adapter: a name or None. optimizer: what
-    the last `fit` left.
-    """
+    def __init__(self, weights: Weights):
+        self.weights = weights
+        self._adapters: dict[str, Adapter] = {}
 
-    base_model: Any
-    layers: Mapping[str, str]  # {pattern: name} of the user's own in it
-    config: Any
-    model: Any
-    xp: Backend
-    params: Params
-    adapters: dict[str, Adapter]
-    active_adapter: str | None
-    optimizer: Any = None
-    provenance: Provenance  # of the weights without any adapter
-    identity: Provenance | None  # what they are, as base and base_model; None: there is no other copy of them
-    part_of: str | None  # the model_type of a larger model, if what `identity` is has this one inside
-    merged: bool  # whether the active adapter is
-    _replaced: Params  # the base weights that the active adapter, or a merge, has put others in place of
+    def __getitem__(self, name: str) -> Adapter:
+        return self._adapters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __repr__(self) -> str:
+        return repr(self._adapters)
+
+    def __delitem__(self, name: str) -> None:
+        """Forget one that is not active."""
+        del self._adapters[name]
+        self.weights.change(Change.TOLD, {adapter_store(name): None})
+
+    @property
+    def active(self) -> Adapter | None:
+        """Merged or not."""
+        name = self.weights.layout.active
+        return None if name is None else self._adapters[name]
 
     def enable_lora(
         self, rank: int = 4, alpha: float | None = None, dropout: float = 0.0,
@@ -91,38 +107,55 @@ class Adapters(Habits):
         rank, alpha (None: equal to rank), dropout, use_rslora, use_dora: as in PEFT. targets: names of linear layers
         ("q_proj", "mlp.up_proj"), patterns ("model.layers.1?.*"), or "all-linear"; None: queries and values.
         modules_to_save: as in PEFT, names of modules ("lm_head", "embed_tokens", "classifier") of which the adapter has
-        a copy, that is trained whole and saved with it.
+        a copy, that is trained whole and saved with it; a new head is always one of them.
 
         Raises ConfigError for values that make no sense and for targets that match nothing; InputError for a name that
         is taken.
         """
-        if name in self.adapters:
+        if name in self:
             raise InputError(
                 f"there is an adapter {name!r} already; give the new one another name=, or use set_adapter({name!r})"
             )
+        base_model, xp = self.weights.layout.base, self.weights.xp
         config = lora.LoRAConfig(rank, alpha, dropout, use_rslora, use_dora)
-        modules = lora.choose(self.base_model, targets)
-        lora.check_ranks(self.base_model, config, modules)
-        whole = lora.choose_whole(self.base_model, modules_to_save, modules)
-        plain = lora.plain(self.base_model, modules, whole)
-        base = self._fitting(plain, self._base_params())
+        modules = lora.choose(base_model, targets)
+        lora.check_ranks(base_model, config, modules)
+        whole = lora.choose_whole(base_model, [*modules_to_save, *self.weights.new_heads], modules)
+        plain = lora.plain(base_model, modules, whole)
+        base = _fitting(plain, self.weights.base_params())
         skeleton, specs = lora.attach(plain, config, modules)
-        params = lora.initial(self.xp, base, specs, seed)
-        params |= {key: self.xp.copy(self.xp.stop_gradient(base[key])) for key in whole}
-        self.adapters[name] = Adapter(config, modules, params, skeleton, plain, tuple(whole))
-        self.set_adapter(name)
+        params = lora.initial(xp, base, specs, seed)
+        params |= {key: xp.copy(xp.stop_gradient(base[key])) for key in whole}
+        self._add(Adapter(self.weights, name, config, modules, tuple(params), skeleton, plain, tuple(whole)), params)
+
+    def _add(self, adapter: Adapter, params: Params) -> None:
+        self._adapters[adapter.name] = adapter
+        self.weights.change(Change.TOLD, {adapter_store(adapter.name): params})
+        self.set_adapter(adapter.name)
 
     def set_adapter(self, name: str | None) -> None:
         """Make an adapter the active one; None: none of them. A merged one is taken out of the weights first."""
-        if name is not None and name not in self.adapters:
-            raise InputError(f"there is no adapter {name!r}; there are {', '.join(self.adapters) or 'none'}")
-        if self.merged:
-            self.unmerge_lora()
-        base = self._base_params()
-        if (kept := self.adapter) is not None:  # keep what training made of it
-            kept.params = {key: self.params[key] for key in kept.params}
-        self.active_adapter = name
-        self._use_adapter(base)
+        if name is not None and name not in self:
+            raise InputError(f"there is no adapter {name!r}; there are {', '.join(self) or 'none'}")
+        self._activate(name)
+
+    def _activate(self, name: str | None) -> None:
+        """Put an adapter's arrays beside the base model's parameters, and in place of some; the last one's apart."""
+        weights = self.weights
+        layout, base = weights.layout, weights.base_params()
+        stores: dict[str, Params | None] = {}
+        if layout.active is not None:  # keep what training made of it
+            stores[adapter_store(layout.active)] = self[layout.active].params
+        if name is None:
+            layout, params, replaced = Layout(layout.base, layout.base, layout.base), base, {}
+        else:
+            adapter, store = self[name], adapter_store(name)
+            own = stores.get(store) or weights.stores[store]
+            layout = Layout(layout.base, adapter.plain, adapter.model, name)
+            params = _fitting(adapter.model, base) | own
+            replaced = {key: base[key] for key in adapter.whole if key in base}
+            stores[store] = None
+        weights.change(Change.SWITCHED, {**stores, PARAMS: params, REPLACED: replaced}, layout=layout)
 
     def merge_lora(self) -> None:
         """Put the active adapter into the weights: the same outputs, at the base model's speed. See unmerge_lora.
@@ -130,54 +163,65 @@ class Adapters(Habits):
         Another adapter, enabled or loaded after that, takes it out again; training all weights makes it final, and so
         does a torch or TensorFlow module of the task, which may train them.
         """
-        adapter = self._require_adapter("merge")
-        folding = lora.folding(self.xp, self.model, self.params)
-        weights = {name: self.xp.stop_gradient(fold()) for name, fold in folding.items()}  # of torch Parameters
-        weights |= {name: self.params[name] for name in adapter.whole}
-        base = self._base_params()
-        adapter.params = {key: self.params[key] for key in adapter.params}
-        self._use(adapter.plain, self._fitting(adapter.plain, base) | weights)
-        self._replaced, self.merged = {key: base[key] for key in weights if key in base}, True
+        adapter, weights = self._require_adapter("merge"), self.weights
+        xp, params, base = weights.xp, weights.params, weights.base_params()
+        folding = lora.folding(xp, adapter.model, params)
+        folded = {name: xp.stop_gradient(fold()) for name, fold in folding.items()}  # of torch Parameters
+        folded |= {name: params[name] for name in adapter.whole}
+        weights.change(
+            Change.SWITCHED,
+            {
+                adapter_store(adapter.name): adapter.params,
+                PARAMS: _fitting(adapter.plain, base) | folded,
+                REPLACED: {key: base[key] for key in folded if key in base},
+            },
+            layout=Layout(weights.layout.base, adapter.plain, adapter.plain, adapter.name, merged=True),
+        )
 
     def unmerge_lora(self) -> None:
         """Undo merge_lora: the base weights are what they were, bit for bit."""
-        if not self.merged:
+        if not self.weights.layout.merged:
             raise InputError("no adapter is merged; merge_lora() comes first")
-        base, self.merged = self._base_params(), False
-        self._use_adapter(base)
+        self._activate(self.weights.layout.active)
 
     def keep_merged(self) -> None:
         """Make a merge final: the adapter and what the optimizer remembers are forgotten, its weights are the model's
         own. `fit` begins with it."""
-        if self.merged:
-            config, adapter = self.plain_config(), self.adapters.pop(self.active_adapter or "")
-            for run in adapter.runs:
-                self.provenance = self.provenance.with_run(run)
-            if adapter.plain is not self.base_model:  # the head was the table of embeddings, and is it no more
-                self.base_model, self.config = adapter.plain, config
-                for other in self.adapters.values():
-                    other.plain, other.model = adapter.plain, lora.with_own_head(other.model)
-            self.active_adapter, self._replaced, self.merged = None, {}, False
-            self.identity, self.optimizer = None, None
+        weights, adapter = self.weights, self.active
+        if adapter is None or not weights.layout.merged:
+            return
+        origin = weights.origin
+        for run in adapter.runs:
+            origin = dataclasses.replace(origin, provenance=origin.provenance.with_run(run))
+        del self._adapters[adapter.name]
+        if adapter.plain is not weights.layout.base:  # the head was the table of embeddings, and is it no more
+            for other in self._adapters.values():
+                other.plain, other.model = adapter.plain, lora.with_own_head(other.model)
+        weights.change(
+            Change.MERGED, {REPLACED: None, adapter_store(adapter.name): None}, origin=origin,
+            layout=Layout(adapter.plain, adapter.plain, adapter.plain), config=weights.plain_config(),
+        )  # fmt: skip
 
     def save_adapter(
         self, folder: str | os.PathLike[str], base: str = "", beside: Callable[[Path], None] | None = None,
-        *, revision: str | None = None,
+        *, revision: str | None = None, task_type: str | None = None,
     ) -> None:  # fmt: skip
         """Write the active adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
 
         base: the name of the base model that the folder is to state. beside: writes more files into the folder.
-        revision: of the base model.
+        revision: of the base model. task_type: PEFT's; None: that of the task which such models are usually loaded for.
         """
         adapter = self._require_adapter("save", merged=True)
-        config, arrays = adapter.config, adapter.params if self.merged else self.params
+        config, arrays, weights = adapter.config, adapter.params, self.weights
+        xp, layers = weights.xp, weights.layers
         names = self._adapter_names()
-        layers = lora.linears(lora.with_own_head(self.base_model))
-        theirs = {module: names.to_theirs(module)[0] for module in layers}
+        theirs = {
+            module: names.to_theirs(module)[0] for module in lora.linears(lora.with_own_head(weights.layout.base))
+        }
         endings = {module: name.rpartition(".")[2] for module, name in theirs.items()}
         targets = sorted({endings[module] for module in adapter.modules})
         # PEFT looks for short names in the parts of a model that are not here, too.
-        alone = self.identity is None or self.part_of is None
+        alone = weights.origin.identity is None or weights.origin.part_of is None
         if not alone or [module for module in theirs if endings[module] in targets] != adapter.modules:
             targets = [theirs[module] for module in adapter.modules]
         whole = {name: _renamed_parameter(name, lambda module: names.to_theirs(module)[0]) for name in adapter.whole}
@@ -193,21 +237,19 @@ class Adapters(Habits):
             alpha_pattern={theirs[module]: alpha for module, alpha in config.alpha_pattern.items()},
             base=base,
             tensors={
-                _renamed(key, theirs.__getitem__): self.xp.get(arrays[key])
-                for key in adapter.params
-                if key not in whole
+                _renamed(key, theirs.__getitem__): xp.get(arrays[key]) for key in adapter.params if key not in whole
             },
-            whole={theirs: self.xp.get(arrays[ours]) for ours, theirs in whole.items()},
+            whole={theirs: xp.get(arrays[ours]) for ours, theirs in whole.items()},
             modules_to_save=sorted(saved if not alone else {name.rpartition(".")[2] for name in saved}),
             revision=revision,
-            task_type="CAUSAL_LM" if hasattr(self.base_model, "lm_head") else None,
+            task_type=task_type or kind_reading(weights.layout.base.reads).peft,
         )
 
-        attention = custom.name_of(custom.own_attention(self.xp))
+        attention = custom.name_of(custom.own_attention(xp))
 
         def companions(work: Path) -> None:
-            if self.layers or attention:
-                write_provenance(work, Provenance(layers=tuple(self.layers.items()), attention=attention))
+            if layers or attention:
+                write_provenance(work, Provenance(layers=tuple(layers.items()), attention=attention))
             if beside is not None:
                 beside(work)
 
@@ -228,7 +270,7 @@ class Adapters(Habits):
         folder = resolve_adapter(folder, revision=revision, offline=offline, token=token)
         if name is None:  # in a cache the folder is called after a commit
             name = re.split("[@?#]", Path(address).name)[0] if "://" in address else folder.resolve().name
-        if name in self.adapters:
+        if name in self:
             raise InputError(f"there is an adapter {name!r} already; give this one another name=")
         files = self._with_our_names(read_adapter(Path(folder)), folder)
         made = read_provenance(Path(folder))
@@ -237,28 +279,29 @@ class Adapters(Habits):
             files.rank, files.alpha, files.dropout, files.use_rslora, files.use_dora, files.rank_pattern,
             files.alpha_pattern,
         )  # fmt: skip
-        modules = _in_order(self.base_model, {key.partition(lora.MARK)[0] for key in files.tensors}, folder)
-        base = self._base_params()
+        weights = self.weights
+        xp, base_model, base = weights.xp, weights.layout.base, weights.base_params()
+        modules = _in_order(base_model, {key.partition(lora.MARK)[0] for key in files.tensors}, folder)
         arrays = self._without_copies(files, base)
-        more = lora.choose_whole(self.base_model, modules_to_save, modules)
-        plain = lora.plain(self.base_model, modules, [*arrays, *more])
+        more = lora.choose_whole(base_model, [*modules_to_save, *self.weights.new_heads], modules)
+        plain = lora.plain(base_model, modules, [*arrays, *more])
         skeleton, specs = lora.attach(plain, config, modules)
         _check_shapes(specs, flatten(plain), arrays, files, folder)
-        base = self._fitting(plain, base)
-        params = {key: self.xp.array(files.tensors[key], "float32") for key in specs}
-        params |= {key: self.xp.array(array, self.xp.dtype(base[key])) for key, array in arrays.items()}
-        params |= {key: self.xp.copy(self.xp.stop_gradient(base[key])) for key in more if key not in params}
+        base = _fitting(plain, base)
+        params = {key: xp.array(files.tensors[key], "float32") for key in specs}
+        params |= {key: xp.array(array, xp.dtype(base[key])) for key, array in arrays.items()}
+        params |= {key: xp.copy(xp.stop_gradient(base[key])) for key in more if key not in params}
         whole = tuple(key for key in params if key not in specs)
         told = (made.runs, made.labels) if made else ()
-        self.adapters[name] = Adapter(config, modules, params, skeleton, plain, whole, *told)
-        self.set_adapter(name)
+        self._add(Adapter(weights, name, config, modules, tuple(params), skeleton, plain, whole, *told), params)
         return name
 
     def _adapter_names(self) -> NameMap:
         """Between our names of layers and those in PEFT's files, where they differ."""
-        names = getattr(family_of(self.config.model_type), "adapter_names", None)
+        config, origin = self.weights.config, self.weights.origin
+        names = getattr(family_of(config.model_type), "adapter_names", None)
         # Weights that are nowhere else are going to be saved as what they are here.
-        return names(self.config, None if self.identity is None else self.part_of) if names else NameMap()
+        return names(config, None if origin.identity is None else origin.part_of) if names else NameMap()
 
     def _with_our_names(self, files: AdapterFiles, folder: str | os.PathLike[str]) -> AdapterFiles:
         names = self._adapter_names()
@@ -296,7 +339,7 @@ class Adapters(Habits):
             base = params.get(table if tied else name)
             copied = name in files.copies or name.split(".")[-2] not in wanted
             if copied and base is not None and tuple(base.shape) == array.shape:
-                stored = self.xp.get(self.xp.stop_gradient(base))
+                stored = self.weights.xp.get(self.weights.xp.stop_gradient(base))
                 if np.array_equal(stored, array.astype(stored.dtype)):
                     continue
             found[name] = array
@@ -306,13 +349,14 @@ class Adapters(Habits):
 
     def _check_pieces(self, made: Provenance | None, folder: str | os.PathLike[str]) -> None:
         """What an adapter's maker had in the base model of their own must be in this one."""
-        if made and made.layers and made.layers != tuple(self.layers.items()):
+        layers, xp = self.weights.layers, self.weights.xp
+        if made and made.layers and made.layers != tuple(layers.items()):
             raise CheckpointError(
                 f"{folder}: this adapter is for a base model with layers of its maker's own, and this model has "
-                f"{dict(self.layers) or 'none'}. Load the base model with layers={dict(made.layers)}, where they are "
+                f"{dict(layers) or 'none'}. Load the base model with layers={dict(made.layers)}, where they are "
                 f"registered, and the adapter on it"
             )
-        own = custom.name_of(custom.own_attention(self.xp))
+        own = custom.name_of(custom.own_attention(xp))
         if made and made.attention and made.attention != own:
             log.warning(
                 "%s was trained with the attention function %r, and this model has %s: its answers may differ. Load "
@@ -320,64 +364,23 @@ class Adapters(Habits):
                 f"{own!r}" if own else "the usual one", made.attention,
             )  # fmt: skip
 
-    @property
-    def adapter(self) -> Adapter | None:
-        """The active one, merged or not."""
-        return None if self.active_adapter is None else self.adapters[self.active_adapter]
-
-    @property
-    def has_adapter(self) -> bool:
-        """Whether an adapter is active, and not merged."""
-        return self.active_adapter is not None and not self.merged
-
     def trainable_names(self) -> list[str]:
         """What `fit` trains: the active adapter, else everything."""
-        if (adapter := self.adapter) is None or self.merged:
-            return list(self.params)
-        return [name for name in self.params if name in adapter.params]
-
-    def plain_param(self) -> Callable[[str], Array]:
-        """Gives, one by one, the parameters of a model without adapters that does the same."""
-        folding = lora.folding(self.xp, self.model, self.params)
-        return lambda name: folding[name]() if name in folding else self.params[name]
-
-    def plain_names(self) -> list[str]:
-        """The parameters of that model, in its own order."""
-        return list(flatten(self.base_model if self.adapter is None else self.adapter.plain))
-
-    def plain_config(self) -> Any:
-        """The config of that model."""
-        if self.adapter is None or self.adapter.plain is self.base_model:
-            return self.config
-        return dataclasses.replace(self.config, tie_word_embeddings=False)
-
-    def _base_params(self) -> Params:
-        return {name: self._replaced.get(name, self.params.get(name)) for name in flatten(self.base_model)}
-
-    @staticmethod
-    def _fitting(skeleton: Any, base: Params) -> Params:
-        """The base model's parameters for a skeleton that may have its head apart; it is no copy of the table."""
-        table = base.get(f"{lora.TABLE}.weight")
-        return {name: base.get(name, table) for name in flatten(skeleton) if lora.MARK not in name}
+        own = self.active.names if self.active is not None and self.weights.has_adapter else None
+        return [name for name in self.weights.params if own is None or name in own]
 
     def _require_adapter(self, what: str, merged: bool = False) -> Adapter:
-        if (adapter := self.adapter) is None:
+        if (adapter := self.active) is None:
             raise InputError(f"there is no active adapter to {what}; enable_lora() or load_adapter() makes one")
-        if self.merged and not merged:
-            raise InputError(f"the adapter {self.active_adapter!r} is merged already")
+        if self.weights.layout.merged and not merged:
+            raise InputError(f"the adapter {adapter.name!r} is merged already")
         return adapter
 
-    def _use_adapter(self, base: Params) -> None:
-        """Put the active adapter, if there is one, beside the base model's parameters, and in place of some."""
-        if (adapter := self.adapter) is None:
-            self._replaced = {}
-            self._use(self.base_model, base)
-        else:
-            self._replaced = {name: base[name] for name in adapter.whole if name in base}
-            self._use(adapter.model, self._fitting(adapter.model, base) | adapter.params)
 
-    def _use(self, model: Any, params: Params) -> None:
-        raise NotImplementedError
+def _fitting(skeleton: Any, base: Params) -> Params:
+    """The base model's parameters for a skeleton that may have its head apart; it is no copy of the table."""
+    table = base.get(f"{lora.TABLE}.weight")
+    return {name: base.get(name, table) for name in flatten(skeleton) if lora.MARK not in name}
 
 
 def _renamed(key: str, rename: Callable[[str], str]) -> str:

@@ -30,6 +30,8 @@ from modelhub.hub.kerashub import H5Checkpoint, has_weights, is_kerashub, open_k
 from modelhub.hub.preset import Preset
 from modelhub.kinds import IMAGES
 from modelhub.model.options import LoadOptions, resolve_preset
+from modelhub.model.origin import RANDOM, origin_of
+from modelhub.model.weights import Weights
 from modelhub.processing.tokenizer import Tokenizer
 
 log = logging.getLogger("modelhub")
@@ -365,6 +367,23 @@ def _run_once(config: Any, xp: Backend, params: Params, model: Any) -> None:
     hidden = model.hidden(xp, pixels)
     if config.num_labels:
         model.logits(xp, hidden)
+
+
+def load_weights(source: Source, xp: Backend, options: LoadOptions) -> Weights:
+    """A preset's weights. dtype, load_weights, seed and layers of the options are what counts here."""
+    read, seed = options.get("load_weights", True), options.get("seed", 0)
+    if xp.own_attention is None:
+        xp = custom.with_attention(xp, source.attention)
+    source, before = with_layers(source, options.get("layers"), xp)
+    dtype = choose_dtype(options.get("dtype"), xp, source)
+    params = load_params(source, xp, dtype, seed) if read else random_params(source.model, xp, dtype, seed)
+    try_layers(source, xp, params, before)
+    origin = dataclasses.replace(origin_of(source.preset) if read else RANDOM, part_of=source.part_of)
+    if source.new_layers:  # as they are now they are nowhere else; a new head goes with the adapters
+        origin = dataclasses.replace(origin, identity=None)
+    if read and not source.new_layers and not source.new_parts:
+        origin = dataclasses.replace(origin, untouched=source.preset.path)
+    return Weights(source.model, params, xp, source.config, dtype, origin, source.layers, source.new_layers)
 
 
 def load_params(source: Source, xp: Backend, dtype: str, seed: int = 0) -> Params:

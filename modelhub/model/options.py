@@ -6,9 +6,6 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, TypeVar, get_type_hints
 
-from modelhub.core import custom
-from modelhub.core.backends import FASTEST, get_backend
-from modelhub.core.backends.base import Backend
 from modelhub.errors import UnknownArgument
 from modelhub.hub.preset import Preset, resolve
 
@@ -80,6 +77,8 @@ def takes(options: type) -> Callable[[F], F]:
                 raise UnknownArgument(text, unknown)
             return function(*args, **keywords)
 
+        call.__annotations__ = {p.name: p.annotation for p in own} | {"return": signature.return_annotation}
+        call.hands_on = True  # type: ignore[attr-defined]
         call.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]
 
@@ -91,16 +90,3 @@ def resolve_preset(preset: str | os.PathLike[str], options: LoadOptions) -> Pres
         os.fspath(preset), revision=options.get("revision"), offline=options.get("offline", False),
         token=options.get("token"), cache_dir=options.get("cache_dir"), weights=options.get("load_weights", True),
     )  # fmt: skip
-
-
-def choose_backend(preset: str | os.PathLike[str], task: str, options: LoadOptions) -> Backend:
-    """The backend that is asked for, with the user's own attention function if there is one.
-
-    task: the name of what is loaded, which "fastest" is measured with.
-    """
-    name = options.get("backend")
-    if name == FASTEST:
-        from modelhub.bench.compare import fastest
-
-        name = fastest(preset, task=task, **options)
-    return custom.with_attention(get_backend(name, options.get("device")), options.get("attention"))

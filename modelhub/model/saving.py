@@ -14,7 +14,6 @@ from tqdm import tqdm
 from modelhub.core import custom
 from modelhub.errors import CheckpointError, InputError
 from modelhub.hub.files import GENERATED, MODEL_FILES, replacing, save_tensors
-from modelhub.model.backbone import Backbone
 from modelhub.model.loading import ATTENTION, LAYERS
 
 log = logging.getLogger("modelhub")
@@ -51,7 +50,7 @@ def model_folder(target: Path) -> Iterator[Path]:
 
 
 def write_backbone(
-    folder: Path, backbone: Backbone, dtype: str | None, max_shard_size: int, digests: dict[str, str] | None = None
+    folder: Path, backbone: Any, dtype: str | None, max_shard_size: int, digests: dict[str, str] | None = None
 ) -> None:
     """config.json and the weights, tensor by tensor, in shards of at most max_shard_size bytes.
 
@@ -84,12 +83,12 @@ def write_backbone(
                 digests[file] = digest.hexdigest()
 
 
-def own_attention(backbone: Backbone) -> str | None:
+def own_attention(backbone: Any) -> str | None:
     """The name of the user's attention function, if there is one and it was registered."""
     return custom.name_of(custom.own_attention(backbone.xp))
 
 
-def _own_pieces(backbone: Backbone, architectures: list[str]) -> dict[str, Any]:
+def _own_pieces(backbone: Any, architectures: list[str]) -> dict[str, Any]:
     """What config.json says of the user's own layers and attention; a warning where they are needed elsewhere.
 
     Other tools get architectures that they do not know: with their own they would compute something else.

@@ -2,40 +2,41 @@
 
 import inspect
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Any
 
 import numpy as np
 
 from modelhub.core import custom
-from modelhub.errors import InputError, ModelhubError
+from modelhub.errors import ConfigError, InputError, ModelhubError
 from modelhub.generation.beam import BeamOptions
 from modelhub.generation.constraints import Guide
 from modelhub.generation.decode import Engine
 from modelhub.generation.sampling import is_whole
 from modelhub.generation.settings import Settings, settings
 from modelhub.generation.text import TextRow
-from modelhub.kinds import CAUSAL_LM, IMAGES
-from modelhub.model.backbone import Backbone
-from modelhub.model.loading import open_source
-from modelhub.model.options import LoadOptions, choose_backend, takes
+from modelhub.kinds import CAUSAL_LM
+from modelhub.model.loading import Source
 from modelhub.model.saving import write_json
 from modelhub.processing.chat_template import ChatTemplate
 from modelhub.processing.tokenizer import Tokenizer
 from modelhub.tasks.answers import Generation, RunStats, Score
-from modelhub.tasks.finetuning import FineTuning, Preprocessor
+from modelhub.tasks.backbone import Backbone
+from modelhub.tasks.task import Task
+from modelhub.training import text_fit
+from modelhub.training.objectives import Objective, TextObjective
+from modelhub.training.text_fit import Preprocessor
 
 
 class _Rendered(str):
     """Text out of a chat template."""
 
 
-class CausalLM(FineTuning):
+class CausalLM(Task):
     """A decoder language model with its tokenizer, on one backend.
 
     Made by `from_preset`. Attributes: config (the family's), tokenizer, backbone, backend and device and dtype (names),
@@ -48,53 +49,37 @@ class CausalLM(FineTuning):
     def __init__(
         self, backbone: Backbone, tokenizer: Tokenizer | None, generation_config: dict[str, Any], preset: str = ""
     ):
-        self.backbone = backbone
+        super().__init__(backbone, preset)
         self.tokenizer = tokenizer
         self.generation_config = generation_config
-        self.preset = preset
         self.preprocessor = Preprocessor(min(1024, backbone.config.max_position_embeddings))
         self.last_run: RunStats | None = None
-        self._generator: Engine | None = None
 
     @classmethod
-    @takes(LoadOptions)
-    def from_preset(cls, preset: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Self:
-        """Load a model.
+    def processors(cls, source: Source) -> tuple[Any, ...]:
+        return source.tokenizer(), source.generation_config
 
-        preset: a registry name, a Hugging Face folder, a .gguf file, or hf://org/repo[@revision]. options: backend,
-        device, dtype, revision, offline, token, cache_dir, load_weights, attention, layers and seed; see
-        modelhub.model.options.LoadOptions.
+    def write_processors(self, folder: Path) -> None:
+        if self.generation_config:
+            write_json(folder / "generation_config.json", self.generation_config)
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
 
-        Raises PresetNotFound, CheckpointError, ConfigError, TokenizerError, BackendNotInstalled, DeviceError,
-        DownloadError; whatever fails, nothing half-loaded is left.
-        """
-        xp = choose_backend(preset, cls.task, options)
-        with open_source(preset, options) as source:
-            if source.model.reads == IMAGES:
-                raise InputError(
-                    f"{preset} is a {source.config.model_type}, which reads images; load it as ImageClassifier, or as "
-                    "Backbone for its features"
-                )
-            tokenizer = source.tokenizer()
-            backbone = Backbone.from_source(source, xp, options)
-        return cls(backbone, tokenizer, source.generation_config, os.fspath(preset))
+    fit = text_fit.fit
+    evaluate = text_fit.evaluate
+
+    def objective(self, metrics: Sequence[str] = ("accuracy",)) -> Objective:
+        if unknown := set(metrics) - {"accuracy"}:
+            raise ConfigError(f'metrics can only be "accuracy", got {", ".join(map(repr, sorted(unknown)))}')
+        return TextObjective(self.config)
 
     @property
     def _engine(self) -> Engine:
-        """Another skeleton, with or without an adapter, needs other programs, and so does another backend."""
-        xp, model, dtype = self.backbone.xp, self.backbone.model, self.backbone.dtype
-        kept = self._generator
-        if kept is None or kept.xp is not xp or kept.skeleton is not model or kept.cache_dtype != dtype:
-            kept = self._generator = Engine(xp, model, dtype)
-        if self.backbone.shared:
-            kept.forget()
-        return kept
-
-    def _forget(self) -> None:
-        self._generator = None
-
-    def __repr__(self) -> str:
-        return f"CausalLM({self._described()})"
+        weights = self.backbone.weights
+        engine = weights.program("generate", lambda now: Engine(now.xp, now.skeleton, now.dtype))
+        if weights.shared:
+            engine.forget()
+        return engine
 
     def logits(self, token_ids: Any) -> np.ndarray:
         """float32 logits (batch, time, vocabulary) of token ids (batch, time): lists, or an array of any framework."""
@@ -323,17 +308,8 @@ class CausalLM(FineTuning):
                     answers.append(Generation(row.text, row.tokens, None, float(score)))
         return answers
 
-    def _write_processors(self, folder: Path) -> None:
-        if self.generation_config:
-            write_json(folder / "generation_config.json", self.generation_config)
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder)
-
-    def _probe(self) -> np.ndarray:
-        size = self.config.vocab_size
-        return self.logits([[(7919 * i + 1) % size for i in range(min(16, self.config.max_position_embeddings))]])
-
-    def _chats(self) -> bool:
+    @property
+    def chats(self) -> bool:
         return self.tokenizer is not None and self.tokenizer.chat_template is not None
 
     @property

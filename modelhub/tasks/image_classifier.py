@@ -16,21 +16,24 @@ from modelhub.core.nn import Linear
 from modelhub.core.tree import Params, children, flatten
 from modelhub.errors import InputError
 from modelhub.families import vit
-from modelhub.kinds import IMAGE_CLASSIFICATION, IMAGES
-from modelhub.model.backbone import Backbone
-from modelhub.model.loading import Source, open_source, random_params
-from modelhub.model.options import LoadOptions, choose_backend, takes
+from modelhub.kinds import IMAGE_CLASSIFICATION
+from modelhub.model.delegate import hands_on
+from modelhub.model.loading import Source, random_params
+from modelhub.model.options import LoadOptions, takes
 from modelhub.processing.image import ImageProcessor
 from modelhub.processing.image_reading import as_list
-from modelhub.tasks.image_training import ImageTraining
+from modelhub.tasks.backbone import Backbone
+from modelhub.tasks.task import Task, load
+from modelhub.training import image_fit
 from modelhub.training.image_examples import as_array
 from modelhub.training.images import channels_first, filled, prefetched
+from modelhub.training.objectives import ImageObjective, Objective
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "image_converter.json", "preprocessor.json")
 ROWS = 32  # images that go through the model together outside of training
 
 
-class ImageClassifier(ImageTraining):
+class ImageClassifier(Task):
     """An image encoder with a classification head, on one backend.
 
     Made by `from_preset` or `from_config`. Attributes: config (the family's), preprocessor (an ImageProcessor; with
@@ -40,6 +43,7 @@ class ImageClassifier(ImageTraining):
 
     kind = IMAGE_CLASSIFICATION
     task = kind.name
+    backbone_frozen = False
 
     def __init__(
         self, backbone: Backbone, preprocessor: ImageProcessor | None, preset: str = "", new_head: bool = False
@@ -49,9 +53,11 @@ class ImageClassifier(ImageTraining):
                 f"{preset or 'this model'} has no classification head: give num_classes= or labels= for a new one, or "
                 f"load it as a Backbone for its features"
             )
-        self.backbone, self.preprocessor, self.preset = backbone, preprocessor, preset
-        self._new_head = new_head
-        self._program: tuple[Any, Backend, Callable] | None = None
+        super().__init__(backbone, preset)
+        self.preprocessor = preprocessor
+        encoder = f"{backbone.config.model_type}."
+        if new_head or any(not place.startswith(encoder) for place in backbone.new_layers):
+            backbone.weights.new_heads = tuple(sorted({name.rpartition(".")[0] for name in self._heads()}))
 
     @classmethod
     @takes(LoadOptions)
@@ -67,25 +73,26 @@ class ImageClassifier(ImageTraining):
         CausalLM.from_preset;
         InputError for a preset without a head if none is asked for.
         """
-        xp = choose_backend(preset, cls.task, options)
-        with open_source(preset, options) as source:
-            if source.model.reads != IMAGES:
-                raise InputError(
-                    f"{preset} is a {source.config.model_type}, which reads no images; load it as CausalLM"
-                )
-            told = any((source.preset.path / name).is_file() for name in _PROCESSORS)
-            processor = ImageProcessor.from_folder(source.preset.path) if told else None
-            count = _count(num_classes, labels, problem_type)
+        count = _count(num_classes, labels, problem_type)
+
+        def changed(source: Source) -> Source:
             if count is not None:
                 source = _with_new_head(source, count, labels)
-            if problem_type is not None or count is not None:
-                config = dataclasses.replace(source.config, problem_type=problem_type)
-                source = dataclasses.replace(source, config=config)
-            backbone = Backbone.from_source(source, xp, options)
-        encoder = f"{backbone.config.model_type}."
-        new_head = any(not place.startswith(encoder) for place in backbone.new_layers)
-        new_head = new_head or count is not None or not options.get("load_weights", True)
-        return cls(backbone, processor, os.fspath(preset), new_head=new_head)
+            if problem_type is None and count is None:
+                return source
+            return dataclasses.replace(source, config=dataclasses.replace(source.config, problem_type=problem_type))
+
+        new_head = count is not None or not options.get("load_weights", True)
+        return load(cls, preset, options, changed, new_head=new_head)
+
+    @classmethod
+    def processors(cls, source: Source) -> tuple[Any, ...]:
+        told = any((source.preset.path / name).is_file() for name in _PROCESSORS)
+        return (ImageProcessor.from_folder(source.preset.path) if told else None,)
+
+    def write_processors(self, folder: Path) -> None:
+        if self.preprocessor is not None:
+            self.preprocessor.save(folder)
 
     @classmethod
     def from_config(
@@ -141,7 +148,34 @@ class ImageClassifier(ImageTraining):
         return cls(backbone, processor, new_head=True)
 
     def __repr__(self) -> str:
-        return f"ImageClassifier({self._described(f'{self.config.num_labels} classes')})"
+        return f"ImageClassifier({self.described(f'{self.config.num_labels} classes')})"
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the classes, in their order."""
+        return [self.config.id2label.get(index, f"LABEL_{index}") for index in range(self.config.num_labels)]
+
+    @property
+    def names(self) -> list[str] | None:
+        """The labels, if they are more than numbers."""
+        labels = self.labels
+        return None if labels == [f"LABEL_{index}" for index in range(len(labels))] else labels
+
+    def name_labels(self, labels: Sequence[str]) -> None:
+        """Say what the classes are called."""
+        named = {"id2label": dict(enumerate(labels)), "label2id": None}
+        self.backbone.config = dataclasses.replace(self.config, **named)
+
+    @property
+    def processor(self) -> ImageProcessor:
+        """Gives all images one size. Raises InputError where there is none."""
+        if self.preprocessor is None:
+            raise InputError(
+                "this model has no preprocessor_config.json, which would say how it takes images: set clf.preprocessor "
+                "= ImageProcessor(...) of modelhub.processing.image"
+            )
+        found = self.preprocessor
+        return found if found.output_size else found.with_size(self.config.image_size)
 
     # --- prediction ---------------------------------------------------------------------------------------------
 
@@ -168,11 +202,11 @@ class ImageClassifier(ImageTraining):
 
     def logits(self, images: Any) -> np.ndarray:
         """float32 (images, classes), before softmax or sigmoid; images as for `predict`."""
-        return np.concatenate([logits for _, logits in self._outputs(self._pixels(images))])
+        return np.concatenate([logits for _, logits in self.outputs(self._pixels(images))])
 
     def features(self, images: Any) -> np.ndarray:
         """float32 (images, width): what the head sees of each; images as for `predict`."""
-        return np.concatenate([pooled for pooled, _ in self._outputs(self._pixels(images))])
+        return np.concatenate([pooled for pooled, _ in self.outputs(self._pixels(images))])
 
     def _pixels(self, images: Any) -> Iterator[np.ndarray]:
         """The images, ROWS at a time, the next ones read while the model works."""
@@ -182,43 +216,65 @@ class ImageClassifier(ImageTraining):
                 raise InputError(f"pixel_values must be (batch, channels, height, width), found {ready.shape}")
             ready = channels_first(ready, self.config.num_channels, "pixel_values")
             return (ready[i : i + ROWS] for i in range(0, len(ready), ROWS))
-        listed, processor = as_list(images), self._processor
+        listed, processor = as_list(images), self.processor
         if not listed:
             raise InputError("no images were given")
         return prefetched(processor(listed[i : i + ROWS]) for i in range(0, len(listed), ROWS))
 
-    def _outputs(self, batches: Iterable[np.ndarray], params: Params | None = None) -> Iterator[tuple[Any, np.ndarray]]:
+    def outputs(self, batches: Iterable[np.ndarray], params: Params | None = None) -> Iterator[tuple[Any, np.ndarray]]:
         """Pooled (B, D) and logits (B, classes) of pixels (B, C, H, W), batch after batch."""
-        xp, model = self.backbone.xp, self.backbone.model
+        xp = self.backbone.xp
         # On a processor the products take nearly all the time, and a compiler makes them little faster.
         hot = True if xp.device != "cpu" else None
-        if self._program is None or self._program[0] is not model or self._program[1] is not xp:
-            self._program = model, xp, xp.compile(functools.partial(_classified, xp), model, hot=hot)
+        program = self.backbone.weights.program(
+            "classify", lambda now: now.xp.compile(functools.partial(_classified, now.xp), now.skeleton, hot=hot)
+        )
         params = self.params if params is None else params
         for pixels in batches:
             count = len(pixels)
             if hot or xp.traced:  # few shapes are compiled
                 pixels = filled(pixels, np.zeros(count), 1 << (count - 1).bit_length())["pixels"]
-            pooled, logits = self._program[2](params, xp.put(pixels))
+            pooled, logits = program(params, xp.put(pixels))
             yield np.array(xp.get(pooled)[:count]), np.array(xp.get(logits)[:count])
 
-    def _forget(self) -> None:
-        self._program = None
+    # --- training -----------------------------------------------------------------------------------------------
 
-    # --- saving -------------------------------------------------------------------------------------------------
+    fit = image_fit.fit
+    evaluate = image_fit.evaluate
+    confusion_matrix = image_fit.confusion_matrix
 
-    def _own_classes(self) -> list[str]:
+    def objective(
+        self, metrics: Sequence[str] | None = None, label_smoothing: float = 0.0, frozen: bool = False
+    ) -> Objective:
+        return ImageObjective(self.config, label_smoothing, None if metrics is None else tuple(metrics), frozen)
+
+    def freeze_backbone(self, frozen: bool = True) -> None:
+        """From now on `fit` trains the head alone; frozen=False: everything again."""
+        self.backbone_frozen = frozen
+
+    def trainable_names(self, frozen: bool | None = None) -> list[str]:
+        """The parameters that `fit` would train. frozen: None: as `freeze_backbone` said."""
+        frozen = self.backbone_frozen if frozen is None else frozen
+        return self._heads() if frozen and not self.has_adapter else self.backbone.trainable_names()
+
+    def _heads(self) -> list[str]:
+        """The parameters of the head."""
+        encoder = f"{self.config.model_type}."
+        return [name for name in self.backbone.plain_names() if not name.startswith(encoder)]
+
+    @hands_on(Task.load_adapter)
+    def load_adapter(self, *args: Any, **named: Any) -> str:
+        """As Task.load_adapter. A model whose classes have no names takes those saved with the adapter's head."""
+        name = self.backbone.load_adapter(*args, **named)
+        labels = self.backbone.adapters[name].labels
+        if len(labels) == self.config.num_labels and self.names is None:
+            self.name_labels(labels)
+        return name
+
+    @property
+    def adapter_labels(self) -> Sequence[str]:
         adapter = self.backbone.adapter
-        return self.labels if adapter and {*self._heads()} & {*adapter.whole} else []
-
-    def _write_processors(self, folder: Path) -> None:
-        if self.preprocessor is not None:
-            self.preprocessor.save(folder)
-
-    def _probe(self) -> np.ndarray:
-        shape = (2, self.config.num_channels, *self.config.size)
-        pixels = np.sin(np.arange(np.prod(shape), dtype=np.float64) * 0.37).astype(np.float32).reshape(shape)
-        return next(self._outputs([pixels]))[1]
+        return self.labels if adapter and {*self._heads()} & {*adapter.whole} else ()
 
 
 def _classified(xp: Backend, model: Any, pixels: Array) -> tuple[Array, Array]:

@@ -1,23 +1,25 @@
-"""What every task needs to be trained: adapters, the settings of `compile`, a run from its data to the model's card."""
+"""Trainer: what `compile` was told, a training run from its data to the model's card, what the optimizer remembers."""
 
 import dataclasses
+import datetime
+import inspect
 import logging
 import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
-
-import numpy as np
+from typing import Any
 
 from modelhub.core import custom, head, optim
+from modelhub.core.lora import MARK
 from modelhub.core.tree import Params
 from modelhub.errors import ConfigError, InputError
-from modelhub.model.backbone import Backbone
-from modelhub.publishing.publishing import Publishing
+from modelhub.hub.provenance import TrainingRun
+from modelhub.model.placement import own
+from modelhub.model.weights import OPTIMIZER, PARAMS, Change, count
 from modelhub.training.batches import BatchSource
 from modelhub.training.callbacks import Callback, ProgressBar
-from modelhub.training.engine import Engine, Settings
+from modelhub.training.engine import Engine, OptimizerState, Settings
 from modelhub.training.fit import Plan, Run
 from modelhub.training.history import History
 from modelhub.training.objectives import Objective
@@ -32,13 +34,14 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What `compile` was told."""
+    """What `compile` was told. objective: what the task's objective is told of it."""
 
     settings: Settings
     learning_rate: float | None  # None: the native optimizer's own
     schedule: Callable[[int, int | None], float]
     described: dict[str, Any]  # for checkpoints: what a resumed run must have in common
     backend: str
+    objective: dict[str, Any]
 
     def check_backend(self, name: str) -> None:
         """Raise ConfigError for an optimizer or a loss of another framework than the backend `name`."""
@@ -51,136 +54,67 @@ class Compiled:
             custom.carried("loss", self.settings.loss, self.backend, name)
 
 
-class Trainable(Publishing):
-    """Mixed into tasks that have a backbone."""
+class Trainer:
+    """How a task is trained. What the optimizer remembers is kept with the weights, and dropped when they change."""
 
-    backbone: Backbone
-    preset: str
-    stop_training = False  # set by callbacks, as in Keras
-    _compiled: Compiled | None = None
-
-    @property
-    def config(self) -> Any:
-        return self.backbone.config
-
-    @property
-    def backend(self) -> str:
-        return self.backbone.xp.name
-
-    @property
-    def device(self) -> str:
-        return self.backbone.xp.device
-
-    @property
-    def dtype(self) -> str:
-        return self.backbone.dtype
-
-    @property
-    def params(self) -> Params:
-        """{Hugging Face name: array of the backend}. Replace the dict to change weights; never change it in place.
-
-        New weights begin anew: what the optimizer remembers of the last `fit` is dropped.
-        """
-        return self.backbone.params
-
-    @params.setter
-    def params(self, params: Params) -> None:
-        self.backbone.params = params
+    def __init__(self, task: Any):
+        self.task = task
+        self.compiled: Compiled | None = None
+        self._left: OptimizerState | None = None  # its arrays are in the weights' store
 
     @property
     def optimizer_state(self) -> Params | None:
         """{name: array of the backend}: what the optimizer remembers of the last `fit`, whose arrays the next one
         consumes; None before the first, after `compile`, once weights were replaced, and after one that failed in its
         first step."""
-        return None if self.backbone.optimizer is None else dict(self.backbone.optimizer.arrays)
+        store = self.task.backbone.weights.stores.get(OPTIMIZER)
+        return None if store is None else dict(store)
 
-    def to(self, backend: str | None = None, device: str | None = None) -> Self:
-        """Move the task in place to another backend or device, and return it; see Backbone.to.
+    def check_backend(self, name: str) -> None:
+        if self.compiled is not None:
+            self.compiled.check_backend(name)
 
-        Raises besides ConfigError if `compile` was given an optimizer, or a loss, of the old backend's framework.
+    def compile(
+        self, optimizer: Any = "adamw", learning_rate: float | None = None, schedule: Any = None,
+        weight_decay: float = 0.0, clip_norm: float | None = None, loss: head.Loss | str | None = None,
+        metrics: Sequence[str] | None = None, mixed_precision: str | None = None,
+        matmul_precision: str | None = None, remat: bool = False, jit: bool | None = None,
+        *, label_smoothing: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Say how to train. Without a call, `fit` trains with AdamW and the defaults here.
+
+        optimizer: "sgd", "adam", "adamw", "adafactor", "lion" or "muon", an object of modelhub.optim, or a native one
+            of the model's backend: an optax transformation, a torch.optim class (or a function params -> optimizer).
+        learning_rate: of the first step after warm-up; None: the optimizer object's own, else 5e-5. schedule:
+            "constant", "linear", "cosine", an object of modelhub.optim, or a function (step, total_steps) -> factor.
+        clip_norm: the largest norm of all gradients together.
+        loss: the user's own, in place of cross entropy, or of what else the config's problem_type asks for:
+            loss(logits, labels) on arrays of the backend, or loss(xp, logits, labels), written once for all, or the
+            name of a registered one, see modelhub.register. Of text one loss per position; of images one per image,
+            logits (B, classes) float32, labels (B,) int32, or where they are soft (B, classes).
+        metrics: None: the task's own. Of text "accuracy", the share of positions whose likeliest token is the label, is
+            all there is; of images "top5_accuracy" too, with any number in place of 5; for several labels an image
+            "accuracy" (the share of labels that are right) and "exact_match" (of images whose labels all are); for
+            regression "mae".
+        mixed_precision: "mixed_bfloat16" or "mixed_float16" compute in 16 bits and keep what is trained in float32;
+            float16 with a loss scale. matmul_precision: "highest", or "high" for TF32 on NVIDIA.
+        remat: keep less for the backward pass and compute it again. jit: compile the step, or not; None: what is
+            usual for the backend.
+        label_smoothing: of classifiers, the share of each label that is spread over all classes.
+
+        Raises ConfigError.
         """
-        if (xp := self.backbone.destination(backend, device)) is not None:
-            if self._compiled is not None:
-                self._compiled.check_backend(xp.name)
-            self._forget()
-            self.backbone.hand_over(xp)
-        return self
-
-    def load_params(self, params: Mapping[str, Any]) -> None:
-        """Take over weights from a training loop of the user's own; see Backbone.load_params."""
-        self.backbone.load_params(params)
-
-    def _forget(self) -> None:
-        """Drop what holds on to the arrays."""
-
-    def _described(self, *more: str) -> str:
-        """For reprs: where it comes from, what it is, where it is, and the adapter on it."""
-        what = repr(self.preset) if self.preset else f"a {self.config.model_type} without a preset"
-        return ", ".join([what, *more, self.backbone.placed()])
-
-    def summary(self) -> None:
-        """Print what the model is made of: parts, parameters, memory."""
-        self.backbone.summary(title=repr(self))
-
-    # --- adapters -----------------------------------------------------------------------------------------------
-
-    def enable_lora(
-        self, rank: int = 4, alpha: float | None = None, dropout: float = 0.0,
-        targets: str | Sequence[str] | None = None, use_rslora: bool = False, use_dora: bool = False,
-        *, name: str = "default", seed: int = 0, modules_to_save: Sequence[str] = (),
-    ) -> None:  # fmt: skip
-        """Add a low-rank adapter, which `fit` then trains alone; see Backbone.enable_lora."""
-        self.backbone.enable_lora(
-            rank, alpha, dropout, targets, use_rslora, use_dora, name=name, seed=seed, modules_to_save=modules_to_save
-        )
-
-    def set_adapter(self, name: str | None) -> None:
-        """Make one of several adapters the active one; None: the base model alone."""
-        self.backbone.set_adapter(name)
-
-    def merge_lora(self) -> None:
-        """Put the active adapter into the weights: the same outputs, at the base model's speed."""
-        self.backbone.merge_lora()
-
-    def unmerge_lora(self) -> None:
-        """Undo merge_lora: the base weights are what they were, bit for bit."""
-        self.backbone.unmerge_lora()
-
-    def load_adapter(
-        self, folder: str | os.PathLike[str], name: str | None = None, *, revision: str | None = None,
-        offline: bool = False, token: str | None = None,
-    ) -> str:  # fmt: skip
-        """Read a PEFT folder, or one at an address, and make it the active adapter; see Backbone.load_adapter."""
-        return self.backbone.load_adapter(folder, name, revision=revision, offline=offline, token=token)
-
-    @property
-    def has_adapter(self) -> bool:
-        """Whether an adapter is active, and not merged."""
-        return self.backbone.has_adapter
-
-    @property
-    def saves_adapter(self) -> bool:
-        """Whether an adapter's folder holds all that `fit` trains."""
-        return self.has_adapter
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters `fit` would train, and their share of all, in the words of PEFT."""
-        counts = {name: int(np.prod(x.shape)) for name, x in self.params.items()}
-        trained, every = sum(counts[name] for name in self._trainable_names()), sum(counts.values())
-        print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
-
-    def _trainable_names(self) -> list[str]:
-        return self.backbone.trainable_names()
-
-    # --- training -----------------------------------------------------------------------------------------------
-
-    def _compile(
-        self, optimizer: Any, learning_rate: float | None, schedule: Any, weight_decay: float, clip_norm: float | None,
-        loss: head.Loss | str | None, mixed_precision: str | None, matmul_precision: str | None, remat: bool,
-        jit: bool | None, **more: Any,
-    ) -> None:  # fmt: skip
-        """more: what a resumed run must have in common besides."""
-        xp = self.backbone.xp
+        weights = self.task.backbone.weights
+        takes = inspect.signature(self.task.objective).parameters
+        asked: dict[str, Any] = {} if metrics is None else {"metrics": tuple(metrics)}
+        asked |= {"label_smoothing": label_smoothing} if label_smoothing or "label_smoothing" in takes else {}
+        if others := sorted(asked.keys() - takes):
+            raise ConfigError(f"{type(self.task).__name__} learns without {', '.join(others)}: leave it out")
+        self.task.objective(**asked)  # raises for what makes no sense
+        if loss is not None and label_smoothing:
+            raise ConfigError(
+                "label_smoothing belongs to cross entropy: put it into the loss, or leave one of them out"
+            )
         if mixed_precision not in PRECISIONS:
             names = ", ".join(map(repr, PRECISIONS))
             raise ConfigError(f"mixed_precision must be one of {names}, got {mixed_precision!r}")
@@ -189,14 +123,14 @@ class Trainable(Publishing):
         if clip_norm is not None and not clip_norm > 0:
             raise ConfigError(f"clip_norm must be above 0, got {clip_norm!r}; None is for no clipping")
         if loss is not None:
-            custom.given("loss", loss, xp.name)
+            custom.given("loss", loss, weights.xp.name)
         if not isinstance(learning_rate, numbers.Real | None):
             raise ConfigError(f"learning_rate must be a number, got {learning_rate!r}")
-        native = xp.native_optimizer(optimizer)
+        native = weights.xp.native_optimizer(optimizer)
         if native is None and not isinstance(optimizer, str | optim.Optimizer):
             raise ConfigError(
                 f"optimizer {optimizer!r} is neither a name, nor an object such as optim.AdamW(), nor an optimizer of "
-                f"{xp.name}, the model's backend"
+                f"{weights.xp.name}, the model's backend"
             )
         if native is not None and (weight_decay or (not native.takes_rate and (learning_rate or schedule))):
             raise ConfigError(
@@ -213,23 +147,23 @@ class Trainable(Publishing):
             "optimizer": repr(chosen), "learning_rate": rate, "schedule": _described(found_schedule),
             "clip_norm": clip_norm, "loss": loss and _described(loss), "mixed_precision": mixed_precision,
         }  # fmt: skip
-        self._compiled = Compiled(settings, rate, found_schedule, described | more, xp.name)
-        self.backbone.optimizer = None
+        described |= {key: value for key, value in asked.items() if key != "metrics"}
+        self.compiled = Compiled(settings, rate, found_schedule, described, weights.xp.name, asked)
+        weights.change(Change.TOLD, {OPTIMIZER: None})
 
-    def compile(self) -> None:
-        raise NotImplementedError
-
-    def _ready(
+    def plan(
         self, epochs: int, steps: int | None, grad_accum: int, checkpoint_dir: str | os.PathLike[str] | None,
         resume: str | bool, save_steps: int | None, callbacks: Sequence[Callback], seed: int,
+        learning_rate: float | None = None,
     ) -> tuple[Compiled, Plan]:  # fmt: skip
-        """What `fit` needs before it looks at data; mistakes are told here."""
-        self.backbone.xp.value_and_grad(lambda variables: (variables, None))  # numpy says now that it cannot
-        if self._compiled is None:
-            self.compile()
-        compiled = self._compiled
+        """What `fit` needs before it looks at data; mistakes are told here. learning_rate: if nothing was compiled."""
+        xp = self.task.backbone.xp
+        xp.value_and_grad(lambda variables: (variables, None))  # numpy says now that it cannot
+        if self.compiled is None:
+            self.compile(learning_rate=learning_rate)
+        compiled = self.compiled
         assert compiled is not None
-        compiled.check_backend(self.backend)
+        compiled.check_backend(xp.name)
         plan = Plan(
             epochs, steps, grad_accum, compiled.learning_rate, compiled.schedule, checkpoint_dir, resume, save_steps
         )
@@ -239,57 +173,73 @@ class Trainable(Publishing):
             raise InputError(f"callbacks must be a list, got {callbacks!r}")
         return compiled, plan
 
-    def _train(
-        self, train: BatchSource, validation: BatchSource | None, compiled: Compiled, plan: Plan,
-        objective: Objective, names: Sequence[str], *, seed: int, dropout: bool, shape: tuple[int, int],
-        callbacks: Sequence[Callback], settings: dict[str, Any], called: str, verbose: bool,
+    def engine(self, objective: Objective, names: Iterable[str] = (), **settings: Any) -> Engine:
+        """The compiled programs that train the parameters `names`. settings: others than those of `compile`."""
+        weights = self.task.backbone.weights
+        found = dataclasses.replace(self.compiled.settings if self.compiled else Settings(), **settings)
+        return Engine(weights.xp, weights.layout.skeleton, weights.params, names, found, objective)
+
+    def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
+        """The objective's means over batches."""
+        asked = self.compiled.objective if self.compiled else {}
+        return self.engine(self.task.objective(**asked)).evaluate(batches)
+
+    def run(
+        self, train: BatchSource, validation: BatchSource | None, plan: Plan, objective: Objective,
+        names: Sequence[str], *, seed: int, dropout: bool, shape: tuple[int, int], callbacks: Sequence[Callback],
+        settings: dict[str, Any], data: str, smaller: str = "", verbose: bool = True,
     ) -> History:  # fmt: skip
-        """Train the parameters `names`. shape: rows of a batch, and positions of a row. settings: see Run."""
-        adapter = self.backbone.adapter
-        free = self.backbone.xp.free_memory()
-        engine = Engine(
-            self.backbone.xp, self.backbone.model, self.params, names,
-            dataclasses.replace(compiled.settings, seed=seed, dropout=dropout), objective,
-        )  # fmt: skip
-        if (kept := self.backbone.optimizer) is not None:
-            arrays = {name: self.backbone.own(x) for name, x in kept.arrays.items()}
-            engine.take_up(dataclasses.replace(kept, arrays=arrays), self.backbone.active_adapter)
-            self.backbone.optimizer = None  # a step consumes its arrays, and may fail; `publish` gives it back
+        """Train the parameters `names`.
+
+        shape: rows of a batch, and positions of a row. settings: see Run. data: what the card is to call it. smaller:
+        what makes a batch smaller, besides batch_size.
+        """
+        compiled, weights = self.compiled, self.task.backbone.weights
+        assert compiled is not None
+        active, adapter = weights.layout.active, self.task.backbone.adapter
+        free = weights.xp.free_memory()
+        engine = self.engine(objective, names, seed=seed, dropout=dropout)
+        if (kept := weights.stores.get(OPTIMIZER)) is not None and self._left is not None:
+            arrays = {name: own(weights, x) for name, x in kept.items()}
+            engine.take_up(dataclasses.replace(self._left, arrays=arrays), active)
+        weights.change(Change.TOLD, {OPTIMIZER: None})  # a step consumes its arrays, and may fail
         total = plan.total_steps(train)
         if verbose:
-            self._describe(train, engine, shape, total, free)
-        frozen = {name: array for name, array in self.params.items() if name not in engine.trainable}
+            self._describe(train, engine, shape, total, free, smaller)
+        frozen = {name: array for name, array in weights.params.items() if name not in engine.trainable}
 
         def publish(trainable: Params) -> None:
-            self.params = frozen | trainable
-            self.backbone.optimizer = engine.left(run.step, self.backbone.active_adapter)
+            left = engine.left(run.step, active)
+            self._left = dataclasses.replace(left, arrays={})
+            weights.change(Change.TRAINED, {PARAMS: frozen | trainable, OPTIMIZER: left.arrays})
 
         run = Run(
-            engine, train, plan, model=self, publish=publish, validation=validation,
+            engine, train, plan, model=self.task, publish=publish, validation=validation,
             callbacks=[*callbacks, *([ProgressBar(total)] if verbose else [])],
             settings=compiled.described | settings | {
-                "preset": self.preset, "dtype": self.backbone.dtype, "data": train.fingerprint,
+                "preset": self.task.preset, "dtype": weights.dtype, "data": train.fingerprint,
                 "adapter": adapter and dataclasses.asdict(adapter.config) | {"modules": adapter.modules},
                 "grad_accum": plan.grad_accum,
             },
         )  # fmt: skip
         history = run.fit()
-        self._record(history, run.settings, called, train.report())
+        self._record(history, run.settings, data, train.report(), engine.trainable)
         return history
 
     def _describe(
-        self, data: BatchSource, engine: Engine, shape: tuple[int, int], total: int | None, free: int | None
+        self, data: BatchSource, engine: Engine, shape: tuple[int, int], total: int | None, free: int | None,
+        smaller: str,
     ) -> None:  # fmt: skip
         from rich.console import Console
 
         console = Console(stderr=True, highlight=False)
-        counts = [int(np.prod(x.shape)) for x in engine.trainable.values()]
-        every = self.backbone.num_parameters
-        whole = len(counts) == len(self.params)
-        what = "of LoRA" if self.has_adapter else "all weights" if whole else "the head"
+        backbone = self.task.backbone
+        counts = [count(x) for x in engine.trainable.values()]
+        whole = len(counts) == len(backbone.params)
+        what = "of LoRA" if backbone.has_adapter else "all weights" if whole else "the head"
         console.print(
-            f"training {sum(counts):,} parameters ({sum(counts) / every:.2%}, {what}) on "
-            f"{self.backbone.xp.name}, {self.backbone.xp.device}, for {total or 'an unknown number of'} steps",
+            f"training {sum(counts):,} parameters ({sum(counts) / backbone.num_parameters:.2%}, {what}) on "
+            f"{backbone.xp.name}, {backbone.xp.device}, for {total or 'an unknown number of'} steps",
             soft_wrap=True,
         )
         console.print(data.report(), soft_wrap=True)
@@ -301,10 +251,33 @@ class Trainable(Publishing):
         if free is not None and needed > free:
             log.warning(
                 "this may not fit: %.1f GB needed, %.1f GB free; take a smaller batch_size%s, or compile(remat=True)",
-                needed / 1e9, free / 1e9, self._smaller,
+                needed / 1e9, free / 1e9, smaller,
             )  # fmt: skip
 
-    _smaller = ""  # what else makes a batch smaller
+    def _record(self, history: History, settings: Mapping[str, Any], data: str, report: Any, trained: Params) -> None:
+        """Remember a finished run for the model's card."""
+        adapter, weights = self.task.backbone.adapter, self.task.backbone.weights
+        own = () if adapter is None else [name for name in adapter.names if MARK in name]
+        beside = [name for name in trained if name not in own]
+        told = {key: value for key, value in settings.items() if key not in ("data", "adapter", "preset")}
+        run = TrainingRun(
+            data=data,
+            settings=told | {"steps": len(history.steps), "epochs": len(history.epoch)},
+            metrics={name: values[-1] for name, values in history.history.items() if values},
+            losses=[(int(step["step"]), step["loss"]) for step in history.steps],
+            adapter=None if adapter is None else adapter.described(),
+            examples=getattr(report, "examples", None),
+            tokens=getattr(report, "tokens", None),
+            seconds=sum(step.get("seconds", 0.0) for step in history.steps),
+            backend=weights.xp.name,
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            part="all" if len(beside) == len(weights.plain_names()) else "head" if beside else None,
+            trained=sum(map(count, trained.values())),
+        )
+        if adapter is not None:
+            adapter.runs += (run,)
+        else:
+            weights.describe(provenance=weights.origin.provenance.with_run(run))
 
 
 def check_split(validation_split: float, validation_data: Any) -> None:
@@ -317,7 +290,7 @@ def check_batch_size(batch_size: int) -> None:
         raise InputError(f"batch_size must be a whole number, 1 or more, got {batch_size!r}")
 
 
-def called(data: Any) -> str:
+def name_of(data: Any) -> str:
     """What to call the data in a model card."""
     if isinstance(data, str | os.PathLike):
         return os.path.basename(os.path.abspath(data))

@@ -18,7 +18,7 @@ from modelhub.hub.adapters import AdapterFiles, write_adapter
 from modelhub.hub.checkpoint import open_folder
 from modelhub.hub.gguf import open_gguf
 from modelhub.hub.kerashub import open_kerashub
-from modelhub.model.backbone import Backbone
+from modelhub.tasks.backbone import Backbone
 from modelhub.training import checkpoints
 
 

@@ -19,7 +19,7 @@ from modelhub import CausalLM, ImageClassifier
 from modelhub.core import nn
 from modelhub.errors import ConfigError, InputError
 from modelhub.interop import litert
-from modelhub.model.backbone import Backbone
+from modelhub.tasks.backbone import Backbone
 
 PROMPTS = ["The river runs past the", "In the morning the baker opens", "She wrote"]
 LENGTH = 24  # new tokens; Gemma 3's window is shorter

@@ -15,7 +15,7 @@ from modelhub import CausalLM, ImageClassifier, losses
 from modelhub.core import nn
 from modelhub.core.tree import bind, flatten, initial_value
 from modelhub.errors import InputError
-from modelhub.model.backbone import Backbone
+from modelhub.tasks.backbone import Backbone
 
 IDS = np.random.default_rng(0).integers(3, 400, (2, 12)).astype(np.int32)
 

@@ -14,7 +14,7 @@ from modelhub import CausalLM
 from modelhub.errors import CheckpointError, InputError
 from modelhub.hub.preset import Preset
 from modelhub.hub.provenance import Provenance, read_provenance
-from modelhub.model.backbone import origin_of
+from modelhub.model.origin import origin_of
 from modelhub.publishing import publishing
 
 QUIET = {"verbose": False}
@@ -250,7 +250,7 @@ class TestLicences:
         lm = CausalLM.from_preset(licensed, backend="numpy")
         before = lm.provenance
         if not dry_run:
-            monkeypatch.setattr(publishing.publish, "publish_folder", lambda *args, **options: 1 / 0)
+            monkeypatch.setattr(publishing.hub, "publish_folder", lambda *args, **options: 1 / 0)
         with pytest.warns(UserWarning, match="does not lift"), contextlib.suppress(ZeroDivisionError):
             lm.publish((tmp_path / "hub").as_uri(), licence="mit", base_model="me/x", dry_run=dry_run)
         assert lm.provenance == before

@@ -86,7 +86,7 @@ def test_images():
 def test_every_adapter_goes_along(tiny_preset):
     """One is merged into the weights while they move, the other is not in use."""
     lm = load(tiny_preset, "jax", lora=True)
-    mine, base, logits = values(lm), values(lm, lm.backbone._base_params()), lm.logits(IDS)
+    mine, base, logits = values(lm), values(lm, lm.backbone.weights.base_params()), lm.logits(IDS)
     lm.set_adapter("other")
     other = values(lm)
     for name in ROUND:
@@ -122,7 +122,7 @@ def test_to_where_it_is(tiny_preset):
     params, engine = lm.params, lm._engine
     for moved in (lm.to("torch"), lm.to(device="cpu"), lm.to("torch", "cpu"), lm.to()):
         assert moved is lm and lm.params is params
-    assert lm._engine is engine and not lm.backbone._borrowed  # nothing is compiled again
+    assert lm._engine is engine and not lm.backbone.weights.borrowed  # nothing is compiled again
 
 
 def test_saved_after_a_move(tiny_preset, tmp_path):
