@@ -20,7 +20,7 @@ from modelhub.families.naming import NameMap
 from modelhub.hub.adapters import AdapterFiles, read_adapter, write_adapter
 from modelhub.hub.preset import resolve_adapter
 from modelhub.hub.provenance import Provenance, TrainingRun, read_provenance, write_provenance
-from modelhub.kinds import kind_reading
+from modelhub.kinds import TaskKind, kind_reading
 from modelhub.model.weights import PARAMS, REPLACED, Change, Layout, Weights, adapter_store
 
 log = logging.getLogger("modelhub")
@@ -204,27 +204,31 @@ class AdapterSet(Mapping[str, Adapter]):
 
     def save_adapter(
         self, folder: str | os.PathLike[str], base: str = "", beside: Callable[[Path], None] | None = None,
-        *, revision: str | None = None, task_type: str | None = None,
+        *, revision: str | None = None, kind: TaskKind | None = None,
     ) -> None:  # fmt: skip
         """Write the active adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
 
         base: the name of the base model that the folder is to state. beside: writes more files into the folder.
-        revision: of the base model. task_type: PEFT's; None: that of the task which such models are usually loaded for.
+        revision: of the base model. kind: what it is for; None: what such models are usually
+        loaded for.
         """
         adapter = self._require_adapter("save", merged=True)
         config, arrays, weights = adapter.config, adapter.params, self.weights
         xp, layers = weights.xp, weights.layers
-        names = self._adapter_names()
-        theirs = {
-            module: names.to_theirs(module)[0] for module in lora.linears(lora.with_own_head(weights.layout.base))
-        }
+        kind, names = kind or kind_reading(weights.layout.base.reads), self._adapter_names()
+
+        def theirs_of(module: str) -> str:
+            name = names.to_theirs(module)[0]
+            return name.removeprefix("model.") if kind.auto_class == "AutoModel" else name  # it has no head beside it
+
+        theirs = {module: theirs_of(module) for module in lora.linears(lora.with_own_head(weights.layout.base))}
         endings = {module: name.rpartition(".")[2] for module, name in theirs.items()}
         targets = sorted({endings[module] for module in adapter.modules})
         # PEFT looks for short names in the parts of a model that are not here, too.
         alone = weights.origin.identity is None or weights.origin.part_of is None
         if not alone or [module for module in theirs if endings[module] in targets] != adapter.modules:
             targets = [theirs[module] for module in adapter.modules]
-        whole = {name: _renamed_parameter(name, lambda module: names.to_theirs(module)[0]) for name in adapter.whole}
+        whole = {name: _renamed_parameter(name, theirs_of) for name in adapter.whole}
         saved = {name.rpartition(".")[0] for name in whole.values()}
         files = AdapterFiles(
             rank=config.rank,
@@ -242,7 +246,7 @@ class AdapterSet(Mapping[str, Adapter]):
             whole={theirs: xp.get(arrays[ours]) for ours, theirs in whole.items()},
             modules_to_save=sorted(saved if not alone else {name.rpartition(".")[2] for name in saved}),
             revision=revision,
-            task_type=task_type or kind_reading(weights.layout.base.reads).peft,
+            task_type=kind.peft,
         )
 
         attention = custom.name_of(custom.own_attention(xp))

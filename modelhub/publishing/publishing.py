@@ -154,7 +154,7 @@ def _save_adapter(task: Any, target: Path, **facts: Any) -> None:
     revision = HubSource.parse(at).revision if at.startswith("hf://") else None
     task.backbone.save_adapter(
         target, base, lambda work: _write_companions(task, work, target, True, **facts), revision=revision,
-        task_type=task.kind.peft,
+        kind=task.kind,
     )  # fmt: skip
 
 
