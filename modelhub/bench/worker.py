@@ -86,7 +86,7 @@ class Text(Subject):
 
         self.task.enable_lora(rank=RANK)
         self.task.preprocessor.sequence_length = min(ROWS, self.task.config.max_position_embeddings)
-        options = {"packing": True, "loss_on": "response", "template": None, "kind": None, "seed": 0}
+        options: dict[str, Any] = {"packing": True, "loss_on": "response", "template": None, "kind": None, "seed": 0}
         data = text_fit.batches(
             self.task, resource("finetune") / "dolly_style.jsonl", self.request["batch_size"], **options
         )
