@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from modelhub.core.backends import backend_class
 from modelhub.core.backends.base import Array, Backend
+from modelhub.core.leaves import dtype_of
 from modelhub.core.nn import Linear
 from modelhub.core.tree import Module, Params, Spec, bind, children, flatten, with_parts
 from modelhub.errors import ConfigError, ModelhubError
@@ -363,7 +364,7 @@ class _Watch(Module):
             raise
         except Exception as error:  # the user's code may raise anything
             raise ConfigError(_failed("__call__", name, self.place, self.old, error)) from error
-        dtype = next((xp.dtype(leaf) for leaf in flatten(self.layer).values()), xp.dtype(x))
+        dtype = next((dtype_of(leaf) for leaf in flatten(self.layer).values()), xp.dtype(x))
         if isinstance(self.old, Linear):  # a head has many weights
             wanted, wanted_dtype = (*x.shape[:-1], self.old.weight.shape[0]), xp.dtype(x)
         else:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelhub.core.backends.base import Array, Backend
+from modelhub.core.leaves import dtype_of, mapped
 from modelhub.core.nn import Linear
 from modelhub.core.tree import Module, Params, bind, flatten
 from modelhub.errors import InputError
@@ -167,7 +168,7 @@ def _of_weights(
 
 def _constant(xp: Backend, skeleton: Module, params: Params) -> Params:
     """The params, of which the head's are constants: nothing else is used here."""
-    return params | {name: xp.stop_gradient(params[name]) for name in head_names(skeleton)}
+    return params | {name: mapped(xp.stop_gradient, params[name]) for name in head_names(skeleton)}
 
 
 def _is_plain(model: Any) -> bool:
@@ -211,7 +212,7 @@ class _Scores:
 def _scores(xp: Backend, model: Any, h: Array, labels: Array, gradients: bool) -> _Scores:
     """h: hidden states (R, D); labels (R,)."""
     weight = model.head_weight
-    dtype, rows = xp.dtype(weight), h.shape[0]
+    dtype, rows = dtype_of(weight), h.shape[0]
     n, size = _blocks(weight.shape[0])
     done, rest = n * size, weight.shape[0] - n * size
 
@@ -237,7 +238,7 @@ def _scores(xp: Backend, model: Any, h: Array, labels: Array, gradients: bool) -
         if not gradients:
             return total, dh
         e = xp.cast(_sloped(model, e, z), dtype)
-        part = xp.matmul(e, xp.slice_rows(weight, first, width))
+        part = xp.matmul(e, xp.weight_rows(weight, first, width))
         return total, xp.add_into(dh, xp.cast(part, "float32"))
 
     sums = xp.zeros((rows, 1)), xp.zeros(h.shape)
@@ -253,7 +254,7 @@ def _scores(xp: Backend, model: Any, h: Array, labels: Array, gradients: bool) -
 
 def _block(xp: Backend, model: Any, h: Array, first: Array, width: int) -> Array:
     """Logits (R, width) float32 of a part of the vocabulary."""
-    z = xp.cast(xp.linear(h, xp.slice_rows(model.head_weight, first, width)), "float32")
+    z = xp.cast(xp.linear(h, xp.weight_rows(model.head_weight, first, width)), "float32")
     return xp.tanh(z / model.softcap) * model.softcap if model.softcap else z
 
 
@@ -268,7 +269,7 @@ def _of_weight(xp: Backend, model: Any, h: Array, labels: Array, scores: _Scores
     n, size = _blocks(vocabulary)
     done, rest = n * size, vocabulary - n * size
     wide = xp.cast(h, "float32")
-    scaled = xp.cast(wide * (shares / scores.total), xp.dtype(model.head_weight))
+    scaled = xp.cast(wide * (shares / scores.total), dtype_of(model.head_weight))
     zs, z_rest = scores.logits or (None, None)
 
     def of_block(first: Array, width: int, z: Array | None) -> Array:

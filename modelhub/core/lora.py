@@ -176,7 +176,7 @@ def initial(xp: Backend, params: Params, specs: Mapping[str, Spec], seed: int) -
     for name, spec in specs.items():
         module, _, kind = name.partition(MARK)
         if kind == "lora_magnitude_vector":
-            weight = xp.stop_gradient(params[f"{module}.weight"])  # it may be a torch Parameter
+            weight = xp.stop_gradient(xp.values(params[f"{module}.weight"]))  # it may be a torch Parameter
             values[name] = row_lengths(xp, xp.cast(weight, "float32"))
         else:
             values[name] = xp.put(initial_value(name, spec, seed))

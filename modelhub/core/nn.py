@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from modelhub.core.backends.base import Array, Backend
+from modelhub.core.leaves import dtype_of
 from modelhub.core.tree import Module, Spec
 
 
@@ -53,7 +54,7 @@ class LoRA(Module):
     def merged(self, xp: Backend, weight: Array) -> Array:
         """weight + scale * B A, (out, in) float32, without the magnitude."""
         update = xp.matmul(xp.cast(self.lora_B, "float32"), xp.cast(self.lora_A, "float32"))
-        return xp.cast(weight, "float32") + update * self.scale
+        return xp.cast(xp.values(weight), "float32") + update * self.scale
 
     def folded(self, xp: Backend, weight: Array) -> Array:
         """The one weight (out, in), in the dtype of `weight`, that does what both do."""
@@ -61,7 +62,7 @@ class LoRA(Module):
         if self.lora_magnitude_vector is not None:
             ratio = xp.cast(self.lora_magnitude_vector, "float32") / row_lengths(xp, merged)
             merged = merged * xp.expand_dims(ratio, 1)
-        return xp.cast(merged, xp.dtype(weight))
+        return xp.cast(merged, dtype_of(weight))
 
 
 def row_lengths(xp: Backend, weight: Array) -> Array:

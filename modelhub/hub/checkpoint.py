@@ -192,6 +192,11 @@ def open_folder(folder: str | os.PathLike[str]) -> Checkpoint:
 # Memory
 
 
+def nbytes(shape: Iterable[int], dtype: str | np.dtype[Any]) -> int:
+    """Bytes of a tensor in a file."""
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
 def empty(shape: tuple[int, ...], dtype: str | np.dtype[Any]) -> np.ndarray:
     """Uninitialised memory, 64-byte aligned, so that JAX, TensorFlow and PyTorch adopt it without a copy.
 
@@ -199,10 +204,9 @@ def empty(shape: tuple[int, ...], dtype: str | np.dtype[Any]) -> np.ndarray:
     products gain a few per cent. Arrays under 16 MB share blocks of 64 MB, since most tensors do not fill their last
     2 MB page; a block goes back to the system when the last of its arrays does.
     """
-    dtype = np.dtype(dtype)
-    nbytes = math.prod(shape) * dtype.itemsize
-    memory = _share(nbytes) if nbytes < _SHARE_BYTES else _pages(nbytes)
-    return memory[:nbytes].view(dtype).reshape(shape)
+    needed = nbytes(shape, dtype)
+    memory = _share(needed) if needed < _SHARE_BYTES else _pages(needed)
+    return memory[:needed].view(np.dtype(dtype)).reshape(shape)
 
 
 _share_lock = threading.Lock()
@@ -387,10 +391,10 @@ def _parse_header(file: WeightFile) -> tuple[dict[str, TensorInfo], dict[str, in
         if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_size:
             raise file.damaged(f"{field}: expected data_offsets within {data_size} bytes, found {shown(offsets)}")
         begin, end = offsets
-        nbytes = math.prod(shape) * np.dtype(DTYPES[code]).itemsize
+        size = nbytes(shape, DTYPES[code])
         # numpy multiplies the sizes other than 0 into 63 bits even where the array is empty
-        if nbytes != end - begin or math.prod(size or 1 for size in shape) >= 1 << 59:
-            raise file.damaged(f"{field}: {code} of shape {shown(shape)} is {nbytes} bytes, found {end - begin}")
+        if size != end - begin or math.prod(size or 1 for size in shape) >= 1 << 59:
+            raise file.damaged(f"{field}: {code} of shape {shown(shape)} is {size} bytes, found {end - begin}")
         tensors[name] = TensorInfo(DTYPES[code], tuple(shape))
         ranges[name] = begin, end
     check_ranges(file, ((begin, end, name) for name, (begin, end) in ranges.items()))

@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import math
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ import numpy as np
 
 from modelhub.errors import InputError
 from modelhub.hub import licences
-from modelhub.hub.checkpoint import DTYPES
+from modelhub.hub.checkpoint import DTYPES, nbytes
 
 # In a README that people have not made theirs.
 GENERATED = "<!-- Written by modelhub when the model was saved; without this line, saving again keeps your text. -->"
@@ -54,7 +53,7 @@ def save_tensors(
     end = 0
     for name in names:
         shape, dtype = shapes[name]
-        begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        begin, end = end, end + nbytes(shape, dtype)
         header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -31,6 +31,7 @@ from modelhub.hub.checkpoint import (
     check_ranges,
     empty,
     find,
+    nbytes,
     read_array,
     shown,
     target_dtype,
@@ -193,17 +194,17 @@ def _offsets(
     expanded = 0
     for name, dataset in datasets.items():
         info = tensors[name]
-        nbytes = math.prod(info.shape) * np.dtype(info.dtype).itemsize
+        needed = nbytes(info.shape, info.dtype)
         settings = dataset.id.get_create_plist()
         layout = settings.get_layout()
         if layout == h5py.h5d.VIRTUAL or settings.get_external_count():
             raise _refused(file, name, "kept in other files")
         if layout == h5py.h5d.CONTIGUOUS:
             offset = dataset.id.get_offset()
-            if nbytes and (offset is None or dataset.id.get_storage_size() != nbytes or offset + nbytes > file.size):
+            if needed and (offset is None or dataset.id.get_storage_size() != needed or offset + needed > file.size):
                 raise file.damaged(f"tensor {shown(name)} of shape {shown(info.shape)} is not all in the file")
-            if nbytes:
-                ranges.append((offset, offset + nbytes, name))
+            if needed:
+                ranges.append((offset, offset + needed, name))
                 yield name, offset
             continue
         if layout == h5py.h5d.CHUNKED:
@@ -212,7 +213,7 @@ def _offsets(
                 raise _refused(file, name, "compressed by other means than gzip")
             if any(chunk > size for chunk, size in zip(dataset.chunks, info.shape, strict=True)):
                 raise file.damaged(f"tensor {shown(name)} of shape {shown(info.shape)} is cut into larger chunks")
-        expanded += nbytes
+        expanded += needed
         if expanded > _EXPANSION * file.size:
             raise _refused(file, name, f"part of more than {_EXPANSION} times the bytes of the file")
     check_ranges(file, ranges)

@@ -1,12 +1,12 @@
 """A task's forward pass as a LiteRT (TensorFlow Lite) file, for phones and other small devices."""
 
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
+from modelhub.core import leaves
 from modelhub.errors import InputError
 from modelhub.hub import files
 from modelhub.interop.pieces import piece_for_file
@@ -24,7 +24,7 @@ def to_litert(x: Any, path: str | os.PathLike[str], *, sequence_length: int = 12
     _check_size("batch_size", batch_size)
     if not piece.reads_images:
         _check_size("sequence_length", sequence_length, piece.config.max_position_embeddings)
-    size = 4 * sum(math.prod(x.shape) for x in piece.params.values())
+    size = sum(leaves.size(x.shape, "float32") for x in piece.params.values())
     if size > _LARGEST:
         raise InputError(f"a LiteRT file holds at most 2 GB; in float32 the weights are {size / 1e9:.1f} GB")
     module = tf.Module()

@@ -8,6 +8,7 @@ from typing import Any
 from modelhub.core import custom
 from modelhub.core.backends import backend_class, get_backend, of
 from modelhub.core.backends.base import Array, Backend
+from modelhub.core.leaves import check_plain
 from modelhub.core.tree import Module, Params, Spec, flatten, initial_value
 from modelhub.errors import BackendNotInstalled, InputError
 from modelhub.families import family_of
@@ -82,6 +83,7 @@ def piece_of(x: Any, backend: str) -> Piece:
     """
     backend_class(backend)  # says what is missing before anything is moved
     if isinstance(x, Module):
+        check_plain(flatten(x), "a way out", "give one with arrays")
         return _single(x, backend)
     kind, backbone = getattr(x, "kind", None), getattr(x, "backbone", x)
     if not isinstance(kind, TaskKind):
@@ -89,6 +91,7 @@ def piece_of(x: Any, backend: str) -> Piece:
             f"expected a CausalLM, an ImageClassifier, a Backbone or a Module, got {type(x).__module__}."
             f"{type(x).__qualname__}; load one with CausalLM.from_preset(...)"
         )
+    check_plain(backbone.params, "a way out", "load the model unpacked")
     if backbone.xp.name != backend:
         x.to(backend=backend)
     config = backbone.config

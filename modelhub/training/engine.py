@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from modelhub.core import custom, lora, optim
+from modelhub.core import custom, leaves, lora, optim
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Module, Params
 from modelhub.errors import DataError
@@ -62,7 +62,11 @@ class Engine:
         settings = replace(settings, loss=custom.loss(settings.loss, xp))
         self.xp, self.settings, self.objective = xp, settings, objective
         names = frozenset(trainable)
-        self._dtype = settings.compute_dtype or compute_dtype(xp, params)
+        leaves.check_plain(
+            {name: x for name, x in params.items() if name in names}, "training",
+            "train an adapter on top of them (enable_lora), or load the model unpacked",
+        )  # fmt: skip
+        self._dtype = settings.compute_dtype or compute_dtype(params)
         self.frozen = {name: _compute(xp, settings, name, x) for name, x in params.items() if name not in names}
         self.trainable = {name: xp.copy(x) for name, x in params.items() if name in names}
         self._shapes = {name: tuple(x.shape) for name, x in self.trainable.items()}
@@ -142,9 +146,9 @@ class Engine:
 
     def memory(self, rows: int, positions: int) -> int:
         """Bytes that a step of that many rows, each of that many positions, needs beside the weights: a rough count."""
-        item = 4 if self._dtype == "float32" else 2
-        trained = sum(4 * int(np.prod(x.shape)) for x in self.trainable.values())
-        slots = sum(4 * int(np.prod(x.shape)) for x in self.state.values())
+        item = leaves.size((), self._dtype)
+        trained = sum(leaves.size(x.shape, "float32") for x in self.trainable.values())
+        slots = sum(map(leaves.nbytes, self.state.values()))
         at_once = self._at_once(rows, positions)
         return 3 * trained + slots + self.objective.activations(at_once, positions, item, self.settings.remat)
 
@@ -227,7 +231,7 @@ def _total(parts: Sequence[Array]) -> Array:
 def _compute(xp: Backend, settings: Settings, name: str, x: Array) -> Array:
     """A parameter as the forward pass gets it; an adapter's stay in float32, its layers cast what they may."""
     dtype = settings.compute_dtype
-    return x if dtype is None or lora.MARK in name else xp.cast(x, dtype)
+    return x if dtype is None or lora.MARK in name else leaves.cast(xp, x, dtype)
 
 
 def _add_gradients(

@@ -14,6 +14,7 @@ import numpy as np
 from modelhub.core import head, lora, problems
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.head import Loss
+from modelhub.core.leaves import dtype_of
 from modelhub.core.tree import Module, Params, bind
 from modelhub.errors import ConfigError, DataError, InputError
 from modelhub.training import fields
@@ -260,7 +261,7 @@ class ImageObjective(Objective):
         trainable: frozenset[str] | None, own: Loss | None,
     ) -> tuple[Array | None, Params]:  # fmt: skip
         model: Any = bind(skeleton, params)
-        dtype = compute_dtype(xp, params)
+        dtype = compute_dtype(params)
         if "pooled" in batch:
             pooled = xp.cast(batch["pooled"], dtype)
         else:
@@ -296,6 +297,6 @@ class ImageObjective(Objective):
         return rows * positions * (block + layers * config.hidden_size * item if remat else layers * block)
 
 
-def compute_dtype(xp: Backend, params: Mapping[str, Array]) -> str:
+def compute_dtype(params: Mapping[str, Array]) -> str:
     """The dtype of the model's own parameters: an adapter's stay in float32."""
-    return xp.dtype(next(x for name, x in params.items() if lora.MARK not in name))
+    return dtype_of(next(x for name, x in params.items() if lora.MARK not in name))

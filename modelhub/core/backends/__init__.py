@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from modelhub.core import leaves
 from modelhub.core.backends.base import Array, Backend
 from modelhub.errors import BackendNotInstalled, InputError, MixedBackends, UnknownBackend
 from modelhub.habits import explained
@@ -105,7 +106,7 @@ def of(arrays: Mapping[str, Any]) -> str:
     """
     loaded = [backend_class(name) for name in NAMES if sys.modules.get(name)]
     first: dict[str, str] = {}
-    for path, array in arrays.items():
+    for path, array in ((path, x) for path, leaf in arrays.items() for x in leaves.arrays_of(leaf)):
         owner = next((cls.name for cls in loaded if cls.owns(array)), None)
         if owner is None:
             raise InputError(f"{path} is a {type(array).__name__}, not an array of {', '.join(c.name for c in loaded)}")

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from modelhub.core.leaves import Packed, arrays_of
 from modelhub.core.tree import bind
 from modelhub.errors import ConfigError, DeviceError, MixedBackends
 
@@ -56,8 +57,17 @@ class Backend:
         raise NotImplementedError
 
     def get(self, x: Array) -> np.ndarray:
-        """The values as a numpy array that the caller may write to only after copying it."""
+        """The values of an array, or of a packed leaf, as a numpy array that the caller may write to only after copying
+        it."""
+        return self._get(self.values(x))
+
+    def _get(self, x: Array) -> np.ndarray:
+        """What backends provide of `get`."""
         raise NotImplementedError
+
+    def values(self, leaf: Any) -> Array:
+        """The plain array that a leaf of params is, or stands for."""
+        return leaf.values(self) if isinstance(leaf, Packed) else leaf
 
     def compile(
         self, fn: Callable, skeleton: Any = None, donate: Sequence[int] = (), hot: bool | None = True,
@@ -201,9 +211,11 @@ class Backend:
         return self.device != "cpu"
 
     def expect(self, **arrays: Any) -> None:
-        """Raise MixedBackends for an array of another framework than this one."""
-        for name, array in arrays.items():
-            if not self.owns(array):
+        """Raise MixedBackends for an array, or a leaf of params, of another framework than this one."""
+        for name, leaf in arrays.items():
+            for array in arrays_of(leaf):
+                if self.owns(array):
+                    continue
                 kind = type(array)
                 raise MixedBackends(
                     f"{name} is a {kind.__module__}.{kind.__qualname__}, but the model is on {self.name}: "
@@ -409,13 +421,22 @@ class Backend:
         """x (..., N) * shared; see `plus`."""
         return self.cast(self.cast(x, "float32") * self.cast(shared, "float32"), self.dtype(x))
 
-    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
-        """x (..., D) times weight (N, D), transposed, plus bias (N,): (..., N)."""
+    def linear(self, x: Array, weight: Any, bias: Array | None = None) -> Array:
+        """x (..., D) times weight (N, D), an array or a packed leaf, transposed, plus bias (N,): (..., N)."""
+        return weight.linear(self, x, bias) if isinstance(weight, Packed) else self._linear(x, weight, bias)
+
+    def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
+        """What backends override of `linear`."""
         y = self.matmul(x, self.transpose(weight, (1, 0)))
         return y if bias is None else self.plus(y, bias)
 
-    def embedding(self, weight: Array, ids: Array) -> Array:
-        """Rows of weight (V, D) at ids (...): (..., D). The gradient of a row is summed in float32 in any dtype."""
+    def embedding(self, weight: Any, ids: Array) -> Array:
+        """Rows of weight (V, D), an array or a packed leaf, at ids (...): (..., D).
+
+        The gradient of an array's row is summed in float32 in any dtype.
+        """
+        if isinstance(weight, Packed):
+            return weight.embedding(self, ids)
         dtype = self.dtype(weight)
         if not self.training or dtype == "float32":
             return self.take(weight, ids, axis=0)
@@ -427,6 +448,10 @@ class Backend:
         rows = self.reshape(self.cast(self.take(weight, ids, axis=0), "float32"), (-1, width))
         rows = self.take(rows, self.one_of_equals(flat, weight.shape[0]), axis=0)
         return self.reshape(self.cast(rows, dtype), (*self.shape(ids), width))
+
+    def weight_rows(self, weight: Any, start: Array, size: int) -> Array:
+        """As `slice_rows`, of a matrix that is an array or a packed leaf: a plain array."""
+        return weight.rows(self, start, size) if isinstance(weight, Packed) else self.slice_rows(weight, start, size)
 
     def logsumexp(self, x: Array, axis: int = -1, keepdims: bool = False) -> Array:
         peak = self.max(x, axis=axis, keepdims=True)

@@ -13,12 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from modelhub.core import leaves
 from modelhub.core.backends.base import Array, Backend, Shape, bound, host_copy, of_arrays
 
 _PRODUCT = "product"  # the name of what is kept for the backward pass
 _THIN = 64  # a product over no more than this many channels is cheap
 # XLA's CPU compiler takes the barriers out early and then merges what is to be computed again with what was computed.
 _KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
+
+leaves.follow(
+    lambda kind: jax.tree_util.register_pytree_node(
+        kind, lambda leaf: leaf.taken_apart(), lambda others, arrays: kind.put_together(arrays, others)
+    )
+)
 
 
 def _use_compilation_cache() -> None:
@@ -95,7 +103,7 @@ class JaxBackend(Backend):
     def put(self, array: np.ndarray) -> Array:
         return jax.device_put(array, self._device, may_alias=True)
 
-    def get(self, x: Array) -> np.ndarray:
+    def _get(self, x: Array) -> np.ndarray:
         return np.asarray(x)
 
     def compile(
@@ -297,12 +305,12 @@ class JaxBackend(Backend):
     def matmul(self, x: Array, y: Array) -> Array:
         return jnp.matmul(x, y)
 
-    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+    def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
         outputs, width = weight.shape
         rows = x.size // width
         few = isinstance(rows, int) and 1 < rows <= 16  # jax.export's symbolic sizes have no truth
         if self.device != "cpu" or not few or outputs % 2:
-            y = super().linear(x, weight, bias)
+            y = super()._linear(x, weight, bias)
             # The second half of a LoRA is cheaper to compute again than to keep.
             return checkpoint_name(y, _PRODUCT) if self.training and width > _THIN else y
         # Few rows on CPU: XLA is a quarter faster on two halves of the weights (docs/decisions.md has the figures).

@@ -69,7 +69,7 @@ class NumpyBackend(Backend):
     def put(self, array: np.ndarray) -> Array:
         return array
 
-    def get(self, x: Array) -> np.ndarray:
+    def _get(self, x: Array) -> np.ndarray:
         return np.asarray(x)
 
     def compile(
@@ -244,7 +244,7 @@ class NumpyBackend(Backend):
     def einsum(self, equation: str, *operands: Array) -> Array:
         return np.einsum(equation, *map(_wide, operands), optimize=True).astype(operands[0].dtype, copy=False)
 
-    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+    def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
         rows = x.reshape(-1, x.shape[-1])
         if weight.dtype.itemsize == 2:
             y = _blockwise_linear(rows, weight)

@@ -149,7 +149,7 @@ class TensorflowBackend(Backend):
         with tf.device(self._device):
             return tf.constant(array)
 
-    def get(self, x: Array) -> np.ndarray:
+    def _get(self, x: Array) -> np.ndarray:
         if self.device != "cpu" or isinstance(x, tf.Variable) or x.dtype == tf.string:
             return np.asarray(x.numpy())  # a scalar comes as a number
         if x.dtype != tf.bfloat16:
@@ -436,7 +436,7 @@ class TensorflowBackend(Backend):
             return super()._attention(q, k, v, mask, scale, softcap, dropout, salt)
         return _fused("attention", scale, softcap)(q, k, v, mask)
 
-    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+    def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
         y = tf.matmul(tf.reshape(x, (-1, x.shape[-1])), weight, transpose_b=True)
         y = tf.reshape(y, (*self.shape(x)[:-1], weight.shape[0]))
         return y if bias is None else self.plus(y, bias)

@@ -144,7 +144,7 @@ class TorchBackend(Backend):
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(self._device)
         return torch.from_numpy(array).to(self._device)
 
-    def get(self, x: Array) -> np.ndarray:
+    def _get(self, x: Array) -> np.ndarray:
         x = x.detach().cpu()
         if x.dtype == torch.bfloat16:
             import ml_dtypes
@@ -409,7 +409,7 @@ class TorchBackend(Backend):
     def einsum(self, equation: str, *operands: Array) -> Array:
         return torch.einsum(equation, *operands)
 
-    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+    def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
         same = weight.dtype == x.dtype == torch.float32
         if not self._on_cpu or not same or torch.compiler.is_compiling():
             return F.linear(x, weight, bias)
