@@ -1,7 +1,9 @@
 """From one file format to another: whatever `from_preset` loads becomes a GGUF file or a Hugging Face folder."""
 
+import difflib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,8 +16,12 @@ from modelhub.families.naming import KEEP
 from modelhub.habits import explained
 from modelhub.hub import gguf_writer
 from modelhub.hub.gguf_settings import write_settings
+from modelhub.model.checking import check_written
 from modelhub.model.loading import DTYPES, HuggingFaceSource, Source, open_source
 from modelhub.model.options import SourceOptions, takes
+from modelhub.model.saving import MAX_SHARD_SIZE
+from modelhub.processing.tokenizer import Tokenizer
+from modelhub.publishing.publishing import write_model
 from modelhub.tasks.backbone import Backbone
 from modelhub.tasks.causal_lm import CausalLM
 
@@ -46,7 +52,8 @@ def convert(
         place. options: those of SourceOptions; offline and token hold for the adapter too.
 
     It takes the memory of the weights as they are stored; in float32 where they are of several dtypes, and to merge an
-    adapter, whose small changes would drown in 16 bits. `target` appears when it is complete.
+    adapter, whose small changes would drown in 16 bits. `target` appears when it is complete, and was read again and
+    compared: config, tokenizer and every weight.
 
     Raises InputError for a target that is there already or cannot be; ConfigError and TokenizerError for a model that
     llama.cpp cannot run as it is, before any weight is read; and what `from_preset` and `load_adapter` raise.
@@ -60,6 +67,7 @@ def convert_files(
 ) -> tuple[Path, Path]:  # fmt: skip
     """As `convert`; the files of the source, too."""
     target = Path(target).expanduser().absolute()
+    check_name(target)
     to_gguf = target.suffix.lower() == ".gguf"
     if dtype is not None and dtype not in (allowed := gguf_writer.DTYPES if to_gguf else DTYPES):
         kind = "a GGUF file" if to_gguf else "a folder"
@@ -75,8 +83,6 @@ def convert_files(
     except OSError as error:
         raise InputError(f"{target} cannot be written: {error}; give another place") from None
     name = os.fspath(source)
-    metadata: dict[str, Any] = {}
-    extra: dict[str, np.ndarray] = {}
     with open_source(name, {**options}) as preset:
         tokenizer = preset.tokenizer()
         if to_gguf:
@@ -84,22 +90,61 @@ def convert_files(
                 raise ConfigError(f"{name}: models of type {preset.config.model_type} cannot be written as GGUF files")
             if own := [*preset.layers.values(), *filter(None, [preset.attention])]:
                 raise ConfigError(f"{name} has layers of its own, or attention ({', '.join(own)}): no GGUF has them")
-            metadata, extra = preset.config.to_gguf()
-            metadata |= tokenizer.to_gguf(preset.config.vocab_size)
+            _gguf_metadata(preset.config, tokenizer)  # raises before any weight is read
         exact, usual = _dtypes(preset)
         backbone = Backbone.from_source(preset, get_backend("numpy"), {"dtype": "float32" if adapter else exact})
         lm = CausalLM(backbone, tokenizer, preset.generation_config, name)
     if adapter is not None:
         lm.load_adapter(adapter, offline=options.get("offline", False), token=options.get("token"))
+    dtype = dtype or ("float16" if to_gguf else usual)
+
+    def check(work: Path) -> None:
+        check_written(work, backbone, tokenizer, dtype, target)
+
     if to_gguf:
-        _write_gguf(lm, target, metadata, extra, dtype or "float16")
+        _write_gguf(lm, tokenizer, target, dtype, check)
     else:
-        lm.save_to_preset(target, dtype or usual)
+        write_model(lm, target.resolve(), dtype, MAX_SHARD_SIZE, check=check)
     return target, preset.preset.path
 
 
-def _write_gguf(lm: CausalLM, target: Path, metadata: dict[str, Any], extra: dict[str, np.ndarray], dtype: str) -> None:
-    arch, config = metadata["general.architecture"], lm.config
+# What other ways out write, what nobody writes, and what is none of a folder's name.
+_WAYS_OUT = {".onnx": "modelhub.to_onnx", ".tflite": "modelhub.to_litert"}
+_OTHERS = {
+    ".bin", ".ckpt", ".h5", ".keras", ".mlmodel", ".pb", ".pt", ".pth", ".safetensors", ".zip", ".tar", ".gz", ".tgz",
+    ".bz2", ".xz", ".7z", ".rar", ".ggml", ".json",
+}  # fmt: skip
+
+
+def check_name(target: Path) -> None:
+    """Raise InputError for a target whose name says that it is a file of a kind that is not written, or that looks like
+    a slip of the keys; a folder that is there may have any name."""
+    ending = target.suffix.lower()
+    if target.is_dir() or ending == ".gguf":
+        return
+    if ending in _WAYS_OUT:
+        raise InputError(f"{target}: {ending} files are written by {_WAYS_OUT[ending]}, and by modelhub convert")
+    slip = difflib.get_close_matches(ending, [".gguf", *_WAYS_OUT], 1, 0.7) if ending not in _OTHERS else []
+    if ending in _OTHERS or slip:
+        hint = f"did you mean {target.with_suffix(slip[0]).name}? " if slip else ""
+        raise InputError(
+            f"{target}: no {ending} files are written; {hint}Give a name that ends in .gguf, .onnx or .tflite, or a "
+            "folder for Hugging Face's format. modelhub.to_saved_model writes SavedModels"
+        )
+
+
+def _gguf_metadata(config: Any, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """And tensors that are no parameters."""
+    metadata, extra = config.to_gguf()
+    return metadata | tokenizer.to_gguf(config.vocab_size), extra
+
+
+def _write_gguf(
+    lm: CausalLM, tokenizer: Tokenizer, target: Path, dtype: str, check: Callable[[Path], None]
+) -> None:  # fmt: skip
+    config = lm.backbone.plain_config()
+    metadata, extra = _gguf_metadata(config, tokenizer)
+    arch = metadata["general.architecture"]
     metadata |= {"general.type": "model", "general.name": target.stem}
     if (context := metadata[f"{arch}.context_length"]) < config.max_position_embeddings:
         log.warning(
@@ -124,7 +169,7 @@ def _write_gguf(lm: CausalLM, target: Path, metadata: dict[str, Any], extra: dic
 
     shapes = {theirs: x.shape for theirs, x in extra.items()}
     shapes |= {theirs: lm.params[name].shape for theirs, name in ours.items()}
-    gguf_writer.write_gguf(target, metadata, shapes, read, dtype)
+    gguf_writer.write_gguf(target, metadata, shapes, read, dtype, check)
 
 
 def _dtypes(source: Source) -> tuple[str, str]:

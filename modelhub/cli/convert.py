@@ -33,14 +33,14 @@ def convert(
     """Write a model in another format: a GGUF file for llama.cpp, an ONNX or LiteRT file of its forward pass, or a
     Hugging Face folder. An adapter is merged.
     """
-    _check_suffix(Path(target))
+    from modelhub.conversion import check_name, convert_files
+
     if Path(target).suffix.lower() in _WAYS_OUT:
         file = _forward_pass(source, Path(target), dtype, adapter, force, revision, offline)
         err.print(f"{file.name}: {size_of(file) / 1e6:,.1f} MB")
         print(file)
         return
-    from modelhub.conversion import convert_files
-
+    check_name(Path(target))
     written, before = convert_files(source, target, dtype, adapter, force, {"revision": revision, "offline": offline})
     err.print(f"{source}: {size_of(before) / 1e6:,.1f} MB; {written.name}: {size_of(written) / 1e6:,.1f} MB")
     print(written)
@@ -48,18 +48,6 @@ def convert(
 
 # The function, and the dtypes that its files have.
 _WAYS_OUT = {".onnx": ("to_onnx", ("float32", "float16")), ".tflite": ("to_litert", ("float32",))}
-_OTHERS = {".bin", ".ckpt", ".h5", ".keras", ".mlmodel", ".pb", ".pt", ".pth", ".safetensors"}  # no names of folders
-
-
-def _check_suffix(target: Path) -> None:
-    from modelhub.errors import InputError
-
-    if target.suffix.lower() in _OTHERS and not target.is_dir():
-        known = " or ".join(_WAYS_OUT)
-        raise InputError(
-            f"{target}: no {target.suffix} files are written; give a name that ends in .gguf, {known}, or a folder "
-            "for Hugging Face's format. modelhub.to_saved_model writes SavedModels"
-        )
 
 
 def _forward_pass(

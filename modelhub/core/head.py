@@ -33,13 +33,14 @@ def head_names(skeleton: Any) -> list[str]:
 
 def loss_and_gradients(
     xp: Backend, skeleton: Module, params: Params, hidden: Array, batch: Mapping[str, Array], trainable: frozenset[str],
-    loss: Loss | None = None, gradients: bool = True,
+    loss: Loss | None = None, gradients: bool = True, dropout_keys: Array | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:  # fmt: skip
     """The sum of losses and the number of correct positions; and the gradients of that sum.
 
     hidden (N, D); batch: places (M,) int32, which of the N positions have loss, M a multiple of ROWS or below it; their
     labels (M,); count (), how many of the M are meant. trainable: names of parameters; those of the head among them get
-    gradients too. loss: the user's own, in place of cross entropy.
+    gradients too. loss: the user's own, in place of cross entropy. dropout_keys (N,): what a head that drops something
+    draws from, see Backend.for_training.
 
     Gradients: {"hidden": (N, D) float32, parameter name: its shape, float32}; nothing here is differentiable.
     """
@@ -58,7 +59,10 @@ def loss_and_gradients(
         if plain:
             value, correct, found = _cross_entropy(xp, model, h, labels, valid, gradients, bool(wanted))
         else:
-            value, correct, found = _any_loss(xp, skeleton, params, h, labels, valid, loss, gradients, wanted)
+            forward = xp if dropout_keys is None else xp.for_training(xp.take(dropout_keys, places))
+            value, correct, found = _any_loss(
+                xp, forward, skeleton, params, h, labels, valid, loss, gradients, wanted
+            )  # fmt: skip
         state = dict(state)
         state["loss"], state["correct"] = state["loss"] + value, state["correct"] + correct
         if gradients:
@@ -301,14 +305,14 @@ def _cross_entropy(
 
 
 def _any_loss(
-    xp: Backend, skeleton: Module, params: Params, h: Array, labels: Array, valid: Array, loss: Loss | None,
-    gradients: bool, wanted: list[str],
+    xp: Backend, forward: Backend, skeleton: Module, params: Params, h: Array, labels: Array, valid: Array,
+    loss: Loss | None, gradients: bool, wanted: list[str],
 ) -> tuple[Array, Array, dict[str, Array]]:  # fmt: skip
     """As _cross_entropy, by automatic differentiation of the piece: a loss of the user's, or a head with an adapter."""
 
     def summed(variables: Params) -> tuple[Array, Array]:
         model = bind(skeleton, params | variables)
-        logits, own = _all_logits(xp, model, variables["hidden"], labels)
+        logits, own = _all_logits(forward, model, variables["hidden"], labels)
         correct = xp.sum(xp.cast(own >= xp.max(logits, axis=1, keepdims=True), "float32")[:, 0] * valid)
         losses = loss(logits, labels) if loss else xp.logsumexp(logits, axis=1) - own[:, 0]
         if tuple(losses.shape) != tuple(labels.shape):

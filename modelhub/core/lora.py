@@ -74,7 +74,7 @@ def with_own_head(skeleton: ModuleT) -> ModuleT:
     if getattr(skeleton, HEAD, skeleton) is not None:
         return skeleton
     table: Any = dict(children(dict(children(skeleton))["model"]))["embed_tokens"]
-    return with_parts(skeleton, {HEAD: Linear(table.weight)})
+    return dataclasses.replace(skeleton, **{HEAD: Linear(table.weight)})  # type: ignore[type-var]
 
 
 def plain(skeleton: ModuleT, modules: Iterable[str], whole: Iterable[str] = ()) -> ModuleT:

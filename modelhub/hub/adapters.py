@@ -4,6 +4,7 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -19,6 +20,8 @@ import numpy as np
 from modelhub.errors import CheckpointError, InputError
 from modelhub.hub.checkpoint import SafetensorsCheckpoint, WeightFile, shown
 from modelhub.hub.files import COMPANIONS, replacing, save_arrays
+
+log = logging.getLogger("modelhub")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -124,6 +127,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
         revision=values["revision"] or None,
     )
     _complain(folder, _misfits(files))
+    if files.modules_to_save and not whole:
+        listed = ", ".join(sorted(files.modules_to_save))
+        log.warning("%s should have its own %s, and has no such weights: the base model's are used", folder, listed)
     return files
 
 

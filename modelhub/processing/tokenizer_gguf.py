@@ -242,6 +242,8 @@ def _tokenizers_metadata(
     normalizer, cut = _state(backend.normalizer), _state(backend.pre_tokenizer)
     types, scores = np.full(count, spm.NORMAL, np.int32), np.full(count, -1000, np.float32)
     if not model["byte_fallback"]:
+        if not merges:
+            raise _refused("it merges nothing, and llama.cpp loads no such tokenizer without merges")
         pre = _pre(normalizer, cut, model["ignore_merges"])
         return {"model": "gpt2", "pre": pre, "token_type": types, "merges": [" ".join(merge) for merge in merges]}
     unknown = model["vocab"].get(model["unk_token"] or unk_token)

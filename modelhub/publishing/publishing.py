@@ -7,7 +7,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def save_to_preset(
     the weights in the files, "float32", "bfloat16" or "float16"; None: the model's. max_shard_size:
     bytes of a file of weights; more are split, with an index.
     """
-    _save(task, Path(folder).expanduser().resolve(), dtype, max_shard_size)
+    write_model(task, Path(folder).expanduser().resolve(), dtype, max_shard_size)
 
 
 def save_adapter(task: Any, folder: str | os.PathLike[str]) -> None:
@@ -97,7 +97,7 @@ def publish(
             _save_adapter(task, folder, **facts)
             _compare_adapter(task, folder)
         else:
-            _save(task, folder, dtype or _stored_dtype(task), MAX_SHARD_SIZE, digests, **facts)
+            write_model(task, folder, dtype or _stored_dtype(task), MAX_SHARD_SIZE, digests, **facts)
             _compare(task, folder)
         remarks = tuple(filter(None, [missing_licence(card)]))
         if dry_run:
@@ -136,14 +136,19 @@ def _stored_dtype(task: Any) -> str | None:
     return stored if task.backbone.untouched and stored in DTYPES else None
 
 
-def _save(
-    task: Any, target: Path, dtype: str | None, max_shard_size: int, digests: dict[str, str] | None = None, **facts: Any
-) -> None:
+def write_model(
+    task: Any, target: Path, dtype: str | None, max_shard_size: int, digests: dict[str, str] | None = None,
+    check: Callable[[Path], None] | None = None, **facts: Any,
+) -> None:  # fmt: skip
+    """As `save_to_preset`. digests: gets the sha256 of each file of weights. check: is given the finished folder before
+    it takes the place of `target`; what it raises leaves things as they were. facts: further ones for the card."""
     check_dtype(dtype)
     with model_folder(target) as work:
         task.write_processors(work)
         write_backbone(work, task.backbone, dtype, max_shard_size, digests)
         _write_companions(task, work, target, adapter=False, **facts)
+        if check is not None:
+            check(work)
 
 
 def _save_adapter(task: Any, target: Path, **facts: Any) -> None:

@@ -161,8 +161,9 @@ class TextObjective(Objective):
         )
         hidden = xp.reshape(hidden, (-1, hidden.shape[-1]))  # B * T, D
         found, gradients = head.loss_and_gradients(
-            xp, skeleton, params, hidden, batch, trainable or frozenset(), own, gradients=trainable is not None
-        )
+            xp, skeleton, params, hidden, batch, trainable or frozenset(), own, gradients=trainable is not None,
+            dropout_keys=_of_positions(forward, batch["input_ids"]),
+        )  # fmt: skip
         sums = {"loss": found["loss"], "accuracy": found["correct"]}
         return None if trainable is None else head.surrogate(xp, params | {"hidden": hidden}, gradients), sums
 
@@ -176,6 +177,17 @@ class TextObjective(Objective):
         layers = config.num_hidden_layers
         kept = block + layers * width * item if remat else layers * block
         return rows * time * kept + min(head.ROWS, rows * time) * config.vocab_size * 4
+
+
+def _of_positions(forward: Backend, ids: Array) -> Array | None:
+    """(B * T,) int32: dropout keys of positions, made of those of their rows; None where nothing is dropped."""
+    keys = forward.dropout_keys
+    if keys is None:
+        return None
+    rows, time = ids.shape
+    keys = forward.reshape(keys() if callable(keys) else keys, (rows, 1))
+    places = forward.arange(time) * -1640531527  # 2**32 by the golden ratio: neighbours are far apart
+    return forward.reshape(keys ^ forward.reshape(places, (1, time)), (rows * time,))
 
 
 def with_places(batch: Batch) -> dict[str, np.ndarray]:

@@ -212,7 +212,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         "settings",
         [
-            {"fan_in_fan_out": True}, {"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]},
+            {"fan_in_fan_out": True}, {"bias": "all"}, {"bias": "lora_only"},
             {"layer_replication": [[0, 2], [1, 3]]}, {"lora_bias": True}, {"alora_invocation_tokens": [1, 2]},
             {"megatron_config": {"a": 1}}, {"trainable_token_indices": [5]}, {"use_qalora": True},
             {"target_parameters": ["mlp.w"]}, {"arrow_config": {"top_k": 3}}, {"use_bdlora": {"nblocks": 2}},
@@ -247,9 +247,8 @@ class TestRefused:
                 read_adapter(change(saved, peft_type=peft_type))
 
     @pytest.mark.parametrize("options", [
-        {"target_modules": ["embed_tokens", "q_proj"]}, {"modules_to_save": ["lm_head"]}, {"bias": "all"},
-        {"lora_bias": True}, {"target_modules": ["q_proj", "lm_head"]}, {"trainable_token_indices": [1, 2]},
-        {"init_lora_weights": "pissa"}, {"layer_replication": [[0, 2], [1, 3]]},
+        {"target_modules": ["embed_tokens", "q_proj"]}, {"bias": "all"}, {"lora_bias": True},
+        {"trainable_token_indices": [1, 2]}, {"init_lora_weights": "pissa"}, {"layer_replication": [[0, 2], [1, 3]]},
     ], ids=str)  # fmt: skip
     def test_as_peft_saves_them(self, tmp_path, options):
         import peft
@@ -258,6 +257,55 @@ class TestRefused:
         peft.get_peft_model(base_model("llama"), config).save_pretrained(tmp_path)
         with pytest.raises(CheckpointError, match="does more than modelhub has"):
             read_adapter(tmp_path)
+
+    def test_whole_modules(self, tmp_path, caplog):
+        model = peft_model(modules_to_save=["lm_head", "embed_tokens"])
+        model.save_pretrained(tmp_path / "theirs")
+        files = read_adapter(tmp_path / "theirs")
+        head, table = (part.modules_to_save.default.weight.detach().numpy() for part in (
+            model.get_base_model().lm_head, model.get_base_model().model.embed_tokens))  # fmt: skip
+        assert files.whole.keys() == {"lm_head.weight", "model.embed_tokens.weight"} and not files.copies
+        np.testing.assert_array_equal(files.whole["lm_head.weight"], head)
+        np.testing.assert_array_equal(files.whole["model.embed_tokens.weight"], table)
+        assert sorted(files.modules_to_save) == ["embed_tokens", "lm_head"]
+        write_adapter(tmp_path / "ours", files)
+        theirs, ours = (load_file(tmp_path / name / WEIGHTS) for name in ("theirs", "ours"))
+        assert theirs.keys() == ours.keys() and all(np.array_equal(theirs[name], ours[name]) for name in theirs)
+        assert "no such weights" not in caplog.text
+        save_file({n: x for n, x in theirs.items() if "lora_" in n}, tmp_path / "theirs" / WEIGHTS)
+        assert not read_adapter(tmp_path / "theirs").whole
+        assert "should have its own embed_tokens, lm_head, and has no such weights" in caplog.text
+
+    def test_copies_of_the_base_are_told_apart(self, tmp_path):
+        model = peft_model(target_modules=["q_proj", "lm_head"])
+        model.save_pretrained(tmp_path)
+        files = read_adapter(tmp_path)
+        assert files.whole.keys() == files.copies == {"lm_head.weight"}
+        assert_same(files, peft_layers(model))
+
+    @pytest.mark.parametrize("how", ["modules_to_save.default.", "modules_to_save.", ""])
+    def test_spellings_of_whole_modules(self, saved, how):
+        tensors = load_file(saved / WEIGHTS) | {f"base_model.model.score.{how}weight": np.ones((2, 32), np.float16)}
+        save_file(tensors, saved / WEIGHTS)
+        whole = read_adapter(change(saved, modules_to_save=["score", "classifier"])).whole
+        assert [(name, x.shape, x.dtype) for name, x in whole.items()] == [("score.weight", (2, 32), np.float16)]
+
+    def test_an_adapted_embedding_is_named(self, tmp_path):
+        peft_model(target_modules=["q_proj", "embed_tokens"]).save_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match="LoRA of an embedding layer; with modules_to_save"):
+            read_adapter(tmp_path)
+
+    def test_a_module_is_whole_or_adapted(self, tmp_path):
+        with pytest.raises(CheckpointError, match="q_proj' is there as a whole, and has an adapter"):
+            write_adapter(tmp_path / "new", adapter(whole={"q_proj.weight": np.ones((6, 4), np.float32)}))
+
+    @pytest.mark.parametrize("revision", ["0123456789abcdef0123456789abcdef01234567", None])
+    def test_the_revision_of_the_base(self, tmp_path, revision):
+        write_adapter(tmp_path / "new", adapter(base="me/base", revision=revision))
+        import peft
+
+        assert peft.PeftConfig.from_pretrained(str(tmp_path / "new")).revision == revision
+        assert read_adapter(tmp_path / "new").revision == revision
 
     def test_lm_head_without_its_copies(self, tmp_path):
         model = peft_model(target_modules=["q_proj", "lm_head"])

@@ -240,7 +240,11 @@ class TestWrongInput:
             ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
             ({"dropout": -0.1}, "dropout must be"),
             ({"targets": ["q_proj", "query"]}, "'query' matches no linear layer.*down_proj, gate_proj, k_proj, o_proj"),
-            ({"targets": "lm_head"}, "'lm_head' matches no linear layer"),  # it is the embedding
+            (
+                {"targets": ["q_proj"], "modules_to_save": ["head"]},
+                "no module 'head' with .*; there are down_proj, embed",
+            ),
+            ({"targets": ["lm_head"], "modules_to_save": ["lm_head"]}, "lm_head would be trained as a whole and have"),
             ({"targets": []}, "targets is empty"),
         ],
         ids=str,

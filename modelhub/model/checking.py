@@ -1,0 +1,126 @@
+"""Whether a file holds the model that it was written from: opened again, and compared part by part.
+
+The weights are compared tensor by tensor, so that nothing is in memory twice.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelhub.core.tree import flatten, listed
+from modelhub.errors import CheckpointError, ModelhubError
+from modelhub.hub.preset import Preset
+from modelhub.model.loading import Source, open_preset
+from modelhub.processing.tokenizer import Tokenizer
+
+# Names of one function; the ones that GGUF and transformers 5 spell otherwise.
+_SAME_ACTIVATION = ({"gelu_pytorch_tanh", "gelu_new", "gelu_fast"}, {"silu", "swish"}, {"gelu", "gelu_python"})
+_NOT_COMPARED = {"extra", "model_type"}  # what does not change the maths; GGUF calls Mistral a Llama
+# Spaces, marks, digits, other scripts and what is spelled like a special token.
+_TEXTS = (
+    "Hello  world", " a\n\n\nb\t", "It's 3.14, don't you think?", "naïve café 漢字 🚀", "x" + " " * 20 + "y", "<b></s>",
+)  # fmt: skip
+# Relative to the value, from rounding it once; a value may have been moved by 1 before that (Gemma's norms).
+_ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+_SMALLEST = {"float32": 1e-30, "float16": 2.0**-25, "bfloat16": 1e-30}
+_Q8_BLOCK, _Q8_STEP = 32, 0.57 / 127  # half a step, and the rounding of the steps themselves to float16
+
+
+def check_written(path: Path, backbone: Any, tokenizer: Tokenizer | None, dtype: str, shown_as: Path) -> None:
+    """Raise CheckpointError unless `path`, a folder or a GGUF file, holds the model, an active adapter merged in.
+
+    dtype: of the matrices in it, or "q8_0". shown_as: what to call it.
+    """
+    problems: list[str] = []
+    try:
+        source = open_preset(Preset(shown_as.name, path, None, shown_as.as_uri()))
+        try:
+            problems += _configs(source.config, backbone.plain_config())
+            if tokenizer is not None:
+                problems += _tokenizers(source.tokenizer(), tokenizer)
+            problems += _weights(source, backbone, dtype)
+        finally:
+            source.close()
+    except ModelhubError as error:
+        problems.append(str(error))
+    if problems:
+        raise CheckpointError(
+            f"{shown_as} was written, read again, and is not what was to be written:\n{listed(problems)}\nWhat was "
+            "there before is as it was. Is the disk sound? If so, modelhub is at fault: please report it"
+        )
+
+
+def _configs(found: Any, wanted: Any) -> Iterator[str]:
+    for name, value in vars(wanted).items():
+        if name not in _NOT_COMPARED and not _same(getattr(found, name), value):
+            yield f"config: {name} is {getattr(found, name)!r:.80}, not {value!r:.80}"
+
+
+def _same(x: Any, y: Any) -> bool:
+    if dataclasses.is_dataclass(x) and dataclasses.is_dataclass(y):
+        return type(x) is type(y) and all(_same(value, getattr(y, name)) for name, value in vars(x).items())
+    if isinstance(x, str) and isinstance(y, str):
+        return x == y or any({x, y} <= group for group in _SAME_ACTIVATION)
+    if isinstance(x, list | tuple) and isinstance(y, list | tuple):
+        return len(x) == len(y) and all(map(_same, x, y))
+    if isinstance(x, float) or isinstance(y, float):  # GGUF keeps float32
+        return x is not None and y is not None and math.isclose(x, y, rel_tol=1e-5)
+    return bool(x == y)
+
+
+def _tokenizers(found: Tokenizer, wanted: Tokenizer) -> Iterator[str]:
+    for text in _TEXTS:
+        ids, right = found.encode(text), wanted.encode(text)
+        if ids != right:
+            yield f"tokenizer: {text!r} has the ids {ids!r:.80}, not {right!r:.80}"
+    if found.chat_template != wanted.chat_template:
+        yield "tokenizer: the chat template is another one"
+
+
+def _weights(source: Source, backbone: Any, dtype: str) -> Iterator[str]:
+    get, left = backbone.plain_param(), dict.fromkeys(backbone.plain_names())
+    shapes = {name: tuple(spec.shape) for name, spec in flatten(source.model).items()}
+    checkpoint = source.checkpoint()
+    try:
+        for theirs, info in checkpoint.tensors.items():
+            if (renamed := source.names.to_ours(theirs)) is None:
+                continue
+            ours, via = renamed
+            if ours not in left:
+                yield f"weights: {theirs} is one too many"
+                continue
+            del left[ours]
+            found = via.to_ours(checkpoint.read(theirs, "float32"))
+            if found.shape != shapes.get(ours):
+                yield f"weights: {ours} has the shape {found.shape}, not {shapes.get(ours)}"
+                continue
+            wanted = np.asarray(backbone.xp.get(backbone.xp.cast(get(ours), "float32")))
+            kind = dtype if len(info.shape) > 1 and "norm" not in ours else "float32" if dtype == "q8_0" else dtype
+            error = _excess(found, wanted, kind)
+            if not error <= 1.0:  # NaN must not pass
+                yield f"weights: {ours} differs by {np.abs(found - wanted).max():.3g}, more than {dtype} rounds"
+    finally:
+        if checkpoint is not getattr(source, "gguf", None):
+            checkpoint.close()
+    for name in left:
+        yield f"weights: {name} is missing"
+
+
+def _excess(found: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
+    """The largest difference, as a share of what rounding can make."""
+    difference = np.abs(found - wanted)
+    if dtype != "q8_0":
+        allowed = np.abs(wanted)
+        allowed *= 2 * _ROUNDING[dtype]
+        allowed += _SMALLEST[dtype] + 4 * _ROUNDING["float32"]
+    elif wanted.shape[-1] % _Q8_BLOCK:  # such rows are float16
+        return _excess(found, wanted, "float16")
+    else:
+        difference = difference.reshape(-1, _Q8_BLOCK).max(1)
+        allowed = np.abs(wanted).reshape(-1, _Q8_BLOCK).max(1) * _Q8_STEP + _SMALLEST["float16"] * 127
+    np.divide(difference, allowed, out=difference)
+    return float(difference.max(initial=0.0))
