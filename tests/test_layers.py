@@ -24,7 +24,7 @@ ALLOWED = {
     "publishing": LOWEST | {"model", "training"},
     "tasks": LOWEST | {"generation", "model", "training", "publishing", "bench"},
     "bench": LOWEST | {"generation", "model", "training"},
-    "conversion": LOWEST | {"model", "tasks"},
+    "conversion": LOWEST | {"model", "publishing", "tasks"},
     "cli": LOWEST | {"generation", "model", "training", "interop", "tasks", "bench", "conversion", "modelhub"},
     "modelhub": LOWEST | {"model", "tasks", "training", "interop"},  # __init__.py: the lazy public names
 }

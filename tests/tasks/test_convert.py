@@ -1,5 +1,6 @@
 """Converting: nothing is lost on the way, transformers reads the result, and what GGUF cannot say is refused."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,14 +12,16 @@ import pytest
 import sentencepiece
 from tiny_families import CONFIGS, GEMMA, KINDS, LLAMA3_ROPE, SIZES, write_preset, write_tokenizer
 from tiny_preset import LINES
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from modelhub import CausalLM
 from modelhub.conversion import convert
-from modelhub.errors import ConfigError, DownloadError, InputError, TokenizerError
+from modelhub.errors import CheckpointError, ConfigError, DownloadError, InputError, TokenizerError
 from modelhub.families import family_of
+from modelhub.hub import gguf_writer
 from modelhub.hub.checkpoint import open_folder
 from modelhub.hub.gguf import open_gguf
+from modelhub.model import checking, saving
 from modelhub.model import options as loading
 from modelhub.processing.tokenizer import Tokenizer as OurTokenizer
 
@@ -389,3 +392,139 @@ def test_the_command(tmp_path):
     assert run(folder, target, "--force").returncode == 0
     assert "has no revisions" in run(folder, target, "--force", "--revision", "v1").stderr
     assert run(folder, target, "--force", "--offline").returncode == 0
+
+
+class TestReadAgain:
+    """What was written takes its place once it was read again and found to be what was to be written."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        return write_preset(tmp_path / "gemma3", CONFIGS["gemma3"])
+
+    def spoil(self, monkeypatch):
+        """One weight in a hundred thousand is another one on the disk."""
+        encoded, saved = gguf_writer._encoded, saving.save_tensors
+
+        def other(gguf, theirs, x, kind):
+            return encoded(gguf, theirs, changed(x) if theirs == "blk.1.ffn_up.weight" else x, kind)
+
+        def others(shapes, read, *more):
+            return saved(
+                shapes, lambda n: changed(read(n)) if n == "model.layers.1.mlp.up_proj.weight" else read(n), *more
+            )
+
+        def changed(x):
+            x = np.array(x)
+            x[3, 5] = x[3, 5] * 2 + 1
+            return x
+
+        monkeypatch.setattr(gguf_writer, "_encoded", other)
+        monkeypatch.setattr(saving, "save_tensors", others)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
+    @pytest.mark.parametrize("target", ["a.gguf", "folder"])
+    def test_other_weights(self, folder, tmp_path, monkeypatch, target, dtype):
+        if dtype == "q8_0" and target == "folder":
+            pytest.skip("folders have floats")
+        path = convert(folder, tmp_path / target, dtype)
+        before = {file: file.read_bytes() for file in ([path] if path.is_file() else path.iterdir())}
+        self.spoil(monkeypatch)
+        with pytest.raises(
+            CheckpointError, match=r"(?s)weights: model.layers.1.mlp.up_proj.weight differs by .*as it was"
+        ):
+            convert(folder, path, dtype, force=True)
+        assert all(file.read_bytes() == content for file, content in before.items())
+        with pytest.raises(CheckpointError, match="is not what was to be written"):
+            convert(folder, tmp_path / f"new-{target}", dtype)
+        assert {file.name for file in tmp_path.iterdir()} == {"gemma3", target}
+
+    def test_with_an_adapter(self, folder, tmp_path, monkeypatch):
+        lm = load(folder)
+        lm.enable_lora(rank=2, targets=["up_proj", "lm_head"])
+        lm.params = {name: x + 0.1 if "lora_B" in name else x for name, x in lm.params.items()}
+        lm.save_adapter(tmp_path / "adapter")
+        for target in ("a.gguf", "folder"):
+            found = load(convert(folder, tmp_path / target, "float32", adapter=tmp_path / "adapter"))
+            assert np.abs(found.logits(IDS) - lm.logits(IDS)).max() < 1e-3 * np.abs(lm.logits(IDS)).max()
+        self.spoil(monkeypatch)
+        with pytest.raises(CheckpointError, match="up_proj.weight differs"):
+            convert(folder, tmp_path / "b.gguf", adapter=tmp_path / "adapter")
+
+    def test_other_configs_tokens_and_templates(self, folder, tmp_path):
+        lm, path = load(folder), convert(folder, tmp_path / "a.gguf")
+
+        def check(dtype="float16"):
+            checking.check_written(path, lm.backbone, lm.tokenizer, dtype, path)
+
+        check()
+        lm.backbone.config = dataclasses.replace(lm.config, rms_norm_eps=1e-5)
+        with pytest.raises(CheckpointError, match=r"config: rms_norm_eps is 1e-06, not 1e-05"):
+            check()
+        lm.backbone.config = dataclasses.replace(lm.config, rms_norm_eps=1e-6, hidden_activation="gelu_new")
+        check()  # another name of the same
+        lm.tokenizer.chat_template += " "
+        with pytest.raises(CheckpointError, match="the chat template is another one"):
+            check()
+        lm = load(write_preset(tmp_path / "other", CONFIGS["gemma3"], "smollm"))
+        with pytest.raises(
+            CheckpointError, match=r"(?s)tokenizer: .* has the ids \[.*weights|tokenizer: .* has the ids"
+        ):
+            check()
+
+    def test_what_cannot_be_read_again(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(OurTokenizer, "from_gguf", classmethod(lambda cls, metadata: 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            convert(folder, tmp_path / "a.gguf")
+        assert not (tmp_path / "a.gguf").exists() and not list(tmp_path.glob(".a*"))
+
+
+def test_a_tokenizer_without_merges_is_refused(tmp_path):
+    """llama.cpp loads none."""
+    folder = write_preset(tmp_path / "llama", CONFIGS["llama"], "gpt-2")
+    names = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="merges nothing, and llama.cpp"):
+        convert(folder, tmp_path / "a.gguf")
+    assert {path.name for path in tmp_path.iterdir()} == {"llama"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("m.ggfu", "did you mean m.gguf"), ("m.gguff", "did you mean m.gguf"), ("m.onx", "did you mean m.onnx"),
+        ("m.zip", "no .zip files are written"), ("m.tar", "no .tar files"), ("m.safetensors", "no .safetensors files"),
+        ("m.onnx", "written by modelhub.to_onnx"),
+    ],
+)  # fmt: skip
+def test_names_that_are_slips(tmp_path, name, message):
+    with pytest.raises(InputError, match=message):
+        convert("no such preset", tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["llama-3.2", "qwen2.5-0.5b", "my.model", "v1.0", "m.zip"])
+def test_names_of_folders(tmp_path, name):
+    folder = write_preset(tmp_path / "llama", CONFIGS["llama"], "smollm")
+    if name == "m.zip":
+        (tmp_path / name).mkdir()  # somebody's folder
+    assert (convert(folder, tmp_path / name) / "config.json").is_file()
+
+
+def test_generation_settings_come_back(tmp_path, caplog):
+    folder = write_preset(tmp_path / "llama", CONFIGS["llama"], "smollm")
+    asked = {
+        "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05,
+        "eos_token_id": [1, 3], "no_repeat_ngram_size": 3,
+    }  # fmt: skip
+    (folder / "generation_config.json").write_text(json.dumps(asked))
+    first = load(folder)
+    second = load(convert(folder, tmp_path / "a.gguf"))
+    third = load(convert(tmp_path / "a.gguf", tmp_path / "back"))
+    assert "a.gguf does not say" in caplog.text and "no_repeat_ngram_size=3" in caplog.text
+    assert first.stop_ids == second.stop_ids == third.stop_ids == {1, 3, 5}
+    del asked["no_repeat_ngram_size"], asked["eos_token_id"]
+    for lm in (second, third):
+        assert {key: lm.generation_config[key] for key in asked} == asked
+        assert lm.generate("In the", 12, seed=4) == second.generate("In the", 12, seed=4)
