@@ -13,6 +13,7 @@ import numpy as np
 
 from modelhub.core.tree import flatten, listed
 from modelhub.errors import CheckpointError, ModelhubError
+from modelhub.families.naming import KEEP
 from modelhub.hub.preset import Preset
 from modelhub.model.loading import Source, open_preset
 from modelhub.processing.tokenizer import Tokenizer
@@ -27,6 +28,8 @@ _TEXTS = (
 # Relative to the value, from rounding it once; a value may have been moved by 1 before that (Gemma's norms).
 _ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 _SMALLEST = {"float32": 1e-30, "float16": 2.0**-25, "bfloat16": 1e-30}
+_STORED = {"F16": "float16", "BF16": "bfloat16", "float16": "float16", "bfloat16": "bfloat16"}
+_TILE = 1 << 18  # elements
 _Q8_BLOCK, _Q8_STEP = 32, 0.57 / 127  # half a step, and the rounding of the steps themselves to float16
 
 
@@ -94,15 +97,15 @@ def _weights(source: Source, backbone: Any, dtype: str) -> Iterator[str]:
                 yield f"weights: {theirs} is one too many"
                 continue
             del left[ours]
-            found = via.to_ours(checkpoint.read(theirs, "float32"))
+            stored = _STORED.get(info.dtype, "float32") if via is KEEP else "float32"
+            found = via.to_ours(checkpoint.read(theirs, stored))
             if found.shape != shapes.get(ours):
                 yield f"weights: {ours} has the shape {found.shape}, not {shapes.get(ours)}"
                 continue
-            wanted = np.asarray(backbone.xp.get(backbone.xp.cast(get(ours), "float32")))
+            wanted = backbone.xp.get(get(ours))
             kind = dtype if len(info.shape) > 1 and "norm" not in ours else "float32" if dtype == "q8_0" else dtype
-            error = _excess(found, wanted, kind)
-            if not error <= 1.0:  # NaN must not pass
-                yield f"weights: {ours} differs by {np.abs(found - wanted).max():.3g}, more than {dtype} rounds"
+            if not _largest_excess(found, wanted, kind) <= 1.0:  # NaN must not pass
+                yield f"weights: {ours} differs by more than {dtype} rounds"
     finally:
         if checkpoint is not getattr(source, "gguf", None):
             checkpoint.close()
@@ -110,17 +113,22 @@ def _weights(source: Source, backbone: Any, dtype: str) -> Iterator[str]:
         yield f"weights: {name} is missing"
 
 
+def _largest_excess(found: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
+    """The largest difference, as a share of what rounding can make; some rows at a time, which stay in the cache."""
+    if dtype == "q8_0" and wanted.shape[-1] % _Q8_BLOCK:
+        dtype = "float16"
+    found, wanted = (x.reshape(-1, x.shape[-1]) for x in (found, wanted))
+    step = max(1, _TILE // found.shape[1])
+    parts = (slice(at, at + step) for at in range(0, len(found), step))
+    as_floats = ((found[part].astype(np.float32), wanted[part].astype(np.float32)) for part in parts)
+    return float(np.max([_excess(x, y, dtype) for x, y in as_floats]))
+
+
 def _excess(found: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
-    """The largest difference, as a share of what rounding can make."""
-    difference = np.abs(found - wanted)
-    if dtype != "q8_0":
-        allowed = np.abs(wanted)
-        allowed *= 2 * _ROUNDING[dtype]
-        allowed += _SMALLEST[dtype] + 4 * _ROUNDING["float32"]
-    elif wanted.shape[-1] % _Q8_BLOCK:  # such rows are float16
-        return _excess(found, wanted, "float16")
-    else:
+    difference, allowed = np.abs(found - wanted), np.abs(wanted)
+    if dtype == "q8_0":
         difference = difference.reshape(-1, _Q8_BLOCK).max(1)
-        allowed = np.abs(wanted).reshape(-1, _Q8_BLOCK).max(1) * _Q8_STEP + _SMALLEST["float16"] * 127
-    np.divide(difference, allowed, out=difference)
-    return float(difference.max(initial=0.0))
+        allowed = allowed.reshape(-1, _Q8_BLOCK).max(1) * _Q8_STEP + _SMALLEST["float16"] * 127
+    else:
+        allowed = allowed * (2 * _ROUNDING[dtype]) + (_SMALLEST[dtype] + 4 * _ROUNDING["float32"])
+    return float((difference / allowed).max())
