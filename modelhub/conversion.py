@@ -15,7 +15,7 @@ from modelhub.families import family_of
 from modelhub.families.naming import KEEP
 from modelhub.habits import explained
 from modelhub.hub import gguf_writer
-from modelhub.hub.gguf_settings import write_settings
+from modelhub.hub.gguf_settings import write_origin, write_settings
 from modelhub.model.checking import check_written
 from modelhub.model.loading import DTYPES, HuggingFaceSource, Source, open_source
 from modelhub.model.options import SourceOptions, takes
@@ -156,6 +156,10 @@ def _write_gguf(
     ends += sorted(lm.stop_ids.difference(ends))
     settings, lost = write_settings(lm.generation_config, metadata, ends, next(iter(lm._end_of_turn), None))
     metadata |= settings
+    origin = lm.backbone.provenance
+    metadata |= write_origin(origin.licence or origin.base_licence, origin.base_model)
+    if texts := sorted(lm.backbone.licence_files):
+        log.warning("%s go with every copy of the model: put them beside %s", " and ".join(texts), target.name)
     if lost:
         log.warning("%s does not say, since GGUF files have no place for it: %s", target.name, "; ".join(lost))
     names, param = family_of(config.model_type).names("gguf", config), lm.backbone.plain_param()

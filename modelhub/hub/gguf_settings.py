@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from modelhub.hub.provenance import is_repo_id
+
 log = logging.getLogger("modelhub")
 
 # Tokens that end an answer wherever they are in a vocabulary: llama.cpp's list, for files that do not say it.
@@ -107,6 +109,28 @@ def write_settings(
     if unknown := [repr(tokens[index]) for index in others if index not in known]:
         lost.append(f"that {', '.join(unknown)} ends an answer: llama.cpp has room for three such tokens")
     return found | _write_sampling(generation_config), lost + _lost(generation_config)
+
+
+_LICENCE, _BASE = "general.license", "general.base_model."
+_HUB = "https://huggingface.co/"
+
+
+def read_origin(metadata: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The licence's identifier, and the repository on the Hugging Face Hub that the model was made from."""
+    licence, base = metadata.get(_LICENCE), metadata.get(f"{_BASE}0.repo_url")
+    repo = base.removeprefix(_HUB).rstrip("/") if isinstance(base, str) and base.startswith(_HUB) else ""
+    known = is_repo_id(repo) and metadata.get(f"{_BASE}count") == 1
+    return licence if isinstance(licence, str) and 0 < len(licence) <= 200 else None, repo if known else None
+
+
+def write_origin(licence: str | None, base_model: str | None) -> dict[str, Any]:
+    """The metadata that `read_origin` and llama.cpp read."""
+    found: dict[str, Any] = {_LICENCE: licence} if licence else {}
+    if base_model:
+        owner, _, name = base_model.rpartition("/")
+        found |= {f"{_BASE}count": 1, f"{_BASE}0.name": name, f"{_BASE}0.organization": owner}
+        found[f"{_BASE}0.repo_url"] = f"{_HUB}{base_model}"
+    return found
 
 
 def _ends(metadata: Mapping[str, Any], tokens: list[str], types: Any) -> list[int]:

@@ -25,9 +25,10 @@ from modelhub.families.kerashub import BACKBONES, backbone_of
 from modelhub.families.naming import KEEP, NameMap
 from modelhub.hub.checkpoint import Checkpoint, open_folder
 from modelhub.hub.gguf import GGUFFile, open_gguf
-from modelhub.hub.gguf_settings import end_tokens, read_settings
+from modelhub.hub.gguf_settings import end_tokens, read_origin, read_settings
 from modelhub.hub.kerashub import H5Checkpoint, has_weights, is_kerashub, open_kerashub
 from modelhub.hub.preset import Preset
+from modelhub.hub.provenance import Provenance
 from modelhub.kinds import IMAGES
 from modelhub.model.options import LoadOptions, resolve_preset
 from modelhub.model.origin import RANDOM, origin_of
@@ -68,6 +69,11 @@ class Source(ABC):
     def generation_config(self) -> dict[str, Any]:
         return {}
 
+    @property
+    def told(self) -> Provenance | None:
+        """What the file says of where the model comes from; of a folder, modelhub.json says it."""
+        return None
+
     @abstractmethod
     def tokenizer(self) -> Tokenizer: ...
 
@@ -107,6 +113,11 @@ class GGUFSource(Source):
         generation = read_settings(self.gguf.metadata)
         check_kinds(generation, "GGUF metadata")
         return generation
+
+    @property
+    def told(self) -> Provenance | None:
+        licence, base_model = read_origin(self.gguf.metadata)
+        return Provenance(licence=licence, base_model=base_model)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self.gguf.metadata)
@@ -378,7 +389,7 @@ def load_weights(source: Source, xp: Backend, options: LoadOptions) -> Weights:
     dtype = choose_dtype(options.get("dtype"), xp, source)
     params = load_params(source, xp, dtype, seed) if read else random_params(source.model, xp, dtype, seed)
     try_layers(source, xp, params, before)
-    origin = dataclasses.replace(origin_of(source.preset) if read else RANDOM, part_of=source.part_of)
+    origin = dataclasses.replace(origin_of(source.preset, source.told) if read else RANDOM, part_of=source.part_of)
     if source.new_layers:  # as they are now they are nowhere else; a new head goes with the adapters
         origin = dataclasses.replace(origin, identity=None)
     if read and not source.new_layers and not source.new_parts:

@@ -40,13 +40,15 @@ class Origin:
 RANDOM = Origin(Provenance(from_scratch=True))  # weights that nothing was loaded into
 
 
-def origin_of(preset: Preset) -> Origin:
+def origin_of(preset: Preset, told: Provenance | None = None) -> Origin:
     """Of a folder or file, what it says itself; else the registry's card, or the address.
+
+    told: what a file says.
 
     What a stranger's README calls its base model is the parent, and never what the folder's own weights are.
     """
     try:
-        told = read_provenance(preset.path) if preset.path.is_dir() else None
+        told = read_provenance(preset.path) if preset.path.is_dir() else told
     except CheckpointError as error:  # the model may be sound all the same
         log.warning("%s", error)
         told = None

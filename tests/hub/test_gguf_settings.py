@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from modelhub.hub.gguf_settings import end_tokens, read_settings, write_settings
+from modelhub.hub.gguf_settings import end_tokens, read_origin, read_settings, write_origin, write_settings
 
 TOKENS = ["<pad>", "<eos>", "<bos>", "a", "<|im_end|>", "</s>", "<|done|>", "<|over|>", "<|stop|>"]
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
@@ -100,3 +100,15 @@ def test_what_has_no_key_is_named(caplog):
     assert "general.sampling.mirostat=2" in caplog.text and "penalty_last_n" not in caplog.text
     read_settings(metadata() | keys | {"general.sampling.penalty_repeat": 1.3})
     assert "general.sampling.penalty_last_n=64" in caplog.text
+
+
+def test_where_a_model_comes_from_comes_back():
+    for licence, base in (("gemma", "google/gemma-3-1b-it"), (None, "me/a"), ("mit", None), (None, None)):
+        assert read_origin(write_origin(licence, base)) == (licence, base)
+    other = {
+        "general.license": 7,
+        "general.base_model.count": 2,
+        "general.base_model.0.repo_url": "https://huggingface.co/a/b",
+    }
+    assert read_origin(other) == (None, None)  # a merge of two has no base
+    assert read_origin({"general.base_model.count": 1, "general.base_model.0.repo_url": "https://x.org/a/b"})[1] is None

@@ -21,6 +21,7 @@ from modelhub.families import family_of
 from modelhub.hub import gguf_writer
 from modelhub.hub.checkpoint import open_folder
 from modelhub.hub.gguf import open_gguf
+from modelhub.hub.provenance import Provenance
 from modelhub.model import checking, saving
 from modelhub.model import options as loading
 from modelhub.processing.tokenizer import Tokenizer as OurTokenizer
@@ -528,3 +529,17 @@ def test_generation_settings_come_back(tmp_path, caplog):
     for lm in (second, third):
         assert {key: lm.generation_config[key] for key in asked} == asked
         assert lm.generate("In the", 12, seed=4) == second.generate("In the", 12, seed=4)
+
+
+def test_licence_and_base_go_with_the_file(tmp_path, caplog):
+    folder = write_preset(tmp_path / "llama", CONFIGS["llama"], "smollm")
+    lm = load(folder)
+    lm.backbone.weights.describe(provenance=Provenance(base_model="me/base", licence="apache-2.0"))
+    lm.save_to_preset(tmp_path / "told")
+    (tmp_path / "told" / "LICENSE").write_text("terms")
+    second = load(convert(tmp_path / "told", tmp_path / "a.gguf"))
+    assert second.provenance.licence == "apache-2.0"
+    assert "LICENSE go with every copy" in caplog.text
+    with open_gguf(tmp_path / "a.gguf") as file:
+        assert file.metadata["general.base_model.0.repo_url"] == "https://huggingface.co/me/base"
+        assert file.metadata["general.license"] == "apache-2.0"
