@@ -51,8 +51,13 @@ def _cell(text: str) -> str:
 
 
 def presets() -> Iterator[str]:
-    yield "| name | family | parameters | what it is | first source |\n|---|---|---|---|---|"
+    yield "| name | parameters | what it is |\n|---|--:|---|"
     for card in list_presets():
-        described = f"{_cell(card.description)}{' Licence to be accepted first.' if card.accept_licence else ''}"
-        size = f"{card.parameters / 1e6:,.4g} million"
-        yield f"| `{card.name}` | {card.family} | {size} | {described} | `{_cell(card.addresses[0])}` |"
+        described = (
+            f"{_cell(card.description)}{' Its licence has to be accepted first.' if card.accept_licence else ''}"
+        )
+        yield f"| `{card.name}` | {_size(card.parameters)} | {described} |"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.3g} million"

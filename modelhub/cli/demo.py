@@ -113,7 +113,7 @@ def _load(preset: str, backend: str, device: str | None, offline: bool) -> Causa
 
 def _answers(lm: CausalLM) -> list[str]:
     chats = [lm.chat_template.render([{"role": "user", "content": q}], add_generation_prompt=True) for q in QUESTIONS]
-    return lm.generate(chats, 32, repetition_penalty=1.1)
+    return lm.generate(chats, 40, repetition_penalty=1.1)
 
 
 def _show(lesson: Lesson) -> None:
