@@ -244,7 +244,7 @@ def demo(
     device: options.Device = None,
     offline: options.Offline = False,
 ) -> None:
-    """Let a real language model answer, fine-tune it on bundled rows, and let it answer again: about two minutes."""
+    """Let a real language model answer, fine-tune it on bundled rows, and let it answer again: about three minutes."""
     from modelhub.cli import demo as demonstration
 
     demonstration.demo(demonstration.TINY if tiny else preset, output, backend, device, offline)

@@ -42,6 +42,16 @@ def test_the_real_model_learns_the_style_within_6000_tokens(tmp_path):
     assert lesson.history.history["val_loss"][-1] < lesson.history.history["val_loss"][0]
 
 
+@pytest.mark.slow
+def test_what_is_chosen_is_what_it_learns_with(monkeypatch, tmp_path, capsys):
+    rates(monkeypatch, {("torch", "float32"): 80, ("torch", "bfloat16"): 500})  # as with matrix units
+    lesson = demo(TINY, tmp_path / "demo", "torch", "cpu", False)
+    assert "torch in bfloat16" in " ".join(capsys.readouterr().err.split())
+    run = json.loads((tmp_path / "demo" / "adapter" / "modelhub.json").read_text())["runs"][-1]
+    assert run["settings"]["mixed_precision"] == "mixed_bfloat16"
+    assert marked(lesson.before) <= 1 and marked(lesson.after) >= 8
+
+
 def test_the_rows_have_one_style_and_none_of_the_questions():
     assert len(ROWS) == len({row["prompt"] for row in ROWS}) == len({row["completion"] for row in ROWS}) > 8 * HELD_OUT
     for row in ROWS:
