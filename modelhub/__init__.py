@@ -14,6 +14,7 @@ _PUBLIC = {
     "CausalLM": "modelhub.tasks.causal_lm",
     "ImageClassifier": "modelhub.tasks.image_classifier",
     "Tokenizer": "modelhub.tasks.tokenizer",
+    "convert": "modelhub.conversion",
     "list_presets": "modelhub.hub.registry",
     "register": "modelhub.core.custom",
     "set_backend": "modelhub.core.backends",
@@ -25,8 +26,8 @@ _PUBLIC = {
     "to_torch": "modelhub.interop",
 }
 _MODULES = {
-    "losses": "modelhub.core.losses", "metrics": "modelhub.core.metrics", "nn": "modelhub.core.nn",
-    "optim": "modelhub.core.optim", "training": "modelhub.training",
+    "errors": "modelhub.errors", "losses": "modelhub.core.losses", "metrics": "modelhub.core.metrics",
+    "nn": "modelhub.core.nn", "optim": "modelhub.core.optim", "training": "modelhub.training",
 }  # fmt: skip
 __all__ = [
     "Augment",
@@ -35,6 +36,8 @@ __all__ = [
     "ImageClassifier",
     "Tokenizer",
     "__version__",
+    "convert",
+    "errors",
     "list_presets",
     "losses",
     "metrics",
@@ -52,7 +55,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from modelhub import training
+    from modelhub import errors, training
+    from modelhub.conversion import convert
     from modelhub.core import losses, metrics, nn, optim
     from modelhub.core.backends import set_backend
     from modelhub.core.custom import register

@@ -13,7 +13,7 @@ from modelhub.core.backends import get_backend
 from modelhub.errors import ConfigError, InputError
 from modelhub.families import family_of
 from modelhub.families.naming import KEEP
-from modelhub.habits import explained
+from modelhub.habits import dtype_name, explained
 from modelhub.hub import gguf_writer
 from modelhub.hub.gguf_settings import write_origin, write_settings
 from modelhub.model.checking import check_written
@@ -69,6 +69,7 @@ def convert_files(
     target = Path(target).expanduser().absolute()
     check_name(target)
     to_gguf = target.suffix.lower() == ".gguf"
+    dtype = dtype_name(dtype)
     if dtype is not None and dtype not in (allowed := gguf_writer.DTYPES if to_gguf else DTYPES):
         kind = "a GGUF file" if to_gguf else "a folder"
         raise InputError(f"dtype must be one of {', '.join(allowed)} for {kind}, got {dtype!r}")

@@ -83,6 +83,10 @@ class DownloadError(ModelhubError, OSError):
     """A transfer that failed, or that arrived with the wrong bytes."""
 
 
+class OutOfMemory(ModelhubError, MemoryError):
+    """Weights that do not fit into the memory that there is."""
+
+
 class ResumeError(ModelhubError, ValueError):
     """Checkpoints of a run that cannot be gone on with: it had other settings, or another process is writing them."""
 

@@ -148,6 +148,12 @@ REMARKS = {
     "device_map": "The whole model is on one device.",
 }  # fmt: skip
 
+# {another name of a dtype, in small letters: ours}
+DTYPES = {
+    "bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16", "fp32": "float32", "f32": "float32",
+    "full": "float32", "single": "float32", "float": "float32",
+}  # fmt: skip
+
 # {their method or attribute: ours}
 ATTRIBUTES = {
     "from_pretrained": "from_preset(name)",
@@ -272,6 +278,18 @@ class Habits:
             if ours and (first in ("modelhub", "nothing") or first in vars(self) or hasattr(kind, first)):
                 text = f"{kind.__name__} has no {name}: use {ours}"
             raise AttributeError(text, name=name, obj=self)
+
+
+def dtype_name(dtype: Any) -> str | None:
+    """ "bfloat16" of "bf16", torch.bfloat16, jax.numpy.bfloat16, tf.bfloat16, numpy's types; None of None.
+
+    What is no dtype comes back as a text that is none, for the caller to refuse.
+    """
+    if dtype is None:
+        return None
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", str(dtype))
+    name = str(name).lower().rpartition(".")[2]
+    return DTYPES.get(name, name)
 
 
 def instead_of(callback: Any) -> str:

@@ -2,13 +2,16 @@
 
 import inspect
 import pickle
+import subprocess
+import sys
 
 import pytest
 
 import modelhub
 from modelhub import CausalLM, ImageClassifier, optim
-from modelhub.errors import InputError
-from modelhub.habits import ADVICE, ATTRIBUTES, CALLBACKS, KEYWORDS, explained
+from modelhub.core.backends import backend_name, get_backend
+from modelhub.errors import InputError, UnknownBackend
+from modelhub.habits import ADVICE, ATTRIBUTES, CALLBACKS, KEYWORDS, dtype_name, explained
 from modelhub.training import EarlyStopping
 
 
@@ -248,3 +251,56 @@ def test_reprs(clf):
     )
     lm.merge_lora()
     assert repr(lm.backbone).endswith("adapter='mine' (merged))")
+
+
+def test_backends_by_the_names_that_people_use(monkeypatch):
+    for written, name in [
+        ("PyTorch", "torch"),
+        ("Torch", "torch"),
+        ("tf", "tensorflow"),
+        ("JAX", "jax"),
+        ("np", "numpy"),
+    ]:
+        assert backend_name(written) == name
+    assert get_backend("NumPy") is get_backend("numpy")
+    monkeypatch.setenv("MODELHUB_BACKEND", "Numpy")
+    assert get_backend().name == "numpy"
+    assert CausalLM.from_preset("gemma3_tiny", backend="np", load_weights=False).backend == "numpy"
+    for wrong in ("mxnet", "", 3):
+        with pytest.raises(UnknownBackend, match="unknown backend"):
+            backend_name(wrong)
+
+
+@pytest.mark.parametrize(
+    ("module", "attribute"),
+    [("numpy", "float32"), ("torch", "bfloat16"), ("jax.numpy", "bfloat16"), ("tensorflow", "float16"),
+     ("ml_dtypes", "bfloat16")],
+)  # fmt: skip
+def test_dtypes_of_the_frameworks(module, attribute):
+    theirs = getattr(pytest.importorskip(module), attribute)
+    assert dtype_name(theirs) == attribute
+    lm = CausalLM.from_preset("gemma3_tiny", backend="numpy", dtype=theirs, load_weights=False)
+    assert lm.dtype == attribute and {lm.backbone.xp.dtype(x) for x in lm.params.values()} == {attribute}
+
+
+def test_dtypes_in_short(clf, tmp_path):
+    import numpy as np
+
+    for written, name in [("bf16", "bfloat16"), ("fp16", "float16"), ("half", "float16"), ("FP32", "float32")]:
+        assert dtype_name(written) == name
+    assert dtype_name("torch.bfloat16") == "bfloat16" and dtype_name(np.dtype("float32")) == "float32"
+    assert dtype_name(None) is None
+    lm = CausalLM.from_preset("gemma3_tiny", backend="numpy", dtype="bf16", load_weights=False)
+    assert lm.dtype == "bfloat16"
+    lm.save_to_preset(tmp_path / "half", dtype="fp16")
+    assert CausalLM.from_preset(tmp_path / "half", backend="numpy").config.extra.get("dtype") == "float16"
+    for wrong in ("int8", int, 3, "float64"):
+        with pytest.raises(InputError, match="dtype must be one of float32, bfloat16, float16"):
+            CausalLM.from_preset("gemma3_tiny", backend="numpy", dtype=wrong)
+
+
+def test_what_a_bare_import_has():
+    script = "import modelhub; print(modelhub.errors.InputError.__name__, modelhub.convert.__name__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["InputError", "convert"]
+    assert {"convert", "errors"} <= set(modelhub.__all__)

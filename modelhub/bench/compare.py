@@ -19,9 +19,9 @@ from typing import Any, Unpack
 
 from modelhub.bench.processes import Model, Row, Workload, measure
 from modelhub.core import custom
-from modelhub.core.backends import FASTEST, NAMES, get_backend, installed
+from modelhub.core.backends import FASTEST, NAMES, backend_name, get_backend, installed
 from modelhub.core.backends.base import Backend
-from modelhub.errors import ConfigError, DeviceError, InputError, UnknownBackend
+from modelhub.errors import ConfigError, DeviceError, InputError
 from modelhub.hub.sources import cache_root
 from modelhub.kinds import kind_named, kind_reading
 from modelhub.model.loading import check_dtype, open_source
@@ -81,13 +81,11 @@ def bench(
     Backends that fail say why in their row. When all that are installed were measured with the usual batch, the verdict
     is kept for `fastest`. Raises InputError, UnknownBackend, DeviceError, and what opening the preset raises.
     """
-    names = list(dict.fromkeys(installed() if backends is None else backends))
-    if unknown := [name for name in names if name not in NAMES]:
-        raise UnknownBackend(f"unknown backend {unknown[0]!r}; those that can be measured: {', '.join(NAMES)}")
+    names = list(dict.fromkeys(installed() if backends is None else map(backend_name, backends)))
     if not names or steps < 1 or (batch_size is not None and batch_size < 1):
         raise InputError(f"backends={names}, steps={steps}, batch_size={batch_size}: give one or more of each")
     device, dtype = options.get("device"), options.get("dtype")
-    _check(device, dtype)
+    dtype = _checked(device, dtype)
     model = _look(preset, options)
     task = kind_reading(model.reads).name
     lengths = model.lengths(prompt_tokens, max_new_tokens, (128, 64))
@@ -113,7 +111,7 @@ def fastest(preset: str | os.PathLike[str], *, task: str, **options: Unpack[Load
     names, device, dtype = installed(), options.get("device"), options.get("dtype")
     if len(names) == 1:
         return names[0]
-    _check(device, dtype)
+    dtype = _checked(device, dtype)
     model = _look(preset, options)
     if model.reads not in kind_named(task).reads:
         return names[0]  # loading will tell what is wrong
@@ -170,11 +168,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _check(device: str | None, dtype: str | None) -> None:
-    """What no backend can do, before each is started to say so."""
-    check_dtype(dtype)
+def _checked(device: str | None, dtype: str | None) -> str | None:
+    """The dtype's name. Raises for what no backend can do, before each is started to say so."""
+    name = check_dtype(dtype)
     if device is not None and not re.fullmatch(r"cpu|(gpu|cuda|tpu|mps)(:\d+)?", device):
         raise DeviceError(f"device must be cpu, gpu, tpu, mps, or one of several, such as gpu:1; got {device!r}")
+    return name
 
 
 def _look(preset: str | os.PathLike[str], options: LoadOptions) -> Model:

@@ -46,6 +46,9 @@ def remove(names: Names, yes: Annotated[bool, option("do not ask", None, "--yes"
     print(f"{in_bytes(cache.remove(*names))} freed")
 
 
+app.command("rm", hidden=True)(remove)
+
+
 @app.command()
 def verify(names: Annotated[list[str] | None, typer.Argument(help="as for remove; none: all")] = None) -> None:
     """Read all files again and compare their checksums; the exit status is 1 where one is damaged."""

@@ -14,6 +14,7 @@ from rich.table import Table
 import modelhub
 from modelhub.cli import bench, cache, classify, conformance, convert, options, presets, publish
 from modelhub.cli.options import DATA, option
+from modelhub.errors import InputError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,7 +59,9 @@ app.add_typer(cache.app, name="cache")
 @app.command()
 def generate(
     preset: options.Preset,
-    prompt: Annotated[str, typer.Argument(help="the text to continue; - reads standard input")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="the text to continue; without one, or for -, standard input is read")
+    ] = None,
     adapter: options.Adapter = None,
     max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = None,
@@ -75,7 +78,9 @@ def generate(
     as_json: options.Json = False,
 ) -> None:
     """Continue a prompt, streaming."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    # Mistakes should not cost the time that loading a model takes.
+    check_generation(max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    text = _piped() if prompt in (None, "-") else prompt
     lm = _load(preset, backend, device, dtype, offline, adapter)
     pieces = lm.generate(
         text, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop, seed=seed,
@@ -111,6 +116,10 @@ def chat(
     """Hold a conversation with an instruct preset; /help lists what can be typed besides questions."""
     from modelhub.cli.chat import Chat
 
+    check_generation(
+        max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )  # fmt: skip
     lm = _load(preset, backend, device, dtype, offline, adapter)
     given = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
@@ -147,7 +156,7 @@ def finetune(
     kind: options.Kind = None,
     on_error: Annotated[str | None, option("images that cannot be read: raise (default), or skip", DATA)] = None,
     augment: Annotated[bool | None, option("images: random parts, mirrored half of the time", DATA)] = None,
-    rank: Annotated[int | None, option("of the adapter's matrices (default: 8)", LORA)] = None,
+    rank: Annotated[int | None, option("of the adapter's matrices (default: 4)", LORA)] = None,
     alpha: Annotated[float | None, option("the update is scaled by alpha / rank (default: rank)", LORA)] = None,
     dropout: Annotated[float | None, option("share of the adapter's inputs to leave out", LORA)] = None,
     targets: Annotated[
@@ -156,7 +165,9 @@ def finetune(
     use_rslora: Annotated[bool | None, option("scale by alpha / sqrt(rank)", LORA)] = None,
     use_dora: Annotated[bool | None, option("learn lengths and directions apart", LORA)] = None,
     optimizer: Annotated[str | None, option("sgd, adam, adamw (default), adafactor, lion or muon", OPTIMIZER)] = None,
-    learning_rate: Annotated[float | None, option("of the first step after warm-up (default: 5e-5)", OPTIMIZER)] = None,
+    learning_rate: Annotated[
+        float | None, option("of the first step after warm-up (default: 5e-5; LoRA: 2e-4; a head: 1e-3)", OPTIMIZER)
+    ] = None,
     schedule: Annotated[str | None, option("constant (default), linear or cosine", OPTIMIZER)] = None,
     weight_decay: Annotated[float | None, option("pull of the weights to 0", OPTIMIZER)] = None,
     label_smoothing: Annotated[float | None, option("images: share of a label that all classes get", OPTIMIZER)] = None,
@@ -258,6 +269,29 @@ def _load(
     return load(preset, {"backend": backend, "device": device, "dtype": dtype}, offline=offline, adapter=adapter)
 
 
+def check_generation(max_new_tokens: int | None, **sampling: float | None) -> None:
+    """Raise InputError for what no model can do."""
+    from modelhub.generation.sampling import Sampler
+
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+    Sampler(**sampling)  # type: ignore[arg-type]
+
+
+def _piped() -> str:
+    """What standard input holds. Raises InputError where a person sits there, and for what is no UTF-8."""
+    if sys.stdin.isatty():
+        raise InputError('give a prompt: modelhub generate PRESET "...", or send one through a pipe')
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"standard input is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}. Convert it first, for "
+            f"example with iconv -f latin1 -t utf-8"
+        ) from None
+
+
 def _given(context: typer.Context, *others: str) -> dict[str, Any]:
     """The options on the command line but for `others`: what is not there is for the recipe or the API to say."""
     absent = (None, ())  # () is a list's
@@ -268,11 +302,13 @@ def _given(context: typer.Context, *others: str) -> dict[str, Any]:
 
 
 def _print_stream(pieces: Any) -> None:
-    for piece in pieces:
-        sys.stdout.write(piece)
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:  # also after Ctrl-C: the shell's prompt begins a line
+        sys.stdout.write("\n")
         sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
 
 
 def _speed(lm: Any) -> str:

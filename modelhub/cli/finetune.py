@@ -17,17 +17,20 @@ from rich.console import Console
 
 import modelhub
 from modelhub import Augment, optim
-from modelhub.errors import BackendNotInstalled, InputError, PresetNotFound
+from modelhub.core.lora import LoRAConfig
+from modelhub.errors import BackendNotInstalled, DataError, InputError, PresetNotFound
 from modelhub.hub import adapters
-from modelhub.hub.preset import resolve
+from modelhub.hub.preset import as_address, resolve
 from modelhub.hub.registry import find_card
 from modelhub.hub.resources import resource
 from modelhub.kinds import CAUSAL_LM, IMAGES, TASKS, TEXT, TaskKind, kind_reading
 from modelhub.model import saving
 from modelhub.model.loading import open_preset
 from modelhub.training import Callback, History, checkpoints
+from modelhub.training.fit import Plan
 from modelhub.training.image_examples import Examples, read_examples
 from modelhub.training.records import read_records
+from modelhub.training.trainer import check_batch_size
 
 Settings = dict[str, dict[str, Any]]  # {table: {key: value}}; the table "" is what stands above all others
 
@@ -184,6 +187,8 @@ def _locate(settings: Settings, folder: Path) -> None:
     preset = top.get("preset", "")
     beside = folder / preset
     is_path = "/" in preset or os.sep in preset or preset.endswith(".gguf")  # as modelhub.hub.preset reads names
+    if is_path and not beside.exists() and "://" in as_address(preset):
+        return  # owner/name, on the Hub
     if "://" not in preset and not preset.startswith("~") and (is_path or os.path.isfile(beside / "config.json")):
         top["preset"] = str(beside)
 
@@ -224,6 +229,10 @@ def finetune(recipe: str | None, options: dict[str, Any], *, offline: bool, dry_
         fit.pop("validation_split", None)
     output = Path(top.get("output", "")).expanduser()
     run = Path(fit.get("checkpoint_dir") or output.parent / f"{output.name}_run").expanduser()
+    _check_values(settings)
+    for key in ("data", "validation_data"):
+        if top.get(key) and not (path := _data_path(top[key], Path())).exists():
+            raise DataError(f"{path}: no such file or folder")
     kind, config = kind_of(top["preset"], offline)
     _check_keys(settings, kind)
     # Mistakes in the data and in the output's place should not cost the time that loading a model takes.
@@ -257,7 +266,8 @@ def finetune(recipe: str | None, options: dict[str, Any], *, offline: bool, dry_
     except KeyboardInterrupt:
         found = checkpoints.latest(run)
         again = "the same command" + (" with --resume" if fit.get("resume") is False else "")
-        err.print(f"stopped: {again} goes on after step {found.step}" if found else "stopped before the first step")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            err.print(f"stopped: {again} goes on after step {found.step}" if found else "stopped before the first step")
         raise
     (task.save_adapter if as_adapter else task.save_to_preset)(output)
     write_history(history, run)
@@ -337,6 +347,21 @@ def _check_keys(settings: Settings, kind: TaskKind) -> None:
         raise InputError(f"the preset reads {what}, for which there is no {', '.join(wrong)}: leave it out")
 
 
+def _check_values(settings: Settings) -> None:
+    """What makes no sense for any model is told before one is fetched and loaded."""
+    fit, trained, adapter = (settings.get(table, {}) for table in ("fit", "compile", "lora"))
+    _made_of(Plan, fit)
+    _made_of(LoRAConfig, adapter)
+    check_batch_size(fit.get("batch_size", 1))
+    optim.get_schedule(trained.get("schedule"))
+    optim.get(trained.get("optimizer", "adamw"), trained.get("learning_rate"), trained.get("weight_decay"))
+
+
+def _made_of(kind: Any, values: dict[str, Any]) -> None:
+    names = {field.name for field in dataclasses.fields(kind)}
+    kind(**{key: value for key, value in values.items() if key in names})
+
+
 def _checked_data(data: str | None, kind: str | None, images: bool) -> Path | None:
     """Raises DataError for a missing file and for bad records."""
     if data is None:
@@ -351,6 +376,12 @@ def _checked_data(data: str | None, kind: str | None, images: bool) -> Path | No
 
 def _check_output(output: Path, run: Path, lora: bool) -> None:
     """Saving refuses these folders too, but only after the training."""
+    kept = [name for name in (adapters.CONFIG, "config.json") if (output / name).is_file()]
+    if kept and not any(run.glob("step-*")):
+        raise InputError(
+            f"the output {output} holds {'an adapter' if lora else 'a model'} already, and {run} holds no run that it "
+            f"could come from: give another output, or remove it"
+        )
     others = ["a file"] if output.is_file() else adapters.strangers(output) if lora else saving.strangers(output)
     if others:
         what = "an adapter" if lora else "a model"

@@ -18,15 +18,23 @@ _BYTES = {"float32": 4, "bfloat16": 2}  # of a weight
 
 
 def list_(
+    words: Annotated[
+        list[str] | None, typer.Argument(help="only those with these in name, family or description")
+    ] = None,
     family: Annotated[str | None, option("only this family")] = None,
     task: Annotated[str | None, option("only this task")] = None,
     max_params: Annotated[float | None, option("at most this many parameters, e.g. 3e9")] = None,
+    cached: Annotated[bool, option("only those that load without a network", None, "--cached")] = False,
     as_json: options.Json = False,
 ) -> None:
     """List the presets that can be loaded by name."""
     from modelhub.hub.registry import list_presets
 
     cards = list_presets(family=family, task=task, max_params=max_params)
+    wanted = [word.lower() for word in words or ()]
+    cards = [card for card in cards if all(word in _described(card) for word in wanted)]
+    if cached:
+        cards = [card for card in cards if _cached(card)]
     cards.sort(key=lambda card: (card.family, card.parameters, card.name))
     if as_json:
         print(json.dumps([_of_card(card) for card in cards], indent=2))
@@ -98,14 +106,14 @@ def register(
 def _about(name: str) -> dict[str, Any]:
     """What `info` shows: of a name, a folder, a .gguf file or an address."""
     from modelhub.errors import DownloadError
-    from modelhub.hub.preset import resolve
+    from modelhub.hub.preset import as_address, resolve
     from modelhub.hub.registry import find_card
 
     try:
         preset = resolve(name, offline=True)
         card, path = preset.card, preset.path
     except DownloadError:  # it is not in the cache
-        card, path = None if "://" in name else find_card(name), None
+        card, path = None if "://" in as_address(name) else find_card(name), None
     about: dict[str, Any] = {"name": name} if card is None else _of_card(card)
     about |= {"path": path and str(path), "bytes_on_disk": path and size_of(path)}
     if card is not None:
@@ -156,6 +164,10 @@ def _of_files(preset: Any) -> dict[str, Any]:
     finally:
         source.close()
     return about | {"context": source.config.max_position_embeddings, "memory_for_1000_tokens": _memory(cache)}
+
+
+def _described(card: Any) -> str:
+    return f"{card.name} {card.family} {card.description}".lower()
 
 
 def _cached(card: Any) -> bool:

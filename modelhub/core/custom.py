@@ -78,7 +78,7 @@ def register(kind: str, name: str, backend: str | None = None) -> Callable[[T], 
     if not isinstance(name, str) or not name:
         raise ConfigError(f"the name of a {kind} must be a text, got {name!r}")
     if backend is not None:
-        backend_class(backend)
+        backend = backend_class(backend).name
 
     def keep(value: T) -> T:
         if problem := _problem(kind, value):

@@ -3,12 +3,16 @@
 import os
 import re
 import shutil
+import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelhub.errors import ConfigError, InputError
+from filelock import FileLock, Timeout
+
+from modelhub.errors import ConfigError, DownloadError, InputError
 from modelhub.hub.registry import list_presets
 from modelhub.hub.sources import Options, cache_root
 from modelhub.hub.sources.base import client_cache
@@ -107,6 +111,46 @@ def verify(entry: Entry) -> list[str] | None:
         return None
     with ThreadPoolExecutor(_THREADS) as pool:
         return [name for (name, _, _), damaged in zip(known, pool.map(is_damaged, known), strict=True) if damaged]
+
+
+@contextmanager
+def staging() -> Iterator[Path]:
+    """An empty folder for what is on its way to a hub: in the cache, or among temporary files where that is read-only.
+
+    Those of processes that were killed are removed. Raises DownloadError where there is no place at all.
+    """
+    root = cache_root() / PUBLISHING
+    with ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            _sweep(root)
+            work = root / f"tmp{uuid.uuid4().hex}"
+            stack.enter_context(FileLock(_lock_of(work)))  # first the lock: a folder without one is left over
+            stack.callback(_lock_of(work).unlink, missing_ok=True)
+            work.mkdir()
+        except OSError:
+            stack.close()
+            try:
+                work = Path(tempfile.mkdtemp(prefix="modelhub-"))
+            except OSError as error:
+                raise DownloadError(
+                    f"there is no place to write the model before it is sent ({error}): make room, or choose another "
+                    f"folder with $MODELHUB_CACHE or $TMPDIR"
+                ) from error
+        stack.callback(shutil.rmtree, work, ignore_errors=True)
+        yield work
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _sweep(root: Path) -> None:
+    for folder in _folders(root):
+        lock = FileLock(_lock_of(folder), timeout=0)
+        with suppress(Timeout), lock:
+            shutil.rmtree(folder, ignore_errors=True)
+            _lock_of(folder).unlink(missing_ok=True)
 
 
 def _places(cache_dir: str | os.PathLike[str] | None) -> Iterator[tuple[str, Path]]:

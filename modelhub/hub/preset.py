@@ -2,7 +2,8 @@
 
 A name is read in this order:
 1. With a scheme (hf://, file:///): that address.
-2. With a path separator, a leading ~ or the ending .gguf: a path, never a preset's name.
+2. With a path separator, a leading ~ or the ending .gguf: a path, never a preset's name. owner/name where there is no
+   such path, nor one with a name like it, is a repository on the Hugging Face Hub, as for transformers.
 3. An existing folder in the working directory that holds a config.json: that folder. Who saved a preset there under a
    registry's name means the one saved, as with transformers.
 4. A name of the registry.
@@ -11,7 +12,8 @@ A name is read in this order:
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,7 @@ from modelhub.hub.sources import (
     Options,
     Source,
     Unreachable,
+    Unresolved,
     cache_root,
     source_of,
 )
@@ -34,6 +37,7 @@ if TYPE_CHECKING:  # addresses and paths need no registry, and reading its modul
 
 _KINDS = "a name from `modelhub list`, a folder, a .gguf file, or an address: hf://, kaggle://, https:// or file:///"
 _ADAPTER = "adapter_config.json"
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")  # on the Hub; not ../name
 
 
 @dataclass
@@ -64,7 +68,12 @@ def resolve(
 
     Raises PresetNotFound, DownloadError, and InputError where revision cannot apply.
     """
-    text = os.fspath(name)
+    text = as_address(name)
+    if text != os.fspath(name):
+        with _asked_instead(os.fspath(name)):
+            return resolve(
+                text, revision=revision, offline=offline, token=token, cache_dir=cache_dir, weights=weights
+            )  # fmt: skip
     options = Options(revision, token, cache_dir, weights)
     if "://" in text:
         source = _source_at(text, options)
@@ -104,7 +113,10 @@ def resolve_adapter(
     A model beside it is not fetched. Raises PresetNotFound where an address holds no adapter, DownloadError and
     InputError as `resolve` does.
     """
-    text = os.fspath(name)
+    text = as_address(name)
+    if text != os.fspath(name):
+        with _asked_instead(os.fspath(name)):
+            return resolve_adapter(text, revision=revision, offline=offline, token=token, cache_dir=cache_dir)
     options = Options(revision, token, cache_dir, weights=False)
     if "://" in text:
         source = _source_at(text, options)
@@ -116,6 +128,22 @@ def resolve_adapter(
     if revision is not None:
         raise InputError(f"revision={revision!r} was given, but {text} is a local path, which has no revisions")
     return Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def as_address(name: str | os.PathLike[str]) -> str:
+    """hf://owner/name of a bare owner/name that is no path here, as transformers reads it; else the text as it is."""
+    text = os.fspath(name)
+    if not _REPOSITORY.fullmatch(text) or _is_gguf(text) or os.path.exists(text) or _near_files(Path(text)):
+        return text
+    return f"hf://{text}"
+
+
+@contextmanager
+def _asked_instead(text: str) -> Iterator[None]:
+    try:
+        yield
+    except (PresetNotFound, DownloadError) as error:
+        raise type(error)(f"{error} (there is no folder {text} here: it was taken as hf://{text})") from error
 
 
 def _from_sources(name: str, card: "Card | None", sources: Sequence[Source], options: Options, offline: bool) -> Preset:
@@ -139,6 +167,12 @@ def _from_sources(name: str, card: "Card | None", sources: Sequence[Source], opt
             failures.append(error)
         else:
             return Preset(name, path, card, source.address(path))
+    if hosts := dict.fromkeys(error.host for error in failures if isinstance(error, Unresolved)):
+        others = [str(error) for error in failures if not isinstance(error, Unresolved)]
+        raise DownloadError(
+            f"no network: the address of {' and '.join(hosts)} could not be found. {name} is not in the cache"
+            f"{''.join(f'; {text}' for text in others)}. {_cache_contents(options)}"
+        ) from failures[-1]
     unreachable = any(isinstance(error, Unreachable) for error in failures)
     if len(failures) == 1 and not unreachable:
         raise failures[0]
@@ -212,7 +246,7 @@ def _nothing_there(text: str, path: Path) -> str:
     if os.path.isfile(path):
         return f"{text!r} is a file, but no .gguf file; give {_KINDS}"
     hints = [f"Did you mean {near}?" for near in _near_files(path)]
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
+    if _REPOSITORY.fullmatch(text):
         hints.append(f"For the repository on the Hugging Face Hub write hf://{text}.")
     return " ".join([f"{text!r} does not exist; give {_KINDS}.", *hints])
 

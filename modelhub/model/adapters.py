@@ -18,7 +18,7 @@ from modelhub.errors import CheckpointError, InputError
 from modelhub.families import family_of
 from modelhub.families.naming import NameMap
 from modelhub.hub.adapters import AdapterFiles, read_adapter, write_adapter
-from modelhub.hub.preset import resolve_adapter
+from modelhub.hub.preset import as_address, resolve_adapter
 from modelhub.hub.provenance import Provenance, TrainingRun, read_provenance, write_provenance
 from modelhub.kinds import TaskKind, kind_reading
 from modelhub.model.weights import PARAMS, REPLACED, Change, Layout, Weights, adapter_store
@@ -270,7 +270,7 @@ class AdapterSet(Mapping[str, Adapter]):
         Raises CheckpointError for files that are damaged, of an unknown kind, or made for another base model;
         PresetNotFound and DownloadError for addresses.
         """
-        address = os.fspath(folder)
+        address = as_address(folder)
         folder = resolve_adapter(folder, revision=revision, offline=offline, token=token)
         if name is None:  # in a cache the folder is called after a commit
             name = re.split("[@?#]", Path(address).name)[0] if "://" in address else folder.resolve().name

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -16,13 +18,14 @@ import numpy as np
 from tqdm import tqdm
 
 from modelhub.core import custom
-from modelhub.core.backends.base import Backend
+from modelhub.core.backends.base import Backend, host_memory
 from modelhub.core.tree import Module, Params, check, flatten, initial_value
-from modelhub.errors import CheckpointError, ConfigError, InputError, ModelhubError
+from modelhub.errors import CheckpointError, ConfigError, InputError, ModelhubError, OutOfMemory
 from modelhub.families import family_of
 from modelhub.families.config import check_kinds, unknown_keys
 from modelhub.families.kerashub import BACKBONES, backbone_of
 from modelhub.families.naming import KEEP, NameMap
+from modelhub.habits import dtype_name
 from modelhub.hub.checkpoint import Checkpoint, open_folder
 from modelhub.hub.gguf import GGUFFile, open_gguf
 from modelhub.hub.gguf_settings import end_tokens, read_origin, read_settings
@@ -321,18 +324,20 @@ def stored_dtype(config: Any) -> str | None:
     return stored
 
 
-def check_dtype(dtype: str | None) -> None:
-    if dtype not in (None, *DTYPES):
+def check_dtype(dtype: Any) -> str | None:
+    """Its name, of how people write it, such as "bf16" or torch.bfloat16. Raises InputError for others."""
+    name = dtype_name(dtype)
+    if name not in (None, *DTYPES):
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return name
 
 
 def choose_dtype(dtype: str | None, xp: Backend, source: Source) -> str:
     """None: float32 on CPU, the checkpoint's own elsewhere."""
-    if dtype is None:
-        stored = stored_dtype(source.config) or "bfloat16"
-        dtype = "float32" if xp.device == "cpu" or stored not in DTYPES else stored
-    check_dtype(dtype)
-    return dtype
+    if (name := check_dtype(dtype)) is not None:
+        return name
+    stored = stored_dtype(source.config) or "bfloat16"
+    return "float32" if xp.device == "cpu" or stored not in DTYPES else stored
 
 
 def with_layers(source: Source, asked: Mapping[str, str] | None, xp: Backend) -> tuple[Source, dict[str, Module]]:
@@ -432,6 +437,16 @@ def load_params(source: Source, xp: Backend, dtype: str, seed: int = 0) -> Param
             plan.items(), desc=f"loading {source.preset.name}", unit="tensor", delay=2, leave=False, disable=None
         )
         params = {ours: xp.put(read(theirs, via)) for ours, (theirs, via) in progress}
+    except (MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        size = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(dtype).itemsize
+        free = host_memory()
+        there = "more than this process can have" if free is None else f"and {free / 1e6:,.0f} MB are free"
+        raise OutOfMemory(
+            f"{source.preset.name}: its weights take {size / 1e6:,.0f} MB in {dtype}, {there}. Take a smaller model or "
+            f"dtype, close other programs, or raise the limit of the process (ulimit -v)"
+        ) from error
     finally:
         checkpoint.close()
     for name, spec in new.items():

@@ -5,8 +5,6 @@ The functions that take a task are its methods, too.
 
 import dataclasses
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,11 @@ from modelhub.core import custom
 from modelhub.core.backends.base import Array
 from modelhub.errors import BackendNotInstalled, CheckpointError
 from modelhub.hub import publish as hub
+from modelhub.hub.cache import staging
 from modelhub.hub.card import CardFacts, check_card, inherited, missing_licence, notice, render_card
 from modelhub.hub.files import licence_files
 from modelhub.hub.provenance import Provenance, write_provenance
-from modelhub.hub.sources import HubSource, cache_root
+from modelhub.hub.sources import HubSource
 from modelhub.kinds import IMAGES
 from modelhub.model.loading import DTYPES, check_dtype, stored_dtype
 from modelhub.model.origin import at_address
@@ -84,37 +83,33 @@ def publish(
     digests: dict[str, str] = {}
     weights, before = task.backbone.weights, task.backbone.weights.origin
     done: hub.Published | None = None
-    staging: Path | None = None
     try:
         _describe(task, licence, base_model, from_scratch, adapter_only)
         card = _facts(task, adapter_only, **facts)
         check_card(card)
         licence = card.provenance.licence
-        (cache_root() / "publishing").mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=cache_root() / "publishing"))
-        folder = staging / target.title
-        if adapter_only:
-            _save_adapter(task, folder, **facts)
-            _compare_adapter(task, folder)
-        else:
-            write_model(task, folder, dtype or _stored_dtype(task), MAX_SHARD_SIZE, digests, **facts)
-            _compare(task, folder)
-        remarks = tuple(filter(None, [missing_licence(card)]))
-        if dry_run:
-            plan = hub.plan(folder, address, private=private, revision=revision, licence=licence, token=token)
-            return dataclasses.replace(plan, remarks=plan.remarks + remarks)
-        done = hub.publish_folder(
-            folder, address, private=private, revision=revision, message=message, licence=licence, token=token,
-            digests=digests,
-        )  # fmt: skip
+        with staging() as work:
+            folder = work / target.title
+            if adapter_only:
+                _save_adapter(task, folder, **facts)
+                _compare_adapter(task, folder)
+            else:
+                write_model(task, folder, dtype or _stored_dtype(task), MAX_SHARD_SIZE, digests, **facts)
+                _compare(task, folder)
+            remarks = tuple(filter(None, [missing_licence(card)]))
+            if dry_run:
+                plan = hub.plan(folder, address, private=private, revision=revision, licence=licence, token=token)
+                return dataclasses.replace(plan, remarks=plan.remarks + remarks)
+            done = hub.publish_folder(
+                folder, address, private=private, revision=revision, message=message, licence=licence, token=token,
+                digests=digests,
+            )  # fmt: skip
         if not adapter_only and task.backbone.adapter is None:
             weights.describe(identity=at_address(done.address), part_of=None)
         return dataclasses.replace(done, remarks=done.remarks + remarks)
     finally:
         if done is None:
             weights.describe(provenance=before.provenance, identity=before.identity)
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _describe(task: Any, licence: str | None, base_model: str | None, from_scratch: bool, adapter: bool) -> None:
@@ -142,7 +137,7 @@ def write_model(
 ) -> None:  # fmt: skip
     """As `save_to_preset`. digests: gets the sha256 of each file of weights. check: is given the finished folder before
     it takes the place of `target`; what it raises leaves things as they were. facts: further ones for the card."""
-    check_dtype(dtype)
+    dtype = check_dtype(dtype)
     with model_folder(target) as work:
         task.write_processors(work)
         write_backbone(work, task.backbone, dtype, max_shard_size, digests)

@@ -18,7 +18,7 @@ from modelhub.errors import InputError
 from modelhub.families import vit
 from modelhub.kinds import IMAGE_CLASSIFICATION
 from modelhub.model.delegate import hands_on
-from modelhub.model.loading import Source, random_params
+from modelhub.model.loading import Source, check_dtype, random_params
 from modelhub.model.options import LoadOptions, takes
 from modelhub.processing.image import ImageProcessor
 from modelhub.processing.image_reading import as_list
@@ -140,6 +140,7 @@ class ImageClassifier(Task):
             intermediate_size=intermediate_size,
         )  # fmt: skip
         model = vit.Model.abstract(config)
+        dtype = check_dtype(dtype) or "float32"
         backbone = Backbone(model, random_params(model, xp, dtype, seed), xp, config, dtype)
         processor = None
         if num_channels in (1, 3):

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -390,10 +391,11 @@ class ProgressBar(Callback):
             self._printed, self._line = now, ""
 
     def _print(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
+        with suppress(OSError):  # a terminal that was closed is no reason to lose the run
+            if self._bar is not None:
+                self._bar.write(text, file=self._stream)
+            else:
+                print(text, file=self._stream, flush=True)
 
 
 def optional_package(name: str, wanted_by: str) -> Any:

@@ -40,6 +40,8 @@ from modelhub.hub.files import replace_folder, save_arrays
 
 _FORMAT = 1
 _STATE, _RUN, _FINISHED = "state.safetensors", "run.json", "finished"
+# SIGHUP: the terminal was closed, or the line to it broke; Windows has none.
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _LEFTOVERS = "step-*.tmp-*"
 
 
@@ -109,7 +111,8 @@ def latest(directory: str | os.PathLike[str]) -> Checkpoint | None:
         try:
             return _open(folder, step)
         except (CheckpointError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            warnings.warn(f"the checkpoint {folder} is damaged and is passed over: {error}", stacklevel=2)
+            reason = str(error).removesuffix(" Download it again.")  # it never came from anywhere
+            warnings.warn(f"the checkpoint {folder} is damaged and is passed over: {reason}", stacklevel=2)
     return None
 
 
@@ -130,8 +133,8 @@ def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         raise ResumeError(
             "the checkpoint is of a run with other settings:\n"
             + "\n".join(rows)
-            + "\nTo start a new run, give another checkpoint_dir, or resume=False, which replaces these checkpoints; "
-            "to go on with the old one, give its settings."
+            + "\nTo start a new run, give another checkpoint_dir, or resume=False (--no-resume), which replaces these "
+            "checkpoints; to go on with the old one, give its settings."
         )
 
 
@@ -190,7 +193,7 @@ def lock(directory: str | os.PathLike[str]) -> Iterator[None]:
 
 @dataclass
 class Interruption:
-    """Set by the first Ctrl-C or SIGTERM. received: which one; None: none yet."""
+    """Set by the first Ctrl-C, SIGTERM or SIGHUP. received: which one; None: none yet."""
 
     received: signal.Signals | None = None
 
@@ -201,7 +204,7 @@ class Interruption:
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Turn the first SIGINT or SIGTERM into a flag, so that a step can end and be saved; the second raises
+    """Turn the first SIGINT, SIGTERM or SIGHUP into a flag, so that a step can end and be saved; the second raises
     KeyboardInterrupt at once.
 
     Outside the main thread, where Python cannot handle signals, nothing is changed. A signal that the process ignores
@@ -213,13 +216,14 @@ def interruptible() -> Iterator[Interruption]:
         if state.requested:
             raise KeyboardInterrupt
         state.received = signal.Signals(number)
-        # Not print: the signal may have come in the middle of another one.
-        os.write(2, b"\nStopping after this step; press Ctrl-C again to stop at once.\n")
+        with suppress(OSError):  # the terminal may be gone
+            # Not print: the signal may have come in the middle of another one.
+            os.write(2, b"\nStopping after this step; press Ctrl-C again to stop at once.\n")
 
     previous = {}
     try:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     previous[number] = signal.signal(number, handle)
         yield state

@@ -202,7 +202,7 @@ class Run:
         if self.engine.state and state.keys() != self.engine.state.keys():
             raise ResumeError(
                 f"the checkpoint in {directory} holds the state of another optimizer; give another checkpoint_dir, or "
-                f"resume=False, which replaces it"
+                f"resume=False (--no-resume), which replaces it"
             )
         self.engine.trainable, self.engine.state = trainable, state
         meta = found.meta

@@ -37,7 +37,8 @@ def fit(
 ) -> History:  # fmt: skip
     """Train on data: all weights, the head alone, or the active adapter. Returns what was measured.
 
-    Without a call of `compile`: with AdamW, and a learning rate of 5e-5, or 1e-3 for a head alone.
+    Without a call of `compile`: with AdamW, and a learning rate of 5e-5, 2e-4 for an adapter, or 1e-3 for a head
+    alone.
 
     data: a folder with a folder per class; a .csv, .jsonl, .json or .parquet file of image paths and labels; arrays
         (images, labels); a list of dicts with image and label; a Hugging Face Dataset; or an iterable of ready

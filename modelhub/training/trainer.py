@@ -8,7 +8,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from modelhub.core import custom, head, optim
 from modelhub.core.lora import MARK
@@ -32,6 +32,9 @@ PRECISIONS = {
 }  # fmt: skip
 
 
+RATE, LORA_RATE = 5e-5, 2e-4  # where none is given; docs/decisions.md
+
+
 @dataclass(frozen=True)
 class Compiled:
     """What `compile` was told. objective: what the task's objective is told of it."""
@@ -42,6 +45,20 @@ class Compiled:
     described: dict[str, Any]  # for checkpoints: what a resumed run must have in common
     backend: str
     objective: dict[str, Any]
+    rate_given: bool = True
+
+    def training(self, adapter: bool) -> Self:
+        """With the learning rate for what is trained, if none was given: an adapter's matrices, small and partly zero,
+        take larger steps than weights that are trained already."""
+        rate = LORA_RATE if adapter else RATE
+        if self.rate_given or rate == self.learning_rate:
+            return self
+        optimizer: Any = self.settings.optimizer
+        if isinstance(optimizer, optim.Optimizer):
+            optimizer = dataclasses.replace(optimizer, learning_rate=rate)
+        described = self.described | {"optimizer": repr(optimizer), "learning_rate": rate}
+        settings = dataclasses.replace(self.settings, optimizer=optimizer)
+        return dataclasses.replace(self, settings=settings, learning_rate=rate, described=described)
 
     def check_backend(self, name: str) -> None:
         """Raise ConfigError for an optimizer or a loss of another framework than the backend `name`."""
@@ -85,7 +102,8 @@ class Trainer:
 
         optimizer: "sgd", "adam", "adamw", "adafactor", "lion" or "muon", an object of modelhub.optim, or a native one
             of the model's backend: an optax transformation, a torch.optim class (or a function params -> optimizer).
-        learning_rate: of the first step after warm-up; None: the optimizer object's own, else 5e-5. schedule:
+        learning_rate: of the first step after warm-up; None: the optimizer object's own, else 5e-5,
+            and 2e-4 for an adapter. schedule:
             "constant", "linear", "cosine", an object of modelhub.optim, or a function (step, total_steps) -> factor.
         clip_norm: the largest norm of all gradients together.
         loss: the user's own, in place of cross entropy, or of what else the config's problem_type asks for:
@@ -148,7 +166,8 @@ class Trainer:
             "clip_norm": clip_norm, "loss": loss and _described(loss), "mixed_precision": mixed_precision,
         }  # fmt: skip
         described |= {key: value for key, value in asked.items() if key != "metrics"}
-        self.compiled = Compiled(settings, rate, found_schedule, described, weights.xp.name, asked)
+        given = rate is None or learning_rate is not None or getattr(optimizer, "learning_rate", None) is not None
+        self.compiled = Compiled(settings, rate, found_schedule, described, weights.xp.name, asked, given)
         weights.change(Change.TOLD, {OPTIMIZER: None})
 
     def plan(
@@ -161,8 +180,8 @@ class Trainer:
         xp.value_and_grad(lambda variables: (variables, None))  # numpy says now that it cannot
         if self.compiled is None:
             self.compile(learning_rate=learning_rate)
-        compiled = self.compiled
-        assert compiled is not None
+        assert self.compiled is not None
+        compiled = self.compiled = self.compiled.training(self.task.backbone.has_adapter)
         compiled.check_backend(xp.name)
         plan = Plan(
             epochs, steps, grad_accum, compiled.learning_rate, compiled.schedule, checkpoint_dir, resume, save_steps
@@ -310,7 +329,7 @@ def _rate(optimizer: Any, learning_rate: float | None) -> float | None:
         raise ConfigError(
             f"learning_rate={learning_rate} was given beside an optimizer that has {own}: give one of them"
         )
-    return float(learning_rate if learning_rate is not None else 5e-5 if own is None else own)
+    return float(learning_rate if learning_rate is not None else RATE if own is None else own)
 
 
 def _described(function: Any) -> str:

@@ -1,6 +1,8 @@
 """The command line as a shell sees it."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -65,9 +67,83 @@ def test_doctor():
         (("generate", "PRESET", ""), "prompt 0 is empty"),
         (("generate", "PRESET", "x", "--backend", "numpy", "--device", "gpu"), "numpy sees only: cpu"),
         (("generate", "PRESET", "x", "--backend", "mxnet"), "unknown backend 'mxnet'"),
+        (("generate", "gemma_2b_en", "x", "--temperature", "-1"), "temperature must be"),  # and fetches nothing
+        (("generate", "gemma_2b_en", "x", "--top-p", "3"), "top_p must be"),
+        (("generate", "gemma_2b_en", "x", "--max-new-tokens", "0"), "max_new_tokens must be"),
+        (("chat", "gemma_2b_en", "--top-k", "-1"), "top_k must be"),
     ],
 )
 def test_errors_are_one_line_and_no_traceback(preset, arguments, says):
     done = run(*(preset if a == "PRESET" else a for a in arguments))
     assert done.returncode == 1 and done.stdout == ""
     assert says in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("module", ["modelhub", "modelhub.cli"])
+def test_as_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "modelhub 0.1.0\n")
+
+
+def test_a_prompt_through_a_pipe(preset):
+    options = ("--backend", "numpy", "--max-new-tokens", "4")
+    piped, given = (
+        run("generate", preset, *options, stdin="In the morning"),
+        run("generate", preset, "In the morning", *options),
+    )
+    assert piped.returncode == 0 and piped.stdout == given.stdout
+    done = subprocess.run([*ENTRY, "generate", preset, "-"], input=b"caf\xe9", capture_output=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == b""
+    assert b"standard input is not UTF-8: byte 3 is 0xe9" in done.stderr and b"iconv -f latin1" in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize(
+    "arguments", [("list",), ("doctor", "--json"), ("generate", "PRESET", "a", "--backend", "numpy")]
+)
+def test_a_full_standard_output_is_told_in_one_line(preset, arguments):
+    arguments = [preset if text == "PRESET" else text for text in arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*ENTRY, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1 and "cannot be written: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "the memory that this process may have is used up"),
+        (ImportError("lib.so: failed to map segment from shared object"), "the memory that this process may have"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "the memory that this process may have is used up"),
+    ],
+)
+def test_memory_that_is_used_up_is_told_in_one_line(error, says):
+    program = f"import errno; from modelhub.cli import main, commands\nerror = {error!r}\n"
+    program += "def app(): raise error\ncommands.app = app; main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("modelhub: ") and says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_weights_that_do_not_fit_are_told_with_figures(preset, monkeypatch):
+    from modelhub import CausalLM
+    from modelhub.errors import OutOfMemory
+    from modelhub.hub.checkpoint import SafetensorsCheckpoint
+
+    def full(*arguments):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(SafetensorsCheckpoint, "read", full)
+    with pytest.raises(OutOfMemory, match=r"its weights take 0 MB in float32, and [\d,]+ MB are free") as caught:
+        CausalLM.from_preset(preset, backend="numpy")
+    assert isinstance(caught.value, MemoryError)
+
+
+def test_the_limit_of_the_process_counts_as_memory():
+    program = (
+        "import resource; from modelhub.core.backends.base import host_memory; before = host_memory()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, -1)); print(before, host_memory())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert 1 << 30 < after < 3 << 30 <= before or after <= before

@@ -19,7 +19,7 @@ from modelhub.cli.finetune import TOP, kind_of, read_recipe, recipe_keys
 from modelhub.errors import InputError
 from modelhub.hub.resources import resource
 from modelhub.kinds import CAUSAL_LM, IMAGE_CLASSIFICATION
-from modelhub.training import engine
+from modelhub.training import checkpoints, engine
 
 ROWS = [{"instruction": f"What does the baker do on day {day}?", "response": "opens the shop"} for day in range(12)]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
@@ -373,7 +373,7 @@ def test_a_real_ctrl_c_ends_with_130(preset, here):
     """In a process of its own, from the signal to the exit code."""
     program = f"""
 import os, signal
-from modelhub.training import engine
+from modelhub.training import checkpoints, engine
 train = engine.Engine.train
 def signalled(self, batches, number, learning_rate):
     if number == 2:
@@ -401,3 +401,76 @@ def test_what_a_revision_reads(tmp_path, tiny_preset, monkeypatch):
     assert kind_of(address, offline=False)[0] is CAUSAL_LM
     kind, config = kind_of(address, offline=False, revision="v1")
     assert kind is IMAGE_CLASSIFICATION and config.size == (28, 28)
+
+
+# A terminal of its own, which is closed in the middle of a step, as when the line of an ssh session breaks.
+CLOSED = """
+import os, pty, signal, sys
+child, terminal = pty.fork()
+if child == 0:
+    from modelhub.training import checkpoints, engine
+    train = engine.Engine.train
+    def step(self, batches, number, learning_rate):
+        if number == 2:
+            print("second step", flush=True)
+            sys.stdin.readline()  # ends when the terminal is gone
+        return train(self, batches, number, learning_rate)
+    engine.Engine.train = step
+    from modelhub.cli import main
+    main()
+seen = b""
+while b"second step" not in seen:
+    seen += os.read(terminal, 1000)
+os.close(terminal)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_a_terminal_that_is_closed_costs_no_step(preset, here):
+    arguments = ["finetune", "--preset", str(preset), "--data", "rows.jsonl", "--backend", "torch", "--rank", "2"]
+    arguments += ["--sequence-length", "64", "--epochs", "9", "--output", "o"]
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED, *arguments], cwd=here, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["130"], done.stderr
+    assert checkpoints.latest(here / "o_run").step == 2
+
+
+def test_an_output_of_another_run_is_not_replaced(run, here):
+    assert run("finetune", "--output", "tuned", "--rank", 2, "--steps", 1)[0] == 0
+    shutil.rmtree(here / "tuned_run")
+    before = (here / "tuned" / "adapter_model.safetensors").read_bytes()
+    for more in (("--rank", 3), ()):
+        code, _, err = run("finetune", "--output", "tuned", "--steps", 1, *more)
+        assert code == 1 and "tuned holds a" in err and "give another output" in err
+    assert (here / "tuned" / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (("--rank", 0), "rank must be a whole number"),
+        (("--steps", -1), "steps must be a whole number"),
+        (("--batch-size", 0), "batch_size must be a whole number"),
+        (("--optimizer", "adamx"), "optimizer 'adamx' is unknown"),
+        (("--schedule", "cosin"), "schedule 'cosin' is unknown"),
+        (("--data", "nowhere.jsonl"), "nowhere.jsonl: no such file or folder"),
+    ],
+)
+def test_what_needs_no_model_is_told_before_one_is_fetched(run, here, monkeypatch, option, says):
+    def fetched(*arguments, **more):
+        pytest.fail("the preset was asked for")
+
+    monkeypatch.setattr("modelhub.cli.finetune.kind_of", fetched)
+    options = {"--preset": "gemma_2b_en", "--data": "rows.jsonl", "--output": "o"} | dict([option])
+    code, out, err = run("finetune", *(text for pair in options.items() for text in pair), usual=False)
+    assert (code, out) == (1, "") and says in err and "Traceback" not in err
+
+
+def test_the_learning_rate_that_is_taken_where_none_is_given(run, here):
+    """LoRA's matrices start from zeros, and take larger steps."""
+    for more, rate in ((("--rank", 2), 2e-4), ((), 5e-5), (("--rank", 2, "--learning-rate", 5e-5), 5e-5)):
+        assert run("finetune", "--output", f"o{len(more)}", "--steps", 1, *more)[0] == 0
+        steps = json.loads((here / f"o{len(more)}_run" / "history.json").read_text())["steps"]
+        assert [step["learning_rate"] for step in steps] == [rate]

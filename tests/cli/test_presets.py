@@ -133,6 +133,14 @@ def test_list_narrowed_and_as_json(run):
     assert all(card["parameters"] <= 4e8 for card in cards)
     assert cards[0]["sources"][0].keys() == {"address", "verified", "cached"}
     assert json.loads(run("list", "--json", "--max-params", "0")[1]) == []
+    found = json.loads(run("list", "gemma", "--json")[1])
+    assert found and all("gemma" in f"{c['name']} {c['family']} {c['description']}".lower() for c in found)
+    assert (
+        {"gemma3_tiny"}
+        <= {card["name"] for card in json.loads(run("list", "--cached", "--json")[1])}
+        < {card["name"] for card in json.loads(run("list", "--json")[1])}
+    )
+    assert [c["name"] for c in json.loads(run("list", "GEMMA3", "tiny", "--json")[1])] == ["gemma3_tiny"]
     status, text, remarks = run("list", "--task", "nothing")
     assert (status, text) == (0, "") and "no preset is like that" in remarks
 
@@ -184,6 +192,8 @@ def test_info_of_folders_files_and_addresses(run, tiny_preset, tmp_path):
     assert "licence" not in found
     status, text, remarks = run("info", "hf://me/mine")
     assert status == 0 and "hf://me/mine" in text and "modelhub pull hf://me/mine" in remarks
+    status, text, remarks = run("info", "me/mine")
+    assert status == 0 and "me/mine" in text and "modelhub pull me/mine" in remarks
     (tmp_path / "work" / "empty").mkdir()
     (tmp_path / "work" / "wrong.gguf").write_bytes(b"no GGUF")
     for name, says in [

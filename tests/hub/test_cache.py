@@ -3,13 +3,17 @@
 import hashlib
 import json
 import os
+import signal
+import subprocess
+import sys
+import tempfile
 
 import pytest
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from modelhub.cli.commands import app
-from modelhub.errors import InputError
+from modelhub.errors import DownloadError, InputError
 from modelhub.hub import cache
 
 CONTENT = b"GGUF and the rest"
@@ -243,3 +247,34 @@ def test_verifying(place, pattern, address, file, damage):
     assert result.exit_code == 1
     assert f"{address}: damaged: {file}" in result.output
     assert run("verify", "programs").stdout == "programs: nothing to check\n"
+
+
+def test_what_a_killed_publication_left_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELHUB_CACHE", str(tmp_path))
+    program = (
+        "import os, signal\nfrom modelhub.hub.cache import staging\n"
+        "with staging() as folder: (folder / 'model').mkdir(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+        assert len(cache.entries()) == 1  # the second took the first one's away
+    with cache.staging() as work, cache.staging() as other:
+        assert {path.name for path in (tmp_path / "publishing").iterdir() if path.is_dir()} == {work.name, other.name}
+        assert not list(work.iterdir())
+    assert list((tmp_path / "publishing").iterdir()) == []
+
+
+def test_a_read_only_cache_is_no_hindrance_to_publishing(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder can be made here")
+    monkeypatch.setenv("MODELHUB_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with cache.staging() as work:
+        assert work.parent == tmp_path and not list(work.iterdir())
+    assert not work.exists()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(DownloadError, match="no place to write the model.*MODELHUB_CACHE or .TMPDIR"), cache.staging():
+        pass
+
+
+def test_rm_is_remove(place):
+    assert CliRunner().invoke(app, ["cache", "rm", "tiny_q4", "--yes"]).exit_code == 0

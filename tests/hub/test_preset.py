@@ -179,7 +179,7 @@ def test_folders_whose_names_mean_something_in_addresses(place, name):
         ("my_modle", "Here there is my_model"),
         ("./my_modle", r"does not exist.*Did you mean my_model"),
         ("modle.gguf", r"does not exist.*Did you mean model.gguf"),
-        ("google/gemma-2b", "write hf://google/gemma-2b"),
+        ("./google/gemma-2b", "does not exist"),
         ("./weights.bin", "no .gguf file"),
         ("kaggle://keras/gemma", "kaggle://owner/model/framework/variation"),
         ("https://example.org/model", "known are .gguf"),
@@ -202,6 +202,18 @@ def test_what_leads_nowhere_gets_a_hint(place, name, words):
     (place / "weights.bin").touch()
     with pytest.raises(PresetNotFound, match=words):
         resolve(name)
+
+
+def test_owner_and_name_mean_the_hub_where_there_is_no_such_folder(place):
+    for name in ("google/gemma-2b", "google/gemma-2b@main"):
+        with pytest.raises(DownloadError, match=f"hf://{name} is not complete.*taken as hf://{name}"):
+            resolve(name, offline=True)
+        with pytest.raises(DownloadError, match=f"hf://{name}"):
+            resolve_adapter(name, revision="main") if "@" not in name else resolve_adapter(name)
+    folder(place / "google" / "gemma-2b")
+    assert resolve("google/gemma-2b").path == place / "google" / "gemma-2b"
+    with pytest.raises(PresetNotFound, match="Did you mean google/gemma-2b.*hf://google/gemma-2c"):
+        resolve("google/gemma-2c")
 
 
 def test_revisions_are_refused_at_addresses_without_any(place):

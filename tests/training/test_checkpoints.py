@@ -382,7 +382,7 @@ class TestLock:
 
 
 class TestInterruptible:
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     def test_the_first_is_a_flag_the_second_is_at_once(self, number, capfd):
         before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt), interruptible() as interruption:

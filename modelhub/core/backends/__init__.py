@@ -17,11 +17,12 @@ from modelhub.habits import explained
 
 # Preference order. Value: the class; its module has the framework's name and is imported on first use.
 NAMES = {"jax": "JaxBackend", "torch": "TorchBackend", "tensorflow": "TensorflowBackend", "numpy": "NumpyBackend"}
+_OTHER_NAMES = {"pytorch": "torch", "tf": "tensorflow", "np": "numpy", "flax": "jax"}
 FASTEST = "fastest"  # in place of a name, where there is a model to measure them with
 
 __all__ = [
-    "FASTEST", "NAMES", "Array", "Backend", "backend_class", "backend_of", "get_backend", "installed", "of",
-    "set_backend",
+    "FASTEST", "NAMES", "Array", "Backend", "backend_class", "backend_name", "backend_of", "get_backend", "installed",
+    "of", "set_backend",
 ]  # fmt: skip
 
 _default: str | None = None
@@ -31,9 +32,7 @@ _default: str | None = None
 def set_backend(name: str | None) -> None:
     """Choose the backend of models loaded from now on; None goes back to choosing automatically."""
     global _default
-    if name is not None:
-        _check_name(name)
-    _default = name
+    _default = None if name is None else backend_name(name)
 
 
 def installed() -> list[str]:
@@ -47,7 +46,7 @@ def get_backend(name: str | None = None, device: str | None = None) -> Backend:
     name None: what set_backend() chose, else $MODELHUB_BACKEND, else an installed backend that sees an accelerator,
     else the first installed of jax, torch, tensorflow, numpy. device None: the best that the backend sees.
     """
-    name = name or _default or os.environ.get("MODELHUB_BACKEND") or _automatic()
+    name = backend_name(name or _default or os.environ.get("MODELHUB_BACKEND") or _automatic())
     cls = backend_class(name)
     return _open(name, cls.pick_device(device))
 
@@ -59,7 +58,7 @@ def _open(name: str, device: str | None) -> Backend:
 
 def backend_class(name: str) -> type[Backend]:
     """Import the framework and return its Backend class."""
-    _check_name(name)
+    name = backend_name(name)
     try:
         where = f"modelhub.core.backends.{name}"
         module = sys.modules.get(where) or importlib.import_module(where)  # AutoGraph warns of the latter
@@ -74,12 +73,16 @@ def backend_class(name: str) -> type[Backend]:
     return getattr(module, NAMES[name])
 
 
-def _check_name(name: str) -> None:
-    if name not in NAMES:
+def backend_name(name: str) -> str:
+    """One of NAMES, of how people write it: "PyTorch", "tf". Raises UnknownBackend."""
+    found = name.lower() if isinstance(name, str) else name
+    found = _OTHER_NAMES.get(found, found)
+    if found not in NAMES:
         raise UnknownBackend(
             f"unknown backend {name!r}; choose one of {', '.join(NAMES)}, or None for the best installed; from_preset "
             f'also takes "{FASTEST}"'
         )
+    return found
 
 
 @functools.cache

@@ -16,6 +16,7 @@ where its framework has a faster one.
 import contextlib
 import copy
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
@@ -580,12 +581,18 @@ def _mixed(x: Array) -> Array:
 
 
 def host_memory() -> int | None:
-    """Bytes of main memory that a program can still have."""
+    """Bytes of main memory that this process can still have: what is free, within its own limit."""
     try:
         with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        with open("/proc/self/statm") as sizes:
+            taken = int(sizes.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, StopIteration):
         return None
+    import resource  # Linux has it
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return free if limit == resource.RLIM_INFINITY else min(free, max(0, limit - taken))
 
 
 def host_peak() -> int | None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 # Read by XLA when it first touches a GPU: without it JAX takes three quarters of the memory from the other frameworks.
@@ -16,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from modelhub.core import leaves
 from modelhub.core.backends.base import Array, Backend, Shape, bound, host_copy, of_arrays
 
+_ZSTANDARD = b"\x28\xb5\x2f\xfd"  # RFC 8878
 _PRODUCT = "product"  # the name of what is kept for the backward pass
 _THIN = 64  # a product over no more than this many channels is cheap
 # XLA's CPU compiler takes the barriers out early and then merges what is to be computed again with what was computed.
@@ -34,8 +37,38 @@ def _use_compilation_cache() -> None:
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     base = os.environ.get("MODELHUB_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "modelhub")
+    _remove_torn(Path(base, "jax"))
     jax.config.update("jax_compilation_cache_dir", os.path.join(base, "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _remove_torn(folder: Path) -> None:
+    """Remove programs that a full disk or a kill cut short: JAX would complain of them in each run, compile them again
+    and leave them as they are. Each file is looked at once."""
+    seen = folder / ".checked"
+    with contextlib.suppress(OSError):  # no folder yet, or one for reading only
+        last = seen.stat().st_mtime - 2 if seen.exists() else 0.0  # file systems round times
+        for path in folder.glob("*-cache"):
+            if path.stat().st_mtime > last and not _is_whole(path.read_bytes()):
+                path.unlink(missing_ok=True)
+        if folder.is_dir():
+            seen.touch()
+
+
+def _is_whole(program: bytes) -> bool:
+    """JAX keeps them compressed, with zstandard where that is installed, else with zlib."""
+    try:
+        if program.startswith(_ZSTANDARD):
+            import zstandard
+
+            zstandard.ZstdDecompressor().decompress(program)
+        else:
+            zlib.decompress(program)
+    except ImportError:
+        return True  # nobody here can tell
+    except Exception:  # each library has errors of its own
+        return False
+    return True
 
 
 class Optax:

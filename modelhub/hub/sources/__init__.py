@@ -6,7 +6,7 @@ A source answers two questions: `find`, is it in the cache (no network), and `fe
 from collections.abc import Callable
 
 from modelhub.errors import PresetNotFound
-from modelhub.hub.sources.base import Options, Source, Unreachable, cache_root
+from modelhub.hub.sources.base import Options, Source, Unreachable, Unresolved, cache_root
 from modelhub.hub.sources.embedded import EmbeddedSource
 from modelhub.hub.sources.folder import FolderSource
 from modelhub.hub.sources.https import HttpsSource
@@ -43,6 +43,7 @@ __all__ = [
     "Part",
     "Source",
     "Unreachable",
+    "Unresolved",
     "cache_root",
     "source_of",
 ]

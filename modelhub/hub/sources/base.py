@@ -3,12 +3,15 @@
 import hashlib
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from modelhub.errors import CheckpointError, DownloadError, PresetNotFound
 from modelhub.hub import licences
@@ -40,6 +43,30 @@ _PICKLE = re.compile(r"[^/]*\.(bin|pt|pth|ckpt|pkl)")
 
 class Unreachable(DownloadError):
     """The network, or the server that was asked, does not answer."""
+
+
+class Unresolved(Unreachable):
+    """There is no network: the name of a host has no address."""
+
+    def __init__(self, host: str):
+        super().__init__(f"no network: the address of {host} could not be found")
+        self.host = host
+
+
+def check_resolves(url: str) -> None:
+    """Raise Unresolved where the host of an address is not known, before a client tries for half a minute.
+
+    Behind a proxy it is the proxy that looks names up.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    proxies = getproxies()
+    if not host or ((proxies.get(parts.scheme) or proxies.get("all")) and not proxy_bypass(host)):
+        return
+    try:
+        socket.getaddrinfo(host, parts.port or 443)
+    except (OSError, UnicodeError) as error:  # the latter: no name that a host can have
+        raise Unresolved(host) from error
 
 
 @dataclass(frozen=True)

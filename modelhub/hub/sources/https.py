@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import unquote, urlsplit
 
 from modelhub.errors import CheckpointError, DownloadError, PresetNotFound
-from modelhub.hub.sources.base import Options, Unreachable, cache_root, progress, sha256_of
+from modelhub.hub.sources.base import Options, Unreachable, cache_root, check_resolves, progress, sha256_of
 from modelhub.hub.sources.entry import (
     RETRY_STATUS,
     check_room,
@@ -138,6 +138,7 @@ class HttpsSource:
     def _download(self, file: Path, work: Path) -> None:
         import httpx2
 
+        check_resolves(self.url)
         with httpx2.Client(
             timeout=httpx2.Timeout(30, connect=10), headers={"Accept-Encoding": "identity", "User-Agent": "modelhub"}
         ) as client:

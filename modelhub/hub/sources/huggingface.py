@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from modelhub.errors import DownloadError, ModelhubError, PresetNotFound
-from modelhub.hub.sources.base import Options, Unreachable, client_cache, needed, sha256_of
+from modelhub.hub.sources.base import Options, Unreachable, check_resolves, client_cache, needed, sha256_of
 from modelhub.hub.sources.entry import RETRY_STATUS, is_inside, retry_after, with_retries
 
 RECORDS = "modelhub"  # our folder inside the client's folder of a repository
@@ -101,8 +101,14 @@ class HubSource:
         wanted = self._wanted(options)
         if found and _COMMIT.fullmatch(wanted):
             return found
-        from huggingface_hub import HfApi, errors
+        from huggingface_hub import HfApi, constants, errors
 
+        try:
+            check_resolves(constants.ENDPOINT)
+        except Unreachable:
+            if found := found or self.adopt(options):
+                return found
+            raise
         api = HfApi(token=options.token)
         commit = wanted
         try:

