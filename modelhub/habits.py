@@ -66,7 +66,7 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
         "num_labels": "num_classes", "n_classes": "num_classes", "class_names": "labels", "id2label": "labels",
         "framework": "backend",
         # save, publish, convert
-        "safe_serialization": "folder", "save_directory": "folder", "path": "folder", "filepath": "folder",
+        "save_directory": "folder", "path": "folder", "filepath": "folder",
         "repo_id": "address", "uri": "address", "url": "address", "commit_message": "message", "license": "licence",
         "outfile": "target", "outtype": "dtype", "overwrite": "force", "top_n": "top", "topk_labels": "top",
         # optimizers, callbacks
@@ -125,6 +125,7 @@ ADVICE = {
     "quantize": 'weights are kept in 32 or 16 bits: dtype="bfloat16" takes half of the memory',
     "trust_remote_code": "code of a repository is never run; leave it out",
     "low_cpu_mem_usage": "weights are read one by one anyway; leave it out",
+    "safe_serialization": "nothing but safetensors is written; leave it out",
     "use_safetensors": "nothing else is read; leave it out",
     "weights": "load_weights=False starts from random weights",
     "pretrained": "load_weights=False starts from random weights",
@@ -142,7 +143,6 @@ REMARKS = {
     "validation_steps": "All of it is measured after each epoch.",
     "peft_config": "There is no LoraConfig: enable_lora takes its values directly.",
     "lora_config": "There is no LoraConfig: enable_lora takes its values directly.",
-    "safe_serialization": "Nothing but safetensors is written.",
     "weighted_metrics": "All rows count alike.",
     "local_files_only": "offline=True uses the cache alone.",
     "device_map": "The whole model is on one device.",
