@@ -154,7 +154,12 @@ def finetune(
     template: options.Template = None,
     template_option: options.TemplateOption = None,
     kind: options.Kind = None,
-    on_error: Annotated[str | None, option("images that cannot be read: raise (default), or skip", DATA)] = None,
+    on_error: Annotated[
+        str | None, option("rows or images that cannot be read: raise (default), or skip", DATA)
+    ] = None,
+    problem_type: Annotated[
+        str | None, option("images: single_label_classification, multi_label_classification or regression", DATA)
+    ] = None,
     augment: Annotated[bool | None, option("images: random parts, mirrored half of the time", DATA)] = None,
     rank: Annotated[int | None, option("of the adapter's matrices (default: 4)", LORA)] = None,
     alpha: Annotated[float | None, option("the update is scaled by alpha / rank (default: rank)", LORA)] = None,

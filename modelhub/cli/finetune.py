@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import tomllib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -18,6 +19,7 @@ from rich.console import Console
 import modelhub
 from modelhub import Augment, optim
 from modelhub.core.lora import LoRAConfig
+from modelhub.core.problems import REGRESSION
 from modelhub.errors import BackendNotInstalled, DataError, InputError, PresetNotFound
 from modelhub.hub import adapters
 from modelhub.hub.preset import as_address, resolve
@@ -36,7 +38,7 @@ Settings = dict[str, dict[str, Any]]  # {table: {key: value}}; the table "" is w
 
 TOP = {
     "preset": str, "backend": str, "device": str, "dtype": str, "data": str, "validation_data": str, "output": str,
-    "sequence_length": int,
+    "sequence_length": int, "problem_type": str,
 }  # fmt: skip
 # What a file cannot say, what stands at the top, and LoRA's seed, which is the run's.
 _NOT_IN_RECIPES = {
@@ -237,9 +239,7 @@ def finetune(recipe: str | None, options: dict[str, Any], *, offline: bool, dry_
     _check_keys(settings, kind)
     # Mistakes in the data and in the output's place should not cost the time that loading a model takes.
     images = IMAGES in kind.reads
-    data, validation_data = (
-        _checked_data(top.get(key), fit.get("kind"), images) for key in ("data", "validation_data")
-    )
+    data, validation_data = (_checked_data(top.get(key), fit, images) for key in ("data", "validation_data"))
     as_adapter = lora is not None and not images  # which has no place for a new head
     if not dry_run:
         _check_output(output, run, as_adapter)
@@ -282,7 +282,7 @@ def evaluate(preset: str, data: str, options: dict[str, Any], adapter: str | Non
     """What the task's `evaluate` finds. options: its parameters, and load's."""
     kind, _ = kind_of(preset, offline)
     _check_keys({"fit": options}, kind)
-    path = _checked_data(data, options.get("kind"), IMAGES in kind.reads)
+    path = _checked_data(data, options, IMAGES in kind.reads)
     loading = {key: options.pop(key) for key in TOP if key in options}
     return load(preset, loading, offline=offline, adapter=adapter, kind=kind).evaluate(path, **options)
 
@@ -327,21 +327,36 @@ def _load_images(top: dict[str, Any], config: Any, examples: Examples | None, se
     """With a new head, unless the preset's own knows all classes of the data."""
     placed = {key: top[key] for key in ("backend", "device", "dtype") if key in top}
     assert examples is not None  # a path holds no ready batches
-    known = set((config.id2label or {}).values())
-    head: dict[str, Any] = {}
-    if examples.classes is None:
-        count = examples.labels.shape[1] if examples.labels.ndim == 2 else int(examples.labels.max()) + 1
-        head = {} if count <= config.num_labels else {"num_classes": count}
-    elif not known.issuperset(examples.classes):
-        head = {"labels": examples.classes}
+    head = _head(examples, config, top.get("problem_type"))
     return modelhub.ImageClassifier.from_preset(top["preset"], offline=offline, seed=seed, **placed, **head)
+
+
+def _head(examples: Examples, config: Any, problem_type: str | None) -> dict[str, Any]:
+    """What from_preset is told of the head that these labels need; nothing of the preset's own, if it will do."""
+    problem, labels, names = problem_type or examples.told, examples.labels, examples.classes
+    known = set((config.id2label or {}).values())
+    if names is None and examples.written is not None and known.issuperset(examples.written):
+        names = examples.written
+    head: dict[str, Any]
+    if problem == REGRESSION:
+        count = labels.shape[1] if labels.ndim == 2 else 1
+        head = {} if (config.num_labels, config.problem_type) == (count, REGRESSION) else {"num_classes": count}
+    elif names is not None:
+        head = {} if known.issuperset(names) else {"labels": names}
+    else:
+        count = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
+        head = {} if count <= config.num_labels else {"num_classes": count}
+        if head and examples.written is not None and len(found := sorted(set(examples.written))) < count:
+            head = {"labels": found}  # names that are numbers, such as 1, 2 and 10
+    return head | ({"problem_type": problem} if problem and (head or problem_type) else {})
 
 
 def _check_keys(settings: Settings, kind: TaskKind) -> None:
     """Raise InputError for settings that belong to another task."""
     own = recipe_keys(task_class(kind))
     wrong = [key for table, entries in settings.items() for key in entries if key not in own[table] | TOP]
-    wrong += ["sequence_length"] if IMAGES in kind.reads and "sequence_length" in settings.get("", {}) else []
+    other = "sequence_length" if IMAGES in kind.reads else "problem_type"
+    wrong += [other] if other in settings.get("", {}) else []
     if wrong:
         what = " and ".join(sorted(kind.reads))
         raise InputError(f"the preset reads {what}, for which there is no {', '.join(wrong)}: leave it out")
@@ -362,7 +377,7 @@ def _made_of(kind: Any, values: dict[str, Any]) -> None:
     kind(**{key: value for key, value in values.items() if key in names})
 
 
-def _checked_data(data: str | None, kind: str | None, images: bool) -> Path | None:
+def _checked_data(data: str | None, fit: dict[str, Any], images: bool) -> Path | None:
     """Raises DataError for a missing file and for bad records."""
     if data is None:
         return None
@@ -370,7 +385,9 @@ def _checked_data(data: str | None, kind: str | None, images: bool) -> Path | No
     if images:
         read_examples(path)
     else:
-        read_records(path, kind)
+        with warnings.catch_warnings():  # of rows that are skipped: it comes when they are read to be used
+            warnings.simplefilter("ignore")
+            read_records(path, fit.get("kind"), fit.get("on_error", "raise"))
     return path
 
 

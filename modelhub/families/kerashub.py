@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from modelhub.core.decoder import GLOBAL, LOCAL
+from modelhub.core.problems import MULTI_LABEL
 from modelhub.errors import ConfigError
 from modelhub.families.config import check_kinds, check_sizes, read_rope, refuse_unknown, require
 from modelhub.families.naming import KEEP, NameMap, Rule, Via
@@ -169,8 +170,8 @@ def _read_classifier(data: Any, class_token: bool) -> dict[str, Any]:
     if name != "ViTImageClassifier" or not isinstance(head, dict):
         raise ConfigError(f"{where} is of the class {name[:80]!r}; modelhub reads ViTImageClassifier")
     refuse_unknown({key: value for key, value in head.items() if key != "dtype"}, _CLASSIFIER_KEYS | _HARMLESS, where)
-    # Of the probabilities of softmax, the logits are what it is given.
-    require(head, "activation", ("linear", "softmax"), where)
+    # Of the probabilities of softmax or sigmoid, the logits are what they are given.
+    require(head, "activation", ("linear", "softmax", "sigmoid"), where)
     if head.get("intermediate_dim") is not None:
         raise ConfigError(
             f"{where}: intermediate_dim={head['intermediate_dim']!r} is a second layer in the head, which ViTs here do "
@@ -181,7 +182,8 @@ def _read_classifier(data: Any, class_token: bool) -> dict[str, Any]:
             f"{where}: pooling={head['pooling']!r} is not supported, only {pooling!r} for a backbone with "
             f"use_class_token={class_token}: the mean here is of patches, without the class token"
         )
-    return {"num_labels": head.get("num_classes"), "classifier_dropout": head.get("dropout", 0.0)}
+    values = {"num_labels": head.get("num_classes"), "classifier_dropout": head.get("dropout", 0.0)}
+    return values | ({"problem_type": MULTI_LABEL} if head.get("activation") == "sigmoid" else {})
 
 
 def _read_decoder(data: Mapping[str, Any], known: Iterable[str], where: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -114,6 +114,8 @@ def read(source: Any, channels: int, name: str) -> Image.Image:
     except InputError:
         raise
     except FileNotFoundError:
+        if "://" in name:
+            raise InputError(f"{name} is an address; images are read from files: download it first") from None
         raise InputError(f"{name}: there is no such file") from None
     except Image.DecompressionBombError as error:
         raise InputError(f"{name} has more pixels than a photo has, and is not opened: {error}") from None

@@ -79,7 +79,8 @@ def read_all(data: Any, kind: str | None = None, on_error: OnError = "raise") ->
             problems.append(str(error))
             continue
         try:
-            records.append(Record(kind, _fields(row, kind), where))
+            fields = _fields(row, kind)
+            records.append(Record("messages" if "messages" in fields else kind, fields, where))
         except DataError as error:
             problems.append(f"{where}: {error}")
     named = data if isinstance(data, str | Path) else "the data"
