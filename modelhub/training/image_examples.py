@@ -246,5 +246,7 @@ def as_array(value: Any, where: str) -> np.ndarray:
             return array
         if array.dtype.name == "bfloat16":
             return array.astype(np.float32)
+        if array.dtype.kind in "OS" and all(isinstance(x, str | bytes) for x in array.flat):  # TensorFlow's texts
+            return np.array([x.decode() if isinstance(x, bytes) else x for x in array.flat]).reshape(array.shape)
         break
     raise DataError(f"{where}: a {type(value).__name__} cannot be made an array of numbers")

@@ -138,10 +138,9 @@ def _examples(task: Any, data: Any, training: bool = False) -> tuple[Examples | 
     if training and task.config.problem_type is None:
         _decide(task, examples.told)
     problem, names = problem_of(task.config), task.names
-    if training and problem == SINGLE_LABEL and len(found := np.unique(examples.kinds)) < 2:
-        name = examples.classes[int(found[0])] if examples.classes else found[0]
-        raise DataError(f"{examples.origin} has images of one class only ({name}): nothing can be told apart")
     examples = examples.numbered(task.config.num_labels, names, problem)
+    if training and problem == SINGLE_LABEL and (only := examples.only_class()) is not None:
+        raise DataError(f"{examples.origin} has images of one class only ({only}): nothing can be told apart")
     if training and names is None and examples.classes:
         task.name_labels(examples.classes)
     return examples, data

@@ -59,6 +59,13 @@ class Labelled:
             return self.labels.argmax(1)
         return self.labels if self.labels.dtype.kind in "iu" else np.zeros(len(self.labels), np.int32)
 
+    def only_class(self) -> str | None:
+        """What all rows are, if they are of one class."""
+        found = np.unique(self.kinds)
+        if len(found) > 1 or (self.labels.ndim == 2 and (self.labels.max(1) < 1).any()):
+            return None
+        return self.classes[int(found[0])] if self.classes else str(found[0])
+
     @property
     def told(self) -> str | None:
         """The problem type that the labels themselves tell: rows of 0 and 1 that are no shares; else None."""
@@ -190,9 +197,22 @@ class Labelled:
             value, largest, distinct = whole[wrong[0]], int(whole.max()), len(np.unique(whole))
             raise DataError(
                 f"{self.place(int(wrong[0]))}: label {value} is out of range, the model has {num_classes} classes, 0 "
-                f"to {num_classes - 1}{no_label(value)}" + _advice(value, largest, distinct)
+                f"to {num_classes - 1}{no_label(value)}" + self._advice(value, largest, distinct)
             )
         return replace(self, labels=whole.astype(np.int32))
+
+    def _advice(self, value: int, largest: int, distinct: int) -> str:
+        if value < 0:
+            return "" if value == -1 else ": correct the labels"
+        if distinct > largest / 2:
+            return f"; load it with num_classes={largest + 1}, or correct the labels"
+        # More likely names, or numbers of something else.
+        names = sorted(set(self.written or ()))
+        written = "" if self.written else ", and the labels as texts"
+        return (
+            f". The data have {distinct} different labels, up to {largest}: if they are names, load the model with "
+            f"labels={names if 0 < len(names) <= 5 else '[...]'}{written}"
+        )
 
     def _several(self, num_classes: int) -> Self:
         """float32 (N, C), 1 where a row has the label."""
@@ -238,17 +258,6 @@ class Labelled:
         if wrong.size:
             raise DataError(f"{self.place(int(wrong[0]))}: label {labels[wrong[0]].tolist()} is no finite number")
         return labels
-
-
-def _advice(value: int, largest: int, distinct: int) -> str:
-    if value < 0:
-        return "" if value == -1 else ": correct the labels"
-    if distinct <= largest / 2:  # more likely names, or numbers of something else
-        return (
-            f"; the data have {distinct} different labels, up to {largest}: if they are names, write them as texts and "
-            f"load the model with labels=[...]"
-        )
-    return f"; load it with num_classes={largest + 1}, or correct the labels"
 
 
 def _number(text: str) -> float | None:

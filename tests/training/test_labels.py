@@ -125,11 +125,13 @@ def test_out_of_range_is_an_error_before_anything_is_looked_up(photos, name):
     table.to_parquet(photos / "seven.parquet")
     dataset = datasets.Dataset.from_dict({"image": [path] * 2, "label": [1, -1]}, features=features)
     wrong = {
-        "row 2: label 7 is out of range, the model has 3 classes, 0 to 2; load it with num_classes=8": (images, [0, 7]),
+        "row 2: label 3 is out of range, the model has 3 classes, 0 to 2; load it with num_classes=4": (images, [2, 3]),
+        r"0 to 2. The data have 2 different labels, up to 7.*labels=\[...\], and the labels as texts": (images, [0, 7]),
         "row 2: label -1 is out of range.*0 to 2; -1 means no label in many data sets": (images, [0, -1]),
         r"the data, row 1 .counted from 0.: label -1": [{"image": path, "label": x} for x in (0, -1)],
         r"the data, row 2: label 7": table,
-        "seven.csv, row 2: label 7": photos / "seven.csv",
+        r"seven.csv, row 2: label 7.*: if they are names, load the model with labels=\['0', '7'\]": photos
+        / "seven.csv",
         "seven.parquet, row 2: label 7": photos / "seven.parquet",
         r"dataset, row 1 .counted from 0.: label -1 is none of its 3 classes.*leave those rows out": dataset,
         "batch 1 of epoch 1: label 3 is out of range: the model has 3 classes": [(floats, np.array([0, 3]))],
