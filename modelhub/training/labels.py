@@ -105,8 +105,9 @@ class Labelled:
         labels, classes = (known._placed(names), list(names or ())) if known._unplaced(num_classes, names) else (
             known.labels, known.classes,
         )  # fmt: skip
-        known = replace(known, labels=labels, classes=classes, written=None)
-        return known._several(num_classes) if problem == MULTI_LABEL else known._single(num_classes)
+        known = replace(known, labels=labels, classes=classes)
+        found = known._several(num_classes) if problem == MULTI_LABEL else known._single(num_classes)
+        return replace(found, written=None)
 
     def _named(self, num_classes: int, names: Sequence[str] | None) -> Self:
         """With classes, where digits are names by the rule."""
