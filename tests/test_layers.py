@@ -125,6 +125,17 @@ def test_no_branch_on_a_backends_name(path):
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_page_says_what_holds():
+    """docs/architecture.md has the table that is tested here."""
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    told = {}
+    for line in page.splitlines():
+        if line.startswith("| `modelhub/"):
+            room, _, allowed = (cell.strip() for cell in line.strip("|").split("|"))
+            told[room.strip("`").removeprefix("modelhub/").rstrip("/").removesuffix(".py")] = allowed
+    assert told == {layer: ", ".join(sorted(may)) for layer, may in ALLOWED.items() if layer != "modelhub"}
+
+
 def test_the_checks_see_what_they_forbid():
     here = PACKAGE / "hub" / "sources.py"
     code = (

@@ -35,7 +35,7 @@ def run(place, hubs):
     hf, kg = hubs
     environment = os.environ | {
         "HF_ENDPOINT": hf.url, "HF_HOME": str(place / "hf"), "HF_TOKEN": "hf_tester", "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "MODELHUB_CACHE": str(place / "cache"), "PYTHONPATH": str(TESTS),
+        "HF_HUB_DISABLE_TELEMETRY": "1", "MODELHUB_CACHE": str(place / "cache"), "PYTHONPATH": str(TESTS / "support"),
         "KAGGLE_API_TOKEN": "KGAT_tester", "KAGGLEHUB_CACHE": str(place / "kaggle"),
     }  # fmt: skip
 

@@ -132,8 +132,9 @@ def _tiny() -> Any:
 
 def _load_adapter(folder: Path) -> None:
     _tiny().load_adapter(folder, name=f"damaged-{len(_tiny().adapters)}")
-    _tiny().adapters.clear()
-    _tiny().active_adapter = None
+    _tiny().set_adapter(None)
+    for name in list(_tiny().adapters):
+        del _tiny().adapters[name]
 
 
 TARGETS["adapter"] = Target(

@@ -28,7 +28,7 @@ os.environ |= {
     "OPENBLAS_NUM_THREADS": "1",
 }
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "support")]
 
 from fuzz import presets, texts, weights  # noqa: E402, F401 (they fill TARGETS)
 from fuzz.target import TARGETS  # noqa: E402

@@ -69,7 +69,7 @@ def process(kaggle, options, before=""):
     """A process that fetches the model."""
     script = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
 from stand_ins.kaggle import redirect
 from modelhub.hub.sources import Options, source_of
 redirect({kaggle.url!r})

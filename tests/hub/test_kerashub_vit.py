@@ -28,7 +28,7 @@ def presets(tmp_path_factory) -> Path:
     if importlib.util.find_spec("keras_hub") is None:
         pytest.skip("keras-hub, which makes the presets, is not installed: pip install keras-hub")
     folder = tmp_path_factory.mktemp("kerashub_vit")
-    script = Path(__file__).parents[1] / "stand_ins" / "make_kerashub.py"
+    script = Path(__file__).parents[1] / "support" / "stand_ins" / "make_kerashub.py"
     env = os.environ | {"KERAS_BACKEND": "numpy", "KERAS_HOME": str(folder / "home")}
     made = subprocess.run([sys.executable, str(script), str(folder), "images"], env=env, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-3000:]
