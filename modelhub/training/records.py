@@ -361,8 +361,7 @@ def _fields(row: Any, kind: str) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise DataError(f"a row of the kind {kind} must be a dict, found {type(row).__name__}: {row!r:.80}")
     if kind == "messages":
-        tools = _tools(present(row.get("tools")))
-        return {"messages": _messages(row)} | ({"tools": tools} if tools else {})
+        return {"messages": _messages(row)} | _tools(row)
     also = ALSO.get(kind, {})
     given = {key: row.get(key) for key in KINDS[kind]}
     given |= {key: row.get(also[key]) for key in also if is_missing(given[key])}
@@ -384,7 +383,7 @@ def _conversational(given: Mapping[str, Any], row: Mapping[str, Any]) -> dict[st
         found = ", ".join(f"{key} is {value!r:.80}" for key, value in given.items())
         raise DataError(f"prompt and completion must both be texts, or both lists of messages; {found}")
     messages = _messages({**row, "messages": [*given["prompt"], *given["completion"]]})
-    return {"messages": messages, "prompt_messages": len(given["prompt"])}
+    return {"messages": messages, "prompt_messages": len(given["prompt"])} | _tools(row)
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -434,8 +433,9 @@ def _text(value: Any, what: str) -> Any:
     return value
 
 
-def _tools(tools: Any) -> list[Any]:
-    """The JSON schemas of what may be called in a conversation: a list, or its JSON, as many datasets have it."""
+def _tools(row: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """{"tools": the JSON schemas of what may be called in a conversation}, which many datasets have as text; or {}."""
+    tools = present(row.get("tools"))
     if isinstance(tools, str):
         try:
             tools = json.loads(tools or "[]")
@@ -444,7 +444,7 @@ def _tools(tools: Any) -> list[Any]:
     tools = [] if tools is None else tools
     if isinstance(tools, Mapping) or not isinstance(tools, Iterable) or not all(isinstance(t, Mapping) for t in tools):
         raise DataError(f"tools must be a list of JSON schemas, found {type(tools).__name__}: {tools!r:.80}")
-    return list(_text(tools, "tools"))
+    return {"tools": list(_text(tools, "tools"))} if tools else {}
 
 
 def _shown(row: Any) -> str:
