@@ -14,6 +14,7 @@ from modelhub.errors import TokenizerError
 from modelhub.habits import Habits
 from modelhub.processing import spm
 from modelhub.processing.guards import guarded
+from modelhub.processing.tokenizer_classes import clean_up
 from modelhub.processing.tokenizer_files import (
     TokenizerParts,
     TokenizersEngine,
@@ -41,6 +42,9 @@ class Tokenizer(Habits):
         self._engine = parts.engine
         self._prefix_ids, self._suffix_ids = parts.prefix_ids, parts.suffix_ids
         self._to_bytes, self._strips_space = _piece_decoder(parts.decoder)
+        self._cleans = parts.cleans_up
+        if self._cleans:  # what goes depends on what is before it
+            self._to_bytes = None
         self._bytes: dict[int, bytes] = {}  # of the ids decoded so far
         self.vocab_size = parts.engine.size
         self.special_ids = parts.special_ids
@@ -146,7 +150,8 @@ class Tokenizer(Habits):
             assert isinstance(self._engine, TokenizersEngine)
             known = [i for i in map(int, ids) if self._token(i)]
             with guarded("This tokenizer cannot decode these ids"):
-                return self._engine.decode(known, skip_special_tokens)
+                text = self._engine.decode(known, skip_special_tokens)
+                return clean_up(text) if self._cleans else text
         text = b"".join([self._token_bytes(i, skip_special_tokens) for i in ids]).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._strips_space else text
 

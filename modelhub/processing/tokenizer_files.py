@@ -39,6 +39,7 @@ from modelhub.processing.guards import (
     check_size,
     read_json,
 )
+from modelhub.processing.tokenizer_classes import apply_class, check_class
 
 KEPT_KEYS = ("model_max_length", "padding_side", "truncation_side")
 # read beside tokenizer.json: those of an older tokenizer would change the new one
@@ -76,6 +77,16 @@ class TokenizerParts:
     suffix_ids: list[int]
     config: Mapping[str, Any]  # as tokenizer_config.json spells it
     chat_template: str | None = None
+
+    @property
+    def cleans_up(self) -> bool:
+        """Whether decoded texts lose the spaces before punctuation; of BPE transformers does not do it either."""
+        wanted = self.config.get("clean_up_tokenization_spaces") is True
+        return (
+            wanted
+            and isinstance(self.engine, TokenizersEngine)
+            and not isinstance(self.engine.backend.model, models.BPE)
+        )
 
 
 class TokenizersEngine:
@@ -163,7 +174,9 @@ def write_folder(folder: Path, parts: TokenizerParts) -> None:
     config |= {f"{name}_token": token for name, token in named.items()}
     if before in ([], [named["bos"]]) and after in ([], [named["eos"]]):  # else only the post-processor can say it
         config |= {"add_bos_token": bool(before), "add_eos_token": bool(after)}
-    config |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {"clean_up_tokenization_spaces": parts.cleans_up, "tokenizer_class": "PreTrainedTokenizerFast"}
+    if parts.config.get("split_special_tokens") is True:
+        config["split_special_tokens"] = True
     config["chat_template"] = parts.chat_template
     config = {key: value for key, value in config.items() if value is not None}
     files = {
@@ -187,6 +200,7 @@ def write_folder(folder: Path, parts: TokenizerParts) -> None:
 
 
 def _read_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerParts:
+    check_class(config, folder)
     json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
     for file in (json_file, model_file):
         check_size(file, LARGEST_TOKENIZER)
@@ -209,6 +223,7 @@ def _read_tokenizer_json(path: Path, config: Mapping[str, Any]) -> TokenizerPart
             f"{path} ({path.stat().st_size} bytes) is not a tokenizer that the tokenizers library reads: {error}. "
             "Download it again; a file of some 130 bytes is a Git LFS pointer, not the tokenizer."
         ) from error
+    apply_class(backend, config, path.parent)
     backend.add_tokens(tokens_to_add(config, backend.get_added_tokens_decoder()))
     added = backend.get_added_tokens_decoder()
     parts = (backend.post_processor, backend.decoder, backend.normalizer, backend.pre_tokenizer)
@@ -220,7 +235,7 @@ def _read_tokenizer_json(path: Path, config: Mapping[str, Any]) -> TokenizerPart
 
 def _read_json_through_model(json_file: Path, model_file: Path, config: Mapping[str, Any]) -> TokenizerParts | None:
     """Loads tokenizer.model in place of tokenizer.json; None where the ids could differ (the rule is at the top)."""
-    if not model_file.is_file() or not json_file.stat().st_size:
+    if not model_file.is_file() or not json_file.stat().st_size or config.get("split_special_tokens") is True:
         return None
     with json_file.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         head = _head_of_gemma_kind(data)
@@ -245,6 +260,11 @@ def read_tokenizer_model(path: Path, config: Mapping[str, Any], own_prefix: bool
 
     own_prefix: a model that puts a space before the text does it itself, before a text that starts with one too.
     """
+    if wrong := [key for key in ("split_special_tokens", "clean_up_tokenization_spaces") if config.get(key) is True]:
+        raise TokenizerError(
+            f"{path.parent}: tokenizer_config.json says {' and '.join(wrong)}, which tokenizer.model alone cannot do. "
+            "Write tokenizer.json beside it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
     model = path.read_bytes()
     sp = spm.load_model(model)
     spec = spm.read_spec(model)

@@ -272,9 +272,15 @@ def _state(part: Any) -> dict[str, Any] | None:
 def _pre(normalizer: dict[str, Any] | None, cut: dict[str, Any] | None, ignore_merges: bool) -> str:
     """llama.cpp's name for this way to cut text into words."""
     for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2"):
-        same = (cut, ignore_merges) == (_state(_words(pre)), pre in LLAMA3)
-        if same and (normalizer is None or (pre in QWEN2 and normalizer["type"] == "NFC")):
+        if (cut, ignore_merges) != (_state(_words(pre)), pre in LLAMA3):
+            continue
+        if normalizer is None:
             return pre
+        if normalizer["type"] == "NFC":
+            raise _refused(
+                "it composes characters (NFC) before it cuts a text, which llama.cpp does not do: decomposed text, "
+                "such as an e and its accent apart, would get other ids"
+            )
     raise _refused(f"it cuts text into words by {cut}, after the normalizer {normalizer}")
 
 
