@@ -97,7 +97,7 @@ def choose(skeleton: Module, targets: str | Sequence[str] | None) -> list[str]:
     everything = list(linears(with_own_head(skeleton)))
     if targets == ALL_LINEAR:
         return [name for name in everything if name.partition(".")[0] not in HEADS]
-    endings = sorted({name.rpartition(".")[2] for name in everything})
+    endings = sorted({name.rpartition(".")[2] for name in everything if name not in tied})
     if targets is None:
         targets = next((pair for pair in DEFAULT_TARGETS if {*pair} <= {*endings}), DEFAULT_TARGETS[0])
     wanted = [targets] if isinstance(targets, str) else list(targets)

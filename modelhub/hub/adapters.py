@@ -250,9 +250,9 @@ def _unknown_settings(config: Mapping[str, Any]) -> list[str]:
 
 
 def _unknown_tensors(names: Iterable[str]) -> list[str]:
-    embedded = "LoRA of an embedding layer; with modules_to_save the layer is trained as a whole"
+    embedded = ", but of an embedding; as one of modules_to_save it is trained whole"
     return [
-        f"the tensor {shown(name)}: {embedded if '.lora_embedding_' in name else 'not LoRA or DoRA of a linear layer'}"
+        f"the tensor {shown(name)}: not LoRA or DoRA of a linear layer{embedded if '.lora_embedding_' in name else ''}"
         for name in names
     ]
 

@@ -292,7 +292,7 @@ class TestRefused:
 
     def test_an_adapted_embedding_is_named(self, tmp_path):
         peft_model(target_modules=["q_proj", "embed_tokens"]).save_pretrained(tmp_path)
-        with pytest.raises(CheckpointError, match="LoRA of an embedding layer; with modules_to_save"):
+        with pytest.raises(CheckpointError, match="of a linear layer, but of an embedding; as one of modules_to_save"):
             read_adapter(tmp_path)
 
     def test_a_module_is_whole_or_adapted(self, tmp_path):
