@@ -5,7 +5,6 @@ Where all of a small model's fit into memory they take turns, so that what else 
 
 import contextlib
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import Any, Self
 
+from modelhub.core import leaves
 from modelhub.core.backends.base import host_memory
 from modelhub.core.tree import flatten
 from modelhub.errors import InputError
@@ -97,7 +97,7 @@ class Model:
     def of(cls, preset: str, source: Source) -> Self:
         reads = source.model.reads
         context = 0 if reads == IMAGES else source.config.max_position_embeddings
-        sizes = [math.prod(spec.shape) for spec in flatten(source.model).values()]
+        sizes = [leaves.count(spec) for spec in flatten(source.model).values()]
         labels = getattr(source.config, "num_labels", None)
         return cls(
             preset, source.preset.path, reads, context, labels, sum(sizes), source.config.model_type, source.layers,

@@ -14,7 +14,7 @@ from modelhub.cli.options import option
 
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
-_BYTES = {"float32": 4, "bfloat16": 2}  # of a weight
+_DTYPES = "float32", "bfloat16"  # that weights are mostly kept in
 
 
 def list_(
@@ -144,15 +144,14 @@ def _of_card(card: Any) -> dict[str, Any]:
 
 def _of_files(preset: Any) -> dict[str, Any]:
     """What config.json or the GGUF's metadata tell; no weights are read."""
-    import math
-
+    from modelhub.core import leaves
     from modelhub.core.tree import flatten
     from modelhub.kinds import IMAGES
     from modelhub.model.loading import open_preset
 
     source = open_preset(preset)
     try:
-        parameters = sum(math.prod(spec.shape) for spec in flatten(source.model).values())
+        parameters = sum(map(leaves.count, flatten(source.model).values()))
         about = {
             "model_type": source.config.model_type,
             "parameters": parameters,
@@ -160,7 +159,7 @@ def _of_files(preset: Any) -> dict[str, Any]:
         }
         if source.model.reads == IMAGES:
             return about | {"image_size": source.config.image_size, "classes": source.config.num_labels}
-        cache = sum(math.prod(spec.shape) for spec in flatten(source.model.new_cache(1, 1000)).values())
+        cache = sum(map(leaves.count, flatten(source.model.new_cache(1, 1000)).values()))
     finally:
         source.close()
     return about | {"context": source.config.max_position_embeddings, "memory_for_1000_tokens": _memory(cache)}
@@ -190,7 +189,9 @@ def _page(address: str) -> str | None:
 
 
 def _memory(numbers: int) -> dict[str, int]:
-    return {dtype: numbers * size for dtype, size in _BYTES.items()}
+    from modelhub.core import leaves
+
+    return {dtype: leaves.size((numbers,), dtype) for dtype in _DTYPES}
 
 
 def size_of(path: Path) -> int:

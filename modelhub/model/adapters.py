@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from modelhub.core import custom, lora
+from modelhub.core import custom, leaves, lora
 from modelhub.core.tree import Params, flatten
 from modelhub.errors import CheckpointError, InputError
 from modelhub.families import family_of
@@ -53,7 +52,7 @@ class Adapter:
 
     def __repr__(self) -> str:
         about = self.described()
-        count = sum(math.prod(x.shape) for x in self.params.values())
+        count = sum(map(leaves.count, self.params.values()))
         return (
             f"Adapter(rank={about['rank']}, alpha={about['alpha']:g}, targets={about['targets']}, {count:,} parameters)"
         )
@@ -166,6 +165,10 @@ class AdapterSet(Mapping[str, Adapter]):
         adapter, weights = self._require_adapter("merge"), self.weights
         xp, params, base = weights.xp, weights.params, weights.base_params()
         folding = lora.folding(xp, adapter.model, params)
+        leaves.check_plain(
+            {name: params[name] for name in folding}, "merging an adapter",
+            "save or use the adapter beside them, or load the model unpacked",
+        )  # fmt: skip
         folded = {name: xp.stop_gradient(fold()) for name, fold in folding.items()}  # of torch Parameters
         folded |= {name: params[name] for name in adapter.whole}
         weights.change(

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from modelhub.core import custom
+from modelhub.core import custom, leaves
 from modelhub.core.backends.base import Backend, host_memory
 from modelhub.core.tree import Module, Params, check, flatten, initial_value
 from modelhub.errors import CheckpointError, ConfigError, InputError, ModelhubError, OutOfMemory
@@ -379,7 +379,7 @@ def _run_once(config: Any, xp: Backend, params: Params, model: Any) -> None:
     if model.reads != IMAGES:
         model.logits(xp, model.hidden(xp, xp.array([[0, 1]], "int32")))
         return
-    pixels = xp.zeros((1, config.num_channels, *config.size), xp.dtype(next(iter(params.values()))))
+    pixels = xp.zeros((1, config.num_channels, *config.size), leaves.dtype_of(next(iter(params.values()))))
     hidden = model.hidden(xp, pixels)
     if config.num_labels:
         model.logits(xp, hidden)

@@ -7,19 +7,19 @@ from weakref import ref
 import numpy as np
 from tqdm import tqdm
 
-from modelhub.core import custom
+from modelhub.core import custom, leaves
 from modelhub.core.backends import backend_class, get_backend, of
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Params, listed
 from modelhub.errors import DeviceError, InputError
-from modelhub.model.weights import PARAMS, Change, Weights, nbytes
+from modelhub.model.weights import PARAMS, Change, Weights
 
 Places = list[tuple[Params, str]]  # dicts that hold an array, and under which names
 
 
 def own(weights: Weights, x: Array) -> Array:
     """x, or a copy if another framework's array has the memory of x too: what may be written to, and donated."""
-    return weights.xp.copy(x) if id(x) in weights.borrowed else x
+    return leaves.mapped(weights.xp.copy, x) if id(x) in weights.borrowed else x
 
 
 def owned(weights: Weights) -> Params:
@@ -66,7 +66,7 @@ def take(weights: Weights, params: Mapping[str, Any], needed: Collection[str]) -
     taken: Params = {}
     for name, x in params.items():
         holder = get_backend(owner.name, owner.device_of(x))
-        taken[name] = xp.copy(xp.adopt(holder.cast(x, xp.dtype(current[name])), holder))
+        taken[name] = xp.copy(xp.adopt(holder.cast(x, leaves.dtype_of(current[name])), holder))
     return taken
 
 
@@ -91,7 +91,7 @@ def destination(weights: Weights, backend: str | None, device: str | None) -> Ba
     custom.check_backend(weights.layout.skeleton, xp.name)
     arrays = {id(x): x for store in weights.stores.values() for x in store.values()}
     needed = sum(
-        nbytes(old, x) for key, x in arrays.items() if xp.device != old.device or key in weights.outside
+        leaves.nbytes(x) for key, x in arrays.items() if xp.device != old.device or key in weights.outside
     )  # fmt: skip
     free = xp.free_memory()
     if free is not None and needed > free:
@@ -141,7 +141,7 @@ def _move(weights: Weights, spots: Places, old: Backend, new: Backend) -> Callab
     held, name = spots[0]
     before = held[name]
     outside = id(before) in weights.outside
-    x = new.adopt(old.copy(before) if outside else before, old)
+    x = leaves.mapped(lambda part: new.adopt(old.copy(part) if outside else part, old), before)
     if old.device == new.device and not outside:
         weights.borrowed[id(x)] = x
     _put(spots, x)

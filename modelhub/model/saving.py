@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from modelhub.core import custom
+from modelhub.core import custom, leaves
 from modelhub.errors import CheckpointError, InputError
 from modelhub.hub.files import GENERATED, MODEL_FILES, replacing, save_tensors
 from modelhub.model.loading import ATTENTION, LAYERS
@@ -61,13 +61,13 @@ def write_backbone(
     config = backbone.plain_config().to_hf() | {"dtype": dtype, "torch_dtype": dtype}
     write_json(folder / "config.json", config | _own_pieces(backbone, config.get("architectures") or []))
     shapes = {name: (tuple(backbone.params[name].shape), dtype) for name in backbone.plain_names()}
-    sizes = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (shape, _) in shapes.items()}
+    sizes = {name: leaves.size(shape, dtype) for name, (shape, _) in shapes.items()}
     with tqdm(total=sum(sizes.values()), desc=f"writing {folder.name}", unit="B", unit_scale=True, delay=2,
               leave=False, disable=None) as bar:  # fmt: skip
 
         def read(name: str) -> np.ndarray:
             bar.update(sizes[name])
-            return xp.get(xp.cast(get(name), dtype))
+            return xp.get(xp.cast(xp.values(get(name)), dtype))
 
         shards = list(_shards(sizes, max_shard_size))
         files = ["model.safetensors"]

@@ -1,15 +1,12 @@
 """Weights: the one owner of a model's arrays, of the skeleton that they are in, and of what is known of them."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
-
-import numpy as np
 
 from modelhub.core import lora
 from modelhub.core.backends import of
@@ -80,16 +77,6 @@ class Snapshot:
 
 def adapter_store(name: str) -> str:
     return f"adapter/{name}"
-
-
-def count(x: Array) -> int:
-    """How many numbers a leaf holds."""
-    return math.prod(x.shape)
-
-
-def nbytes(xp: Backend, x: Array) -> int:
-    """How much memory a leaf takes."""
-    return count(x) * np.dtype(xp.dtype(x)).itemsize
 
 
 class Weights:

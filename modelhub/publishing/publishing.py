@@ -13,6 +13,7 @@ import numpy as np
 
 from modelhub.core import custom
 from modelhub.core.backends.base import Array
+from modelhub.core.leaves import count
 from modelhub.errors import BackendNotInstalled, CheckpointError
 from modelhub.hub import publish as hub
 from modelhub.hub.cache import staging
@@ -24,7 +25,7 @@ from modelhub.kinds import IMAGES
 from modelhub.model.loading import DTYPES, check_dtype, stored_dtype
 from modelhub.model.origin import at_address
 from modelhub.model.saving import MAX_SHARD_SIZE, model_folder, own_attention, write_backbone, write_card
-from modelhub.model.weights import Snapshot, count
+from modelhub.model.weights import Snapshot
 from modelhub.training.history import History
 
 # How far outputs may be from those in memory, relative to the largest: a merged adapter sums in another order and

@@ -8,6 +8,7 @@ import numpy as np
 
 from modelhub.bench.compare import choose_backend
 from modelhub.core.backends.base import Array, Backend
+from modelhub.core.leaves import count, nbytes
 from modelhub.core.lora import MARK
 from modelhub.core.tree import Params, bind, flatten
 from modelhub.errors import InputError
@@ -20,7 +21,7 @@ from modelhub.model.delegate import attribute, delegate
 from modelhub.model.loading import Source, load_weights, open_source
 from modelhub.model.options import LoadOptions, takes
 from modelhub.model.origin import RANDOM, Origin
-from modelhub.model.weights import PARAMS, Change, Snapshot, Weights, count, nbytes
+from modelhub.model.weights import PARAMS, Change, Snapshot, Weights
 
 
 class Backbone(Habits):
@@ -236,7 +237,7 @@ class Backbone(Habits):
         parts: dict[str, tuple[int, int, int]] = {}
         for name, array in self.params.items():
             tensors, numbers, size = parts.get(part := _part(name), (0, 0, 0))
-            parts[part] = (tensors + 1, numbers + count(array), size + nbytes(self.xp, array))
+            parts[part] = (tensors + 1, numbers + count(array), size + nbytes(array))
         table = Table("part", "tensors", "parameters", "memory", title=title)
         for column in table.columns[1:]:
             column.justify = "right"
@@ -253,7 +254,7 @@ class Backbone(Habits):
             state = "merged" if self.merged else "trainable"
             row(
                 f"{state}: adapter {adapter.name!r}, rank {adapter.config.rank}", len(arrays), sum(map(count, arrays)),
-                sum(nbytes(self.xp, x) for x in arrays),
+                sum(nbytes(x) for x in arrays),
             )  # fmt: skip
             endings = sorted({module.rpartition(".")[2] for module in adapter.modules})
             table.caption = f"LoRA on {len(adapter.modules)} layers: {', '.join(endings)}"

@@ -9,7 +9,7 @@ from typing import Any, Self, Unpack
 
 import numpy as np
 
-from modelhub.core import custom, problems
+from modelhub.core import custom, leaves, problems
 from modelhub.core.backends import get_backend
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.nn import Linear
@@ -280,7 +280,7 @@ class ImageClassifier(Task):
 
 def _classified(xp: Backend, model: Any, pixels: Array) -> tuple[Array, Array]:
     """float32 pooled (B, D) and logits (B, classes)."""
-    dtype = xp.dtype(next(iter(flatten(model).values())))
+    dtype = leaves.dtype_of(next(iter(flatten(model).values())))
     pooled = model.pooled(xp, model.hidden(xp, xp.cast(pixels, dtype)))
     return xp.cast(pooled, "float32"), model.head(xp, pooled)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
 from modelhub.bench.compare import choose_backend
+from modelhub.core.leaves import count
 from modelhub.core.tree import Params
 from modelhub.errors import InputError
 from modelhub.habits import Habits
@@ -15,7 +16,6 @@ from modelhub.model.adapters import AdapterSet
 from modelhub.model.delegate import attribute, delegate
 from modelhub.model.loading import Source, open_source
 from modelhub.model.options import LoadOptions, takes
-from modelhub.model.weights import count
 from modelhub.publishing import publishing
 from modelhub.tasks.backbone import Backbone
 from modelhub.training.trainer import Trainer

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from modelhub.core import custom, head, optim
+from modelhub.core.leaves import count
 from modelhub.core.lora import MARK
 from modelhub.core.tree import Params
 from modelhub.errors import ConfigError, InputError
 from modelhub.hub.provenance import TrainingRun
 from modelhub.model.placement import own
-from modelhub.model.weights import OPTIMIZER, PARAMS, Change, count
+from modelhub.model.weights import OPTIMIZER, PARAMS, Change
 from modelhub.training.batches import BatchSource
 from modelhub.training.callbacks import Callback, ProgressBar
 from modelhub.training.engine import Engine, OptimizerState, Settings

@@ -3,14 +3,16 @@
 The kind of packed leaf that stands for all lives here alone: int8 codes with a scale a row.
 """
 
+import ast
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from tiny_preset import write_preset
+from tiny_preset import CONFIG, write_preset
 
+import modelhub
 from modelhub import CausalLM
 from modelhub.core import head, leaves, nn, optim
 from modelhub.core.backends import get_backend, installed, of
@@ -121,6 +123,35 @@ def test_a_model_runs_on_them(preset, name):
     assert lm.backbone.num_parameters == parameters
 
 
+@pytest.mark.parametrize("name", installed())
+def test_summary_and_estimates(tmp_path, name, capsys):
+    lm = load(str(write_preset(tmp_path, CONFIG | {"intermediate_size": 4096})), name)
+    lm.summary()
+    before = capsys.readouterr().out
+    packed(lm)
+    lm.summary()
+    after = capsys.readouterr().out
+    rows = [next(line for line in text.splitlines() if " total " in line).split() for text in (before, after)]
+    assert [row[:-3] for row in rows[:1]] == [row[:-3] for row in rows[1:]]  # as many tensors and parameters
+    sizes = [float(row[-3]) for row in rows]
+    assert 0.24 < sizes[1] / sizes[0] < 0.3  # a quarter, scales and norms aside
+    assert sum(map(leaves.nbytes, lm.params.values())) / 1e6 == pytest.approx(sizes[1], abs=0.06)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_moving_there_and_back(preset, name):
+    lm = load(preset, "numpy")
+    values = packed(lm)
+    wanted = lm.logits(IDS)
+    lm.to(backend=name)
+    assert all(isinstance(x, Int8Rows) == (len(x.shape) == 2) for x in lm.params.values())
+    np.testing.assert_allclose(lm.logits(IDS), wanted, rtol=1e-3, atol=1e-3)
+    lm.to(backend="numpy")
+    assert of(lm.params) == "numpy"
+    for key, x in lm.params.items():
+        np.testing.assert_array_equal(lm.backbone.xp.get(x), values[key])
+
+
 @pytest.mark.parametrize("name", TRAINERS)
 def test_an_adapter_is_trained_on_top_of_them(preset, name):
     """Through the engine: products, the head in pieces, and a compute dtype; the loss is that of the values."""
@@ -148,6 +179,11 @@ def test_what_cannot_be_done_with_them_names_one(preset, name):
         ConfigError, match=r"training takes plain arrays.*model\.layers\.1\.mlp\.up_proj\.weight \(int8\)"
     ):
         lm.fit([batch], verbose=False)
+    lm.enable_lora(rank=2, targets="all-linear")
+    with pytest.raises(ConfigError, match=r"a way out takes plain arrays.*up_proj\.weight \(int8\)"):
+        modelhub.to_torch(lm)
+    with pytest.raises(ConfigError, match=r"merging an adapter takes plain arrays.*up_proj\.weight \(int8\).*unpacked"):
+        lm.merge_lora()
     assert np.isfinite(lm.logits(IDS)).all()
 
 
@@ -168,3 +204,48 @@ def test_the_head_in_pieces(name, preset, monkeypatch):
     assert float(xp.get(found[0][0]["loss"])) == pytest.approx(float(xp.get(found[1][0]["loss"])), rel=1e-5)
     for key, gradient in found[1][1].items():
         np.testing.assert_allclose(xp.get(found[0][1][key]), xp.get(gradient), atol=1e-5)
+
+
+# --- one place for sizes ------------------------------------------------------------------------------------------------
+
+SIZES = {"core/leaves.py", "hub/checkpoint.py"}  # of leaves, and of tensors in files
+
+
+def is_prod(node):
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in ("math.prod", "np.prod", "prod")
+
+
+def wrong_sizes(code, of_leaves):
+    """Lines that work out bytes, or count a leaf's numbers, by themselves."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            inside = list(ast.walk(node))
+            bytes_each = any(isinstance(x, ast.Attribute) and x.attr == "itemsize" for x in inside)
+            constant = any(isinstance(x, ast.Constant) and x.value in (2, 4) for x in (node.left, node.right))
+            if any(map(is_prod, inside)) and (bytes_each or constant):
+                found.append(node.lineno)
+        elif isinstance(node, ast.IfExp):
+            sides = [x.value for x in (node.body, node.orelse) if isinstance(x, ast.Constant)]
+            if sorted(map(str, sides)) == ["2", "4"]:
+                found.append(node.lineno)
+        elif of_leaves and is_prod(node) and isinstance(node.args[0], ast.Attribute) and node.args[0].attr == "shape":
+            found.append(node.lineno)
+    return found
+
+
+def test_the_check_sees_what_it_forbids():
+    for code in ("math.prod(shape) * np.dtype(d).itemsize", "4 * int(np.prod(x.shape))", "4 if d == 'float32' else 2"):
+        assert wrong_sizes(code, of_leaves=False)
+    assert wrong_sizes("sum(math.prod(x.shape) for x in params.values())", of_leaves=True)
+    assert not wrong_sizes("math.prod(x.shape) // 32; 2 * n; leaves.size(x.shape, 'float32')", of_leaves=False)
+
+
+def test_sizes_are_worked_out_in_one_place():
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        if name not in SIZES:
+            of_leaves = not name.startswith(("hub/", "processing/"))
+            wrong += [f"{name}:{line}" for line in wrong_sizes(path.read_text(), of_leaves)]
+    assert not wrong, f"use modelhub.core.leaves (hub: nbytes of checkpoint): {wrong}"
