@@ -68,7 +68,16 @@ class CausalLM(Task):
     fit = text_fit.fit
     evaluate = text_fit.evaluate
 
-    def objective(self, metrics: Sequence[str] = ("accuracy",)) -> Objective:
+    def objective(
+        self, metrics: Sequence[str] = ("accuracy",), objective: Objective | str | None = None
+    ) -> Objective:  # fmt: skip
+        if isinstance(objective, Objective):
+            return objective
+        if objective is not None:
+            raise ConfigError(
+                f"there is no objective {objective!r}: none has a name so far. Leave objective out for the next token, "
+                "or give an object of a class that inherits from modelhub.training.objectives.Objective"
+            )
         if unknown := set(metrics) - {"accuracy"}:
             raise ConfigError(f'metrics can only be "accuracy", got {", ".join(map(repr, sorted(unknown)))}')
         return TextObjective(self.config)

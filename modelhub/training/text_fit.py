@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from modelhub.errors import InputError, ModelhubError
-from modelhub.training.batches import BatchSource, prepare
+from modelhub.training.batches import BatchSource, ReadyRows, prepare
 from modelhub.training.callbacks import Callback
 from modelhub.training.history import History
 from modelhub.training.loaders import repeatable
+from modelhub.training.objectives import TextObjective
 from modelhub.training.records import OnError, read_records, rows_of
 from modelhub.training.trainer import check_batch_size, check_split, name_of
 
@@ -55,7 +56,7 @@ def fit(
     `to`; schedules begin anew. `compile` drops that state, and with it its memory.
     Raises DataError, ConfigError, NoGradients (numpy), ResumeError, TrainingError (a loss that is not a number).
     """
-    compiled, plan = task.trainer.plan(
+    _, plan = task.trainer.plan(
         epochs, steps, grad_accum, checkpoint_dir, resume, save_steps, callbacks, seed
     )  # fmt: skip
     name, held_out = name_of(data), validation_data
@@ -72,7 +73,7 @@ def fit(
     task.backbone.keep_merged()
     adapter, length = task.backbone.adapter, task.preprocessor.sequence_length
     return task.trainer.run(
-        train, validation, plan, task.objective(**compiled.objective), task.trainable_names(),
+        train, validation, plan, task.trainer.objective(), task.trainable_names(),
         seed=seed, dropout=adapter is not None and adapter.config.dropout > 0, shape=(batch_size, length),
         callbacks=callbacks, settings=options | {"sequence_length": length, "batch_size": batch_size},
         data=name, smaller=" or sequence_length", verbose=verbose,
@@ -90,6 +91,8 @@ def evaluate(
         on_error=on_error, template_options=template_options,
     )  # fmt: skip
     found = task.trainer.evaluate(source.epoch(0))
+    if task.trainer.objective().unit != TextObjective.unit:
+        return found
     perplexity = math.exp(found["loss"]) if found["loss"] < 700 else math.inf
     return {"loss": found["loss"], "perplexity": perplexity} | found
 
@@ -101,6 +104,9 @@ def batches(
     if not isinstance(length, int) or not 2 <= length <= context:
         raise InputError(f"sequence_length must be 2 to {context}, the model's context; got {length!r}")
     check_batch_size(batch_size)
+    objective = task.trainer.objective()
+    if objective.fields != TextObjective.fields:  # only whoever made the objective knows how rows become its batches
+        return ReadyRows(data, objective.fields, objective.size)
     return prepare(data, task.tokenizer, _render(task, template_options), length, batch_size, **options)
 
 

@@ -97,7 +97,7 @@ class Trainer:
         weight_decay: float = 0.0, clip_norm: float | None = None, loss: head.Loss | str | None = None,
         metrics: Sequence[str] | None = None, mixed_precision: str | None = None,
         matmul_precision: str | None = None, remat: bool = False, jit: bool | None = None,
-        *, label_smoothing: float = 0.0,
+        *, label_smoothing: float = 0.0, objective: Objective | str | None = None,
     ) -> None:  # fmt: skip
         """Say how to train. Without a call, `fit` trains with AdamW and the defaults here.
 
@@ -120,16 +120,22 @@ class Trainer:
         remat: keep less for the backward pass and compute it again. jit: compile the step, or not; None: what is
             usual for the backend.
         label_smoothing: of classifiers, the share of each label that is spread over all classes.
+        objective: of language models, what is learnt in place of the next token: an object that inherits from
+            modelhub.training.objectives.Objective, whose loss and metrics are its own. `fit` and `evaluate` then take
+            ready batches of its fields.
 
         Raises ConfigError.
         """
         weights = self.task.backbone.weights
         takes = inspect.signature(self.task.objective).parameters
         asked: dict[str, Any] = {} if metrics is None else {"metrics": tuple(metrics)}
+        asked |= {} if objective is None else {"objective": objective}
         asked |= {"label_smoothing": label_smoothing} if label_smoothing or "label_smoothing" in takes else {}
         if others := sorted(asked.keys() - takes):
             raise ConfigError(f"{type(self.task).__name__} learns without {', '.join(others)}: leave it out")
         self.task.objective(**asked)  # raises for what makes no sense
+        if objective is not None and (loss is not None or metrics is not None):
+            raise ConfigError("an objective has a loss and metrics of its own: leave loss= and metrics= out beside it")
         if loss is not None and label_smoothing:
             raise ConfigError(
                 "label_smoothing belongs to cross entropy: put it into the loss, or leave one of them out"
@@ -166,7 +172,8 @@ class Trainer:
             "optimizer": repr(chosen), "learning_rate": rate, "schedule": _described(found_schedule),
             "clip_norm": clip_norm, "loss": loss and _described(loss), "mixed_precision": mixed_precision,
         }  # fmt: skip
-        described |= {key: value for key, value in asked.items() if key != "metrics"}
+        described |= {key: value for key, value in asked.items() if key not in ("metrics", "objective")}
+        described |= {} if objective is None else {"objective": _described(objective)}
         given = rate is None or learning_rate is not None or getattr(optimizer, "learning_rate", None) is not None
         self.compiled = Compiled(settings, rate, found_schedule, described, weights.xp.name, asked, given)
         weights.change(Change.TOLD, {OPTIMIZER: None})
@@ -199,10 +206,13 @@ class Trainer:
         found = dataclasses.replace(self.compiled.settings if self.compiled else Settings(), **settings)
         return Engine(weights.xp, weights.layout.skeleton, weights.params, names, found, objective)
 
+    def objective(self) -> Objective:
+        """The task's, as `compile` was told."""
+        return self.task.objective(**self.compiled.objective if self.compiled else {})
+
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
         """The objective's means over batches."""
-        asked = self.compiled.objective if self.compiled else {}
-        return self.engine(self.task.objective(**asked)).evaluate(batches)
+        return self.engine(self.objective()).evaluate(batches)
 
     def run(
         self, train: BatchSource, validation: BatchSource | None, plan: Plan, objective: Objective,

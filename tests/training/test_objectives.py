@@ -9,11 +9,13 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from tiny_preset import write_preset
 
+from modelhub import CausalLM
 from modelhub.core import head, lora, optim
 from modelhub.core.backends import get_backend, installed
 from modelhub.core.tree import bind, flatten
-from modelhub.errors import DataError
+from modelhub.errors import ConfigError, DataError
 from modelhub.families import family_of
 from modelhub.training import fields
 from modelhub.training.batches import Batches, ReadyRows
@@ -514,3 +516,34 @@ def test_ready_batches_without_anything_to_learn():
     nothing = pairs(2) | {"weight": np.zeros(2)}
     with pytest.raises(DataError, match="there is no row with a loss in the 2 batches of epoch 1"):
         list(ReadyRows([nothing, nothing], Contrastive.fields, Contrastive().size).epoch(0))
+
+
+# --- through a task -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory):
+    return str(write_preset(tmp_path_factory.mktemp("preset")))
+
+
+def test_a_task_learns_by_an_objective_of_the_users(preset):
+    lm = CausalLM.from_preset(preset, backend="torch")
+    lm.compile(learning_rate=0.01, objective=Contrastive())
+    history = lm.fit([pairs(6, 1), pairs(4, 2)], epochs=4, verbose=False)
+    assert [step["pairs"] for step in history.steps[:2]] == [6.0, 4.0]
+    assert history.history["loss"][-1] < 0.8 * history.history["loss"][0]
+    found = lm.evaluate([pairs(6, 1)])
+    assert found.keys() == {"loss", "accuracy", "pairs"} and found["loss"] < history.history["loss"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"objective": "dpo"}, "there is no objective 'dpo': none has a name so far"),
+        ({"objective": Contrastive(), "loss": lambda logits, labels: logits}, "leave loss= and metrics= out"),
+        ({"objective": Contrastive(), "metrics": ["accuracy"]}, "leave loss= and metrics= out"),
+    ],
+)
+def test_compile_says_which_objectives_there_are(preset, options, words):
+    with pytest.raises(ConfigError, match=words):
+        CausalLM.from_preset(preset, backend="torch").compile(**options)
