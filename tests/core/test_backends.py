@@ -309,6 +309,10 @@ CASES: dict[str, list[Case]] = {
         case(lambda xp, x, w: xp.linear(x, w), lambda x, w: x @ w.T, random(4), random(64, 4)),
     ],
     "embedding": [case(lambda xp, w, i: xp.embedding(w, i), lambda w, i: w[i], random(7, 4), integers(2, 3))],
+    # Of packed leaves: test_leaves. Of rows that are computed in several places: training/test_objectives.
+    "weight_rows": [case(lambda xp, w: xp.weight_rows(w, 2, 3), lambda w: w[2:5], random(7, 4))],
+    "values": [case(lambda xp, w: xp.values(w), lambda w: w, random(7, 4))],
+    "all_rows": [case(lambda xp, x: xp.all_rows(x), lambda x: x, random(3, 4))],
     "logsumexp": [
         case(lambda xp, x: xp.logsumexp(x), logsumexp, WIDE),
         case(lambda xp, x: xp.logsumexp(x, axis=0, keepdims=True), lambda x: logsumexp(x, 0, True), WIDE),
