@@ -5,7 +5,6 @@ import dataclasses
 import errno
 import json
 import logging
-import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -440,7 +439,7 @@ def load_params(source: Source, xp: Backend, dtype: str, seed: int = 0) -> Param
     except (MemoryError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOMEM:
             raise
-        size = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(dtype).itemsize
+        size = sum(leaves.size(shape, dtype) for shape in shapes.values())
         free = host_memory()
         there = "more than this process can have" if free is None else f"and {free / 1e6:,.0f} MB are free"
         raise OutOfMemory(
