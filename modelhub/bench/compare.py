@@ -36,7 +36,7 @@ _VARIABLES = (
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """unit: what is counted per second, "tokens" or "images"."""
 
     preset: str
@@ -69,7 +69,7 @@ def bench(
     preset: str | os.PathLike[str], *, backends: Sequence[str] | None = None, train: bool = False,
     batch_size: int | None = None, prompt_tokens: int | None = None, max_new_tokens: int | None = None, steps: int = 5,
     show: Callable[[str], object] = lambda doing: None, **options: Unpack[LoadOptions],
-) -> Report:  # fmt: skip
+) -> BenchReport:  # fmt: skip
     """Measure backends on this machine with a preset, each in a fresh process.
 
     backends: their names; None: all that are installed. options: device, dtype and where the preset is found, as in
@@ -91,7 +91,7 @@ def bench(
     lengths = model.lengths(prompt_tokens, max_new_tokens, (128, 64))
     rows = model.rows if batch_size is None else batch_size
     workload = Workload(task, device, dtype, rows, **lengths, load_weights=True, train_steps=steps if train else 0)
-    report = Report(model.preset, model.unit, workload, machine(), measure(model, workload, names, show))
+    report = BenchReport(model.preset, model.unit, workload, machine(), measure(model, workload, names, show))
     if backends is None and batch_size is None and report.fastest:
         _Shelf(model, task, device, dtype, options.get("cache_dir")).keep(report)
     return report
@@ -222,9 +222,9 @@ def progress() -> Iterator[Callable[[str], object]]:
         yield lambda doing: status.update(f"measuring: {doing}")
 
 
-def _watched(model: Model, workload: Workload, names: Sequence[str]) -> Report:
+def _watched(model: Model, workload: Workload, names: Sequence[str]) -> BenchReport:
     with progress() as show:
-        report = Report(model.preset, model.unit, workload, machine(), measure(model, workload, names, show))
+        report = BenchReport(model.preset, model.unit, workload, machine(), measure(model, workload, names, show))
     if report.fastest is None:
         failures = "; ".join(f"{', '.join(names)}: {error}" for error, names in report.failures.items())
         raise InputError(f"backend={FASTEST!r} was asked for, but no backend can run {model.preset}: {failures}")
@@ -287,7 +287,7 @@ class _Shelf:
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
-    def keep(self, report: Report) -> _Verdict:
+    def keep(self, report: BenchReport) -> _Verdict:
         """The verdict of a report in which a backend was measured; where the cache cannot be written it is not kept."""
         best = next(row for row in report.rows if row.backend == report.fastest)
         speeds = {row.backend: row.per_second for row in report.rows if row.per_second}

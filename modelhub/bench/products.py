@@ -21,7 +21,7 @@ _WORTH = 1.5  # bfloat16 has to be this much faster: norms, softmax and the opti
 
 
 @dataclass(frozen=True)
-class Trainer:
+class TrainingChoice:
     """backend: its name. mixed_precision: as `compile` takes it. rates: {("torch", "float32"): GFLOP/s}."""
 
     backend: str
@@ -35,7 +35,7 @@ class Trainer:
         )
 
 
-def best_trainer(backend: str | None = None, device: str | None = None) -> Trainer:
+def best_trainer(backend: str | None = None, device: str | None = None) -> TrainingChoice:
     """The backend, and its precision, with the fastest products among the installed ones that can train.
 
     backend: only this one; its precision is chosen. device: as in from_preset. Where there is an accelerator it is
@@ -45,16 +45,16 @@ def best_trainer(backend: str | None = None, device: str | None = None) -> Train
     """
     usual = get_backend(backend, device)
     if usual.device != "cpu":
-        return Trainer(usual.name, None, {})
+        return TrainingChoice(usual.name, None, {})
     rates: dict[tuple[str, str], float] = {}
     for xp in _that_train([backend] if backend else installed()):
         rates[xp.name, "float32"] = plain = _rate(xp, "float32")
         if (half := _rate(xp, "bfloat16")) >= _WORTH * plain:
             rates[xp.name, "bfloat16"] = half
     if not rates:
-        return Trainer(usual.name, None, {})
+        return TrainingChoice(usual.name, None, {})
     name, dtype = max(rates, key=lambda pair: rates[pair])
-    return Trainer(name, "mixed_bfloat16" if dtype == "bfloat16" else None, rates)
+    return TrainingChoice(name, "mixed_bfloat16" if dtype == "bfloat16" else None, rates)
 
 
 def _that_train(names: Sequence[str]) -> list[Backend]:

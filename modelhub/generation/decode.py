@@ -23,7 +23,7 @@ def bucket(n: int) -> int:
     return max(_SMALLEST, 1 << (n - 1).bit_length())
 
 
-class Engine:
+class GenerationEngine:
     """The compiled programs of one model on one backend, and the cache of its last single prompt."""
 
     def __init__(self, xp: Backend, skeleton: Module, cache_dtype: str):

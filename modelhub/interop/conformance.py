@@ -107,7 +107,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Report:
+class ConformanceReport:
     """What `conformance` found, and the versions of what it compared."""
 
     figures: list[Figure]
@@ -134,7 +134,7 @@ def conformance(
     backends: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
     progress: Callable[[list], Iterable] = iter,
-) -> Report:
+) -> ConformanceReport:
     """Compare tiny random models with their transformers classes, on the CPU: about ten seconds a family.
 
     families: names out of FAMILIES; backends; dtypes: out of DTYPES; None: all, or all installed backends.
@@ -159,7 +159,7 @@ def conformance(
             bound = BOUND if dtype == "float32" else max(FACTOR * own, ROUNDING * _largest(quantity, exact))
             difference, error = _distance(quantity, ours, wanted), _distance(quantity, ours, exact)
             figures.append(Figure(family, xp.name, dtype, quantity, difference, error, own, bound))
-    return Report(figures, _versions(opened))
+    return ConformanceReport(figures, _versions(opened))
 
 
 @dataclass

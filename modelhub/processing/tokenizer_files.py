@@ -52,7 +52,7 @@ OTHER_FILES = {
 }
 
 
-class Engine(Protocol):
+class TokenizerEngine(Protocol):
     """Text to ids and back, without the special tokens around a text."""
 
     size: int
@@ -69,7 +69,7 @@ class Engine(Protocol):
 class TokenizerParts:
     """All that a Tokenizer is made of, wherever it came from."""
 
-    engine: Engine
+    engine: TokenizerEngine
     decoder: dict[str, Any] | None  # as tokenizer.json spells it
     special_ids: frozenset[int]
     named: dict[str, str | None]  # "bos" -> "<bos>"
@@ -90,7 +90,7 @@ class TokenizerParts:
 
 
 class TokenizersEngine:
-    """The `tokenizers` library behind the interface of Engine."""
+    """The `tokenizers` library behind the interface of TokenizerEngine."""
 
     def __init__(self, backend: HFTokenizer) -> None:
         backend.no_truncation()
@@ -285,7 +285,7 @@ def read_tokenizer_model(path: Path, config: Mapping[str, Any], own_prefix: bool
 
 
 def make_parts(
-    engine: Engine,
+    engine: TokenizerEngine,
     added: Mapping[int, AddedToken],
     config: Mapping[str, Any],
     decoder: dict[str, Any] | None,
@@ -406,7 +406,9 @@ def _template_ids(post_processor: Mapping[str, Any] | None) -> tuple[list[int], 
     return sides
 
 
-def ids_around(engine: Engine, config: Mapping[str, Any], add_bos: bool, add_eos: bool) -> tuple[list[int], list[int]]:
+def ids_around(
+    engine: TokenizerEngine, config: Mapping[str, Any], add_bos: bool, add_eos: bool
+) -> tuple[list[int], list[int]]:
     """The special ids before and after one text, where flags say so and not a post-processor."""
     sides = []
     for key, wanted in (("bos_token", add_bos), ("eos_token", add_eos)):

@@ -15,7 +15,7 @@ from modelhub.core import custom
 from modelhub.errors import ConfigError, InputError, ModelhubError
 from modelhub.generation.beam import BeamOptions
 from modelhub.generation.constraints import Guide
-from modelhub.generation.decode import Engine
+from modelhub.generation.decode import GenerationEngine
 from modelhub.generation.sampling import is_whole
 from modelhub.generation.settings import Settings, settings
 from modelhub.generation.text import TextRow
@@ -83,9 +83,9 @@ class CausalLM(Task):
         return TextObjective(self.config)
 
     @property
-    def _engine(self) -> Engine:
+    def _engine(self) -> GenerationEngine:
         weights = self.backbone.weights
-        engine = weights.program("generate", lambda now: Engine(now.xp, now.skeleton, now.dtype))
+        engine = weights.program("generate", lambda now: GenerationEngine(now.xp, now.skeleton, now.dtype))
         if weights.shared:
             engine.forget()
         return engine

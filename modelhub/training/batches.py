@@ -94,7 +94,7 @@ def prepare(
 
 
 @dataclass
-class Report:
+class TextDataReport:
     """What the training data comes to. fill: the share of the rows' positions that hold tokens."""
 
     examples: int
@@ -205,11 +205,11 @@ class Batches:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing to do."""
 
-    def report(self) -> Report:
+    def report(self) -> TextDataReport:
         """Of epoch 0."""
         plan = self._plan(0)
         positions = sum(width * len(rows) for width, rows in plan)
-        return Report(
+        return TextDataReport(
             examples=len(self.examples),
             tokens=sum(self._lengths),
             learnt=sum(int(example.loss[1:].sum()) for example in self.examples),

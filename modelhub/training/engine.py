@@ -48,7 +48,7 @@ class OptimizerState:
     adapter: str | None
 
 
-class Engine:
+class TrainingEngine:
     """The compiled programs of a training run and its state: trainable parameters and what the optimizer remembers.
 
     params: all of the model's; trainable: the names of those to train, which are copied. The others are only read.

@@ -15,7 +15,7 @@ from modelhub.habits import instead_of
 from modelhub.training import checkpoints
 from modelhub.training.batches import Batch, BatchSource
 from modelhub.training.callbacks import Callback
-from modelhub.training.engine import Engine
+from modelhub.training.engine import TrainingEngine
 from modelhub.training.history import History
 
 log = logging.getLogger("modelhub")
@@ -60,7 +60,7 @@ class Run:
     """
 
     def __init__(
-        self, engine: Engine, data: BatchSource, plan: Plan, *, model: Any, publish: Callable[[Params], None],
+        self, engine: TrainingEngine, data: BatchSource, plan: Plan, *, model: Any, publish: Callable[[Params], None],
         validation: BatchSource | None, callbacks: Sequence[Callback], settings: Mapping[str, Any],
     ):  # fmt: skip
         self.engine, self.data, self.plan = engine, data, plan

@@ -34,7 +34,7 @@ AHEAD = 2  # batches that are made while the accelerator works
 
 
 @dataclass(frozen=True)
-class Report:
+class ImageDataReport:
     """What the training data comes to."""
 
     examples: int
@@ -100,9 +100,9 @@ class ImageBatches:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing to do."""
 
-    def report(self) -> Report:
+    def report(self) -> ImageDataReport:
         counts = np.unique(self.examples.kinds, return_counts=True)[1]
-        return Report(len(self.examples), len(counts), int(counts.min()), self.steps(0), self.batch_size)
+        return ImageDataReport(len(self.examples), len(counts), int(counts.min()), self.steps(0), self.batch_size)
 
     def _batch(self, rows: np.ndarray, epoch: int, number: int) -> Batch:
         if self.pooled is not None:

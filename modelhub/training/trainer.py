@@ -20,7 +20,7 @@ from modelhub.model.placement import own
 from modelhub.model.weights import OPTIMIZER, PARAMS, Change
 from modelhub.training.batches import BatchSource
 from modelhub.training.callbacks import Callback, ProgressBar
-from modelhub.training.engine import Engine, OptimizerState, Settings
+from modelhub.training.engine import OptimizerState, Settings, TrainingEngine
 from modelhub.training.fit import Plan, Run
 from modelhub.training.history import History
 from modelhub.training.objectives import Objective
@@ -200,11 +200,11 @@ class Trainer:
             raise InputError(f"callbacks must be a list, got {callbacks!r}")
         return compiled, plan
 
-    def engine(self, objective: Objective, names: Iterable[str] = (), **settings: Any) -> Engine:
+    def engine(self, objective: Objective, names: Iterable[str] = (), **settings: Any) -> TrainingEngine:
         """The compiled programs that train the parameters `names`. settings: others than those of `compile`."""
         weights = self.task.backbone.weights
         found = dataclasses.replace(self.compiled.settings if self.compiled else Settings(), **settings)
-        return Engine(weights.xp, weights.layout.skeleton, weights.params, names, found, objective)
+        return TrainingEngine(weights.xp, weights.layout.skeleton, weights.params, names, found, objective)
 
     def objective(self) -> Objective:
         """The task's, as `compile` was told."""
@@ -257,7 +257,7 @@ class Trainer:
         return history
 
     def _describe(
-        self, data: BatchSource, engine: Engine, shape: tuple[int, int], total: int | None, free: int | None,
+        self, data: BatchSource, engine: TrainingEngine, shape: tuple[int, int], total: int | None, free: int | None,
         smaller: str,
     ) -> None:  # fmt: skip
         from rich.console import Console

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from modelhub.bench import products
-from modelhub.bench.products import Trainer, best_trainer
+from modelhub.bench.products import TrainingChoice, best_trainer
 from modelhub.cli.demo import HELD_OUT, LENGTH, MARK, QUESTIONS, TINY, demo, marked
 from modelhub.core.backends import installed
 from modelhub.hub.resources import resource
@@ -95,10 +95,10 @@ def test_the_fastest_products_decide(monkeypatch, measured, backend, precision):
 
 def test_a_named_backend_is_taken_and_only_its_precision_chosen(monkeypatch):
     rates(monkeypatch, table(jax=(90, 40), torch=(20, 400), tensorflow=(70, 30)))
-    assert best_trainer("torch", "cpu") == Trainer(
+    assert best_trainer("torch", "cpu") == TrainingChoice(
         "torch", "mixed_bfloat16", {("torch", "float32"): 20, ("torch", "bfloat16"): 400}
     )
-    assert best_trainer("numpy", "cpu") == Trainer("numpy", None, {})
+    assert best_trainer("numpy", "cpu") == TrainingChoice("numpy", None, {})
 
 
 def test_rates_are_measured(backend):

@@ -112,14 +112,14 @@ def test_all_weights_are_trained_and_saved_as_a_model(run, here):
 
 
 def interrupt_at(monkeypatch, step):
-    train = engine.Engine.train
+    train = engine.TrainingEngine.train
 
     def interrupted(self, batches, number, learning_rate):
         if number == step:
             signal.raise_signal(signal.SIGINT)
         return train(self, batches, number, learning_rate)
 
-    monkeypatch.setattr(engine.Engine, "train", interrupted)
+    monkeypatch.setattr(engine.TrainingEngine, "train", interrupted)
 
 
 def test_ctrl_c_keeps_the_run_and_the_same_command_goes_on(run, here, monkeypatch):
@@ -374,12 +374,12 @@ def test_a_real_ctrl_c_ends_with_130(preset, here):
     program = f"""
 import os, signal
 from modelhub.training import checkpoints, engine
-train = engine.Engine.train
+train = engine.TrainingEngine.train
 def signalled(self, batches, number, learning_rate):
     if number == 2:
         os.kill(os.getpid(), signal.SIGINT)
     return train(self, batches, number, learning_rate)
-engine.Engine.train = signalled
+engine.TrainingEngine.train = signalled
 import sys
 sys.argv = ["modelhub", "finetune", "--preset", {str(preset)!r}, "--data", "rows.jsonl", "--backend", "torch",
             "--sequence-length", "64", "--rank", "2", "--epochs", "9", "--output", "o"]
@@ -409,13 +409,13 @@ import os, pty, signal, sys
 child, terminal = pty.fork()
 if child == 0:
     from modelhub.training import checkpoints, engine
-    train = engine.Engine.train
+    train = engine.TrainingEngine.train
     def step(self, batches, number, learning_rate):
         if number == 2:
             print("second step", flush=True)
             sys.stdin.readline()  # ends when the terminal is gone
         return train(self, batches, number, learning_rate)
-    engine.Engine.train = step
+    engine.TrainingEngine.train = step
     from modelhub.cli import main
     main()
 seen = b""

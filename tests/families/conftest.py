@@ -7,7 +7,7 @@ import pytest
 
 from modelhub.core.tree import check
 from modelhub.families import family_of
-from modelhub.generation.decode import Engine
+from modelhub.generation.decode import GenerationEngine
 
 
 def reference(model_class, config, seed=0):
@@ -52,7 +52,7 @@ def load(model, xp, dtype="float32"):
         skeleton=skeleton,
         names=names,
         params=params,
-        engine=Engine(xp, skeleton, dtype),
+        engine=GenerationEngine(xp, skeleton, dtype),
     )
 
 

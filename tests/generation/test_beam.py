@@ -9,7 +9,7 @@ import transformers
 
 from modelhub.families.llama import Config, Model
 from modelhub.generation.beam import BeamOptions
-from modelhub.generation.decode import Engine
+from modelhub.generation.decode import GenerationEngine
 
 STOPS = (3, 11, 29)
 PROMPTS = [np.random.default_rng(seed).integers(0, 41, length).tolist() for seed, length in ((0, 7), (1, 3))]
@@ -27,7 +27,7 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def engine(backend):
-    return Engine(backend, Model.abstract(Config.from_hf(theirs().config.to_dict())), "float32")
+    return GenerationEngine(backend, Model.abstract(Config.from_hf(theirs().config.to_dict())), "float32")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from modelhub.core.tree import flatten, initial_value
 from modelhub.errors import InputError
 from modelhub.families.gemma import Config, Decoder, Model
 from modelhub.generation import decode
-from modelhub.generation.decode import Engine, bucket
+from modelhub.generation.decode import GenerationEngine, bucket
 from modelhub.generation.sampling import Sampler
 
 CONFIG = Config.from_hf(
@@ -36,7 +36,7 @@ def make_params(xp):
 
 @pytest.fixture(scope="module")
 def engine(backend):
-    return Engine(backend, SKELETON, "float32")
+    return GenerationEngine(backend, SKELETON, "float32")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,9 @@ def test_same_seed_same_tokens_on_every_backend(engine, params):
         xp = get_backend("numpy", "cpu")
         assert (
             tokens.tolist()
-            == run(Engine(xp, SKELETON, "float32"), make_params(xp), PROMPTS, sampler=SAMPLED, seed=5).tolist()
+            == run(
+                GenerationEngine(xp, SKELETON, "float32"), make_params(xp), PROMPTS, sampler=SAMPLED, seed=5
+            ).tolist()
         )
 
 
@@ -199,7 +201,7 @@ def test_custom_sampler_that_returns_no_tokens(engine, params, answer, message):
 
 @pytest.fixture(scope="module")
 def second_engine(backend):
-    return Engine(backend, SKELETON, "float32")
+    return GenerationEngine(backend, SKELETON, "float32")
 
 
 @pytest.fixture
@@ -301,7 +303,7 @@ def calls(monkeypatch):
 
 
 def test_nothing_is_compiled_per_token_or_per_prompt_length(backend, params, calls):
-    engine = Engine(backend, SKELETON, "float32")
+    engine = GenerationEngine(backend, SKELETON, "float32")
     for index, length in enumerate((13, 6, 9, 2)):  # one bucket; no common beginnings
         run(engine, params, [[index] * length], 20)
     steps = [shape for shape in calls if shape == (1, 1)]
@@ -322,7 +324,7 @@ def test_choosing_is_compiled_once_for_all_values(backend, params, monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(decode, "choose", counted)
-    engine = Engine(backend, SKELETON, "float32")
+    engine = GenerationEngine(backend, SKELETON, "float32")
     for sampler in (Sampler(temperature=0.5, top_k=3), Sampler(top_k=40), Sampler(temperature=2.0, top_k=7)):
         run(engine, params, PROMPTS[:1], 3, sampler)
     run(engine, params, PROMPTS[:1], 3, Sampler(top_p=0.5))
@@ -402,7 +404,7 @@ def test_weights_are_freed_with_the_engine(backend):
     """Neither the programs nor a cache of them keeps a model alive."""
     if backend.name == "tensorflow":
         pytest.skip("TensorFlow's tensors take no weak references")
-    engine, params = Engine(backend, SKELETON, "float32"), make_params(backend)
+    engine, params = GenerationEngine(backend, SKELETON, "float32"), make_params(backend)
     run(engine, params, PROMPTS[:1], 2)
     run(engine, params, PROMPTS[:1], 2, SAMPLED)
     engine.logits(params, np.array([PROMPTS[0]], np.int32))
@@ -421,7 +423,7 @@ def test_bucket():
 
 @pytest.mark.parametrize("eager", [True, False])
 def test_slots_hold_the_prompt_its_padding_and_the_answer(eager):
-    engine = object.__new__(Engine)
+    engine = object.__new__(GenerationEngine)
     engine.xp = SimpleNamespace(eager=eager)
     sizes = set()
     lengths = [*range(1, 70), 500, 511, 512, 513, 600, 1024, 1025, 3000]

@@ -293,11 +293,11 @@ def test_steps_equal_torch(preset):
 
 
 def test_a_batch_cut_up_in_any_way_is_the_same(photos, monkeypatch):
-    from modelhub.training.engine import Engine
+    from modelhub.training.engine import TrainingEngine
 
     found = []
     for at_once, accumulated in ((18, 1), (4, 1), (5, 3)):
-        monkeypatch.setattr(Engine, "_at_once", lambda *shape, rows=at_once: rows)
+        monkeypatch.setattr(TrainingEngine, "_at_once", lambda *shape, rows=at_once: rows)
         clf = fresh(hidden_dropout_prob=0.2)
         clf.compile("sgd", learning_rate=0.05)
         history = clf.fit(photos, 2, 18 // accumulated, grad_accum=accumulated, verbose=False)

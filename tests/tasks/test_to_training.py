@@ -26,7 +26,7 @@ from movable import (
 from modelhub import optim
 from modelhub.core.backends import installed
 from modelhub.errors import InputError, MixedBackends
-from modelhub.training.engine import Engine
+from modelhub.training.engine import TrainingEngine
 
 
 @pytest.fixture(scope="module")
@@ -298,13 +298,13 @@ def test_a_step_that_fails_leaves_the_model_as_it_was(tiny_preset, monkeypatch):
     lm = load(tiny_preset, "jax")
     lm.enable_lora(rank=2)
     lm.fit(batches(1), verbose=False)
-    before, train = values(lm), Engine.train
+    before, train = values(lm), TrainingEngine.train
 
     def fails(self, *args):
         train(self, *args)
         raise MemoryError("no more")
 
-    monkeypatch.setattr(Engine, "train", fails)
+    monkeypatch.setattr(TrainingEngine, "train", fails)
     with pytest.raises(MemoryError):
         lm.fit(batches(1), verbose=False)
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from modelhub.core.backends import get_backend, installed
 from modelhub.core.tree import flatten
 from modelhub.families import family_of
 from modelhub.training.batches import complete
-from modelhub.training.engine import Engine, Settings
+from modelhub.training.engine import Settings, TrainingEngine
 from modelhub.training.objectives import TextObjective
 
 TIME = 16
@@ -104,7 +104,7 @@ def start(xp, kind="small", **settings):
     skeleton, params, _ = model(kind)
     settings = Settings(**{"optimizer": Keep()} | settings)
     arrays = {name: xp.array(x) for name, x in params.items()}
-    return Engine(xp, skeleton, arrays, list(params), settings, TextObjective(skeleton.model.config))
+    return TrainingEngine(xp, skeleton, arrays, list(params), settings, TextObjective(skeleton.model.config))
 
 
 def gradients(engine, batches):
@@ -156,9 +156,9 @@ def test_cut_up_in_any_way(xp, whole, monkeypatch):
     logs, wanted = whole
     assert logs["tokens"] == (batch["labels"][:, 1:] != -100).sum()
     engine = start(xp)
-    monkeypatch.setattr(Engine, "_at_once", lambda *shape: 3)  # three rows, then one and two that are filled in
+    monkeypatch.setattr(TrainingEngine, "_at_once", lambda *shape: 3)  # three rows, then one and two that are filled in
     cut = {"three rows at once": gradients(engine, [batch])}
-    monkeypatch.setattr(Engine, "_at_once", lambda *shape: 1)
+    monkeypatch.setattr(TrainingEngine, "_at_once", lambda *shape: 1)
     cut["a row at once"] = gradients(engine, [batch])
     cut["accumulated"] = gradients(engine, parts(batch, 1))
     cut["with a batch without labels"] = gradients(engine, [batch, batch | {"labels": np.full((4, TIME), -100)}])
@@ -248,7 +248,7 @@ def test_adapter_steps_equal_peft(xp):
     arrays = {name: xp.array(x) for name, x in params.items()}
     values = lora.initial(xp, arrays, specs, seed=1)
     settings = Settings(optim.AdamW(weight_decay=0.1))
-    engine = Engine(xp, adapted, arrays | values, list(values), settings, TextObjective(skeleton.model.config))
+    engine = TrainingEngine(xp, adapted, arrays | values, list(values), settings, TextObjective(skeleton.model.config))
 
     base = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**CONFIGS["gemma3_text"]), attn_implementation="eager"
@@ -291,7 +291,7 @@ def test_dropout_is_the_same_everywhere_and_off_in_evaluation(xp, monkeypatch):
         backend = get_backend(name, "cpu")
         arrays = {name: backend.array(x) for name, x in (params | values).items()}
         settings = Settings(Keep(), dropout=True, **settings)
-        return Engine(backend, adapted, arrays, list(values), settings, TextObjective(skeleton.model.config))
+        return TrainingEngine(backend, adapted, arrays, list(values), settings, TextObjective(skeleton.model.config))
 
     batch = rows()
     engine = make(xp.name)
@@ -300,7 +300,9 @@ def test_dropout_is_the_same_everywhere_and_off_in_evaluation(xp, monkeypatch):
         again, found = gradients(make("torch"), [batch])
         assert logs["loss"] == pytest.approx(again["loss"], rel=1e-5)
         assert_near(found, wanted, 1e-4)
-    monkeypatch.setattr(Engine, "_at_once", lambda *shape: 1)  # a row has the same mask whatever it is computed with
+    monkeypatch.setattr(
+        TrainingEngine, "_at_once", lambda *shape: 1
+    )  # a row has the same mask whatever it is computed with
     again, found = gradients(engine, [batch])
     assert again["loss"] == pytest.approx(logs["loss"], rel=1e-5)
     assert_near(found, wanted, 2e-5)
@@ -314,7 +316,7 @@ def test_dropout_is_the_same_everywhere_and_off_in_evaluation(xp, monkeypatch):
 def test_evaluation(backend, kind="gemma2"):
     skeleton, params, theirs = model(kind)
     arrays = {name: backend.array(x) for name, x in params.items()}
-    engine = Engine(backend, skeleton, arrays, (), Settings(), TextObjective(skeleton.model.config))
+    engine = TrainingEngine(backend, skeleton, arrays, (), Settings(), TextObjective(skeleton.model.config))
     batch = rows()
     with torch.no_grad():
         out = theirs(**{name: torch.tensor(x) for name, x in batch.items()})
@@ -332,7 +334,9 @@ def test_what_it_is_given_stays(xp):
     """The model's own arrays are neither donated nor written to, whatever is trained."""
     skeleton, params, _ = model("small")
     arrays = {name: xp.array(x) for name, x in params.items()}
-    engine = Engine(xp, skeleton, arrays, list(params)[:4], Settings(optim.SGD()), TextObjective(skeleton.model.config))
+    engine = TrainingEngine(
+        xp, skeleton, arrays, list(params)[:4], Settings(optim.SGD()), TextObjective(skeleton.model.config)
+    )
     engine.train([complete(rows())], 1, 0.1)
     for name, x in params.items():
         np.testing.assert_array_equal(xp.get(arrays[name]), x)

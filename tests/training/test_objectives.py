@@ -19,7 +19,7 @@ from modelhub.errors import ConfigError, DataError
 from modelhub.families import family_of
 from modelhub.training import fields
 from modelhub.training.batches import Batches, ReadyRows
-from modelhub.training.engine import Engine, Settings
+from modelhub.training.engine import Settings, TrainingEngine
 from modelhub.training.examples import Example
 from modelhub.training.fields import Field
 from modelhub.training.fit import Plan, Run
@@ -249,7 +249,9 @@ def engine_of(name, objective, optimizer=None, names=None, **settings):
     xp = name if not isinstance(name, str) else get_backend(name, "cpu")
     rng = np.random.default_rng(0)
     params = {n: xp.array(rng.normal(0, 0.3, s.shape).astype(np.float32)) for n, s in flatten(SKELETON).items()}
-    return Engine(xp, SKELETON, params, names or list(params), Settings(optimizer or Keep(), **settings), objective)
+    return TrainingEngine(
+        xp, SKELETON, params, names or list(params), Settings(optimizer or Keep(), **settings), objective
+    )
 
 
 class Keep:
@@ -396,7 +398,7 @@ def test_the_texts_of_a_row_drop_differently(name, monkeypatch):
     shapes = {n: s.shape for n, s in flatten(SKELETON).items()} | {n: s.shape for n, s in specs.items()}
     params = {n: xp.array(rng.normal(0, 0.3, shape).astype(np.float32)) for n, shape in shapes.items()}
     settings = Settings(Keep(), dropout=True)
-    engine = Engine(xp, adapted, params, list(specs), settings, Contrastive(group=1))
+    engine = TrainingEngine(xp, adapted, params, list(specs), settings, Contrastive(group=1))
     batch = pairs(4)
     batch["document"] = batch["query"].copy()
     kept = []
