@@ -41,19 +41,17 @@ class ChatTemplate:
         keyword arguments of the template's own, such as enable_thinking; variables: further ones, and the template may
         know them or not (documents, ...). All is plain data.
 
-        Raises ChatTemplateError for messages of another form, for options and tools that the template does not read,
-        and for what it refuses or does wrong; InputError for tools that have no schema.
+        Raises ChatTemplateError for messages of another form, for options that the template does not read, and for
+        what it refuses or does wrong; InputError for tools that have no schema.
         """
         _check(messages)
         options = dict(options or {})
         if tools is not None:
             variables["tools"] = tool_schemas(tools) or None
-        asked = [*options, *(["tools"] if variables.get("tools") else [])]
-        if unknown := [name for name in asked if name not in {*self.options, "tools"} & {*self.variables}]:
+        if unknown := [name for name in options if name not in self.options]:
             raise ChatTemplateError(
                 f"the preset's chat template does not read {', '.join(map(str, unknown))}, which would change nothing; "
                 f"its options are {', '.join(self.options) or 'none'}"
-                + ("" if "tools" in self.variables else ", and it has no place for tools")
             )
         given = self.special_tokens | {"tools": None, "documents": None} | options | variables
         given |= {

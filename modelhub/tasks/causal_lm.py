@@ -221,6 +221,8 @@ class CausalLM(Task):
             raise InputError(
                 f"{', '.join(own)} belongs to the preset's chat template: write template_options={{{given}}}"
             )
+        if tools and "tools" not in template.variables:
+            raise InputError("the preset's chat template has no place for tools: the model was not trained to call any")
         text = template.render(messages, add_generation_prompt=True, tools=tools, options=template_options)
         return self.generate(_Rendered(text), max_new_tokens, **options)
 

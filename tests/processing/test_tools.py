@@ -173,9 +173,5 @@ def test_what_the_template_does_not_read_is_said():
         template.render(MESSAGES, options={"enable_thinkng": False})
     with pytest.raises(ChatTemplateError, match="not read messages"):
         template.render(MESSAGES, options={"messages": []})
-    plain = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", special_tokens={})
-    with pytest.raises(ChatTemplateError, match="not read tools.*its options are none, and it has no place for tools"):
-        plain.render(MESSAGES, tools=[weather])
-    assert plain.render(MESSAGES, tools=[]) == "Is it raining?"
     with pytest.raises(ChatTemplateError, match="not valid Jinja"):
         ChatTemplate("{% if %}", special_tokens={}).render(MESSAGES, options={"x": 1})

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from modelhub import CausalLM
 from modelhub.core.backends import installed
 from modelhub.errors import InputError, NotFinite
+from modelhub.processing.chat_template import ChatTemplate
 
 PIECES = ["▁", *"aehinoprst", "▁i", "▁is", "▁P", "▁Pa", "▁Par", "▁Pari", "▁Paris", "P", "▁i", "▁it"]
 MERGES = ["▁ i", "▁i s", "▁ P", "▁P a", "▁Pa r", "▁Par i", "▁Pari s", "▁i t"]
@@ -292,6 +293,9 @@ def test_template_options_and_tools_in_chat(talking):
     assert read(tools=[mill]) == count(plain.replace("<bos>", "<bos>" + described) + "quick ")
     with pytest.raises(InputError, match=r"belongs to .* template: write template_options={'enable_thinking': False}"):
         lm.chat(TALK[:1], 1, enable_thinking=False)
+    lm.chat_template = ChatTemplate("{{ messages[0].content }}", special_tokens={})
+    with pytest.raises(InputError, match="has no place for tools"):
+        lm.chat(TALK[:1], 1, tools=[mill])
     with pytest.raises(TypeError, match="no enable_thinkin"):
         lm.chat(TALK[:1], 1, enable_thinkin=False)
 
