@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from modelhub.core.backends.base import Array, Backend
-from modelhub.core.nn import ACTIVATIONS, Linear, RMSNorm, rope_tables
+from modelhub.core.nn import ACTIVATIONS, Embedding, Linear, RMSNorm, rope_tables
 from modelhub.core.tree import Module, Spec
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"  # kinds of layers, as Hugging Face's layer_types call them
@@ -176,13 +176,59 @@ def run_layers(xp: Backend, layers: Sequence, x: Array, context: Context) -> Arr
 
 
 @dataclass
+class Decoder(Module):
+    """Embeddings, blocks, a norm. config: see families/text.py's TextConfig."""
+
+    embed_tokens: Embedding
+    layers: list
+    norm: RMSNorm
+    config: Any
+
+    def __call__(
+        self, xp: Backend, ids: Array, start: Array | None = None, cache: KVCache | None = None,
+        positions: Array | None = None, segments: Array | None = None,
+    ) -> Array:  # fmt: skip
+        """Hidden states (B, T, D) of ids (B, T); the other arguments are those of decoder_context."""
+        xp.expect(ids=ids, embed_tokens=self.embed_tokens.weight)
+        cfg, x = self.config, self.embed(xp, ids)
+        dtype = xp.dtype(self.embed_tokens.weight)
+        context = decoder_context(
+            xp, xp.shape(ids)[1], dtype, cfg.rope_frequencies(), cfg.windows(), start, cache, positions, segments
+        )
+        return xp.cast(self.norm(xp, run_layers(xp, self.layers, x, context)), dtype)
+
+    def embed(self, xp: Backend, ids: Array) -> Array:
+        """What the first block gets."""
+        return self.embed_tokens(xp, ids)
+
+
+@dataclass
 class CausalModel(Module):
-    """A decoder and its head. Families say in `abstract` what is inside; model has embed_tokens, layers and config."""
+    """A decoder and its head; model has embed_tokens, layers and config.
+
+    A family gives its `block`, built as block.abstract(config, kind of layer), and perhaps a `decoder` or an offset of
+    the last norm; or it has an `abstract` of its own.
+    """
 
     reads: ClassVar[str] = "text"
+    block: ClassVar[Any] = None
+    decoder: ClassVar[type[Decoder]] = Decoder
+    norm_offset: ClassVar[float] = 0.0
 
     model: Any
     lm_head: Linear | None  # None: the embedding table is the head
+
+    @classmethod
+    def abstract(cls, cfg: Any) -> Self:
+        return cls(
+            cls.decoder(
+                Embedding.abstract(cfg.vocab_size, cfg.hidden_size),
+                [cls.block.abstract(cfg, kind) for kind in cfg.layer_types],
+                RMSNorm.abstract(cfg.hidden_size, cfg.rms_norm_eps, cls.norm_offset),
+                cfg,
+            ),
+            None if cfg.tie_word_embeddings else Linear.abstract(cfg.hidden_size, cfg.vocab_size),
+        )
 
     def hidden(self, xp: Backend, ids: Array, **more: Array | None) -> Array:
         """Hidden states (B, T, D) after the final norm, of ids (B, T); more: positions and segments, both (B, T)."""

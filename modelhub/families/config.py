@@ -1,20 +1,16 @@
-"""What the configs of all families share: strict reading of config.json, rope in both spellings, GGUF metadata."""
+"""What the configs of all families share: declared keys, which keys matter, the formats, rope in both spellings."""
 
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
 from modelhub.core.nn import ACTIVATIONS, Rope
 from modelhub.errors import ConfigError
-
-SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "max_position_embeddings",
-)  # fmt: skip
-ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
+from modelhub.families.naming import NameMap
 
 # Keys of transformers' models that change the forward pass and that no family here has, unless it names them itself.
 # What they may be all the same: whatever switches nothing on, and the values here.
@@ -46,12 +42,16 @@ _LARGEST_SIZE = (1 << 31) - 1
 _MOST_LAYERS = 10_000  # each is a handful of objects, made before the weights can disagree
 
 
+@dataclass(frozen=True)
+class Value:
+    """What a value must be, in words and as a test, if it is there and not null."""
+
+    words: str
+    test: Callable[[Any], bool]
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and -1e30 < value < 1e30
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 1e-30
 
 
 def _is_size(value: Any) -> bool:
@@ -64,49 +64,164 @@ def _is_ids(value: Any) -> bool:
     return all(type(x) is int and -1 <= x <= _LARGEST_SIZE for x in (value if isinstance(value, list) else [value]))
 
 
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(x, str) for x in value)
+SIZE = Value("a whole number above 0", _is_size)
+NUMBER = Value("a number", _is_number)
+POSITIVE = Value("a number above 0", lambda x: _is_number(x) and x > 1e-30)
+FLAG = Value("true or false", lambda x: isinstance(x, bool))
+TEXT = Value("text", lambda x: isinstance(x, str))
+TEXTS = Value("a list of texts", lambda x: isinstance(x, list) and all(isinstance(text, str) for text in x))
+OBJECT = Value("an object", lambda x: isinstance(x, Mapping))
+IDS = Value("a token id, or a list of them", _is_ids)
 
-
-# What a value must be, in words and as a test, if it is there and not null; config.json and generation_config.json.
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    key: kind
-    for keys, kind in (
-        (
-            "rms_norm_eps query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping rope_theta "
-            "rope_local_base_freq factor low_freq_factor high_freq_factor original_max_position_embeddings",
-            ("a number above 0", _is_positive),
+# Of keys that are no fields of a family's config, and of generation_config.json.
+_KINDS = {
+    key: value
+    for value, keys in {
+        POSITIVE: (
+            "rope_theta", "rope_local_base_freq", "factor", "low_freq_factor", "high_freq_factor",
+            "original_max_position_embeddings",
         ),
-        (
-            "temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty",
-            ("a number", _is_number),
+        NUMBER: (
+            "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
         ),
         # Scores are divided by length ** length_penalty.
-        ("length_penalty", ("a number from -50 to 50", lambda x: _is_number(x) and -50 <= x <= 50)),
-        ("early_stopping", ('true, false or "never"', lambda x: isinstance(x, bool) or x == "never")),
-        (
-            "attention_bias mlp_bias tie_word_embeddings do_sample",
-            ("true or false", lambda x: isinstance(x, bool)),
-        ),
-        (
-            "model_type hidden_act hidden_activation dtype torch_dtype rope_type type",
-            ("text", lambda x: isinstance(x, str)),
-        ),
-        ("rope_scaling rope_parameters text_config", ("an object", lambda x: isinstance(x, Mapping))),
-        ("sliding_window sliding_window_size sliding_window_pattern", ("a whole number above 0", _is_size)),
-        ("layer_types", ("a list of texts", _is_texts)),
-        ("bos_token_id eos_token_id pad_token_id", ("a token id, or a list of them", _is_ids)),
-    )
-    for key in keys.split()
-}
+        Value("a number from -50 to 50", lambda x: _is_number(x) and -50 <= x <= 50): ("length_penalty",),
+        Value('true, false or "never"', lambda x: isinstance(x, bool) or x == "never"): ("early_stopping",),
+        FLAG: ("do_sample",),
+        TEXT: ("model_type", "dtype", "torch_dtype", "rope_type", "type"),
+        OBJECT: ("rope_scaling", "rope_parameters", "text_config"),
+        SIZE: ("sliding_window_size", "sliding_window_pattern"),
+        IDS: ("bos_token_id", "eos_token_id", "pad_token_id"),
+    }.items()
+    for key in keys
+}  # fmt: skip
 
 
-def check_kinds(data: Mapping[str, Any], where: str) -> None:
+def key(value: Value, default: Any = MISSING, *, factory: Any = MISSING) -> Any:
+    """A field of a family's config that is a key of config.json, and what its value must be."""
+    if factory is not MISSING:
+        return field(default_factory=factory, metadata={"value": value})
+    return field(default=default, metadata={"value": value})
+
+
+class Format(Protocol):
+    """One way to store a family's models, both ways."""
+
+    def read(self, cls: Any, stored: Any) -> dict[str, Any]:
+        """The fields of the family's Config `cls`, of config.json, a GGUF file, or a KerasHub preset's two."""
+        ...
+
+    def write(self, config: Any) -> Any: ...
+
+    def names(self, config: Any) -> NameMap: ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model_type. defaults: of transformers' config class, which checkpoints rely on, where they are not ours.
+
+    lacks: fields of ours that the class does not have.
+    """
+
+    architecture: str
+    defaults: Mapping[str, Any]
+    lacks: tuple[str, ...] = ()
+
+
+class FamilyConfig:
+    """Base of the families' configs: dataclasses whose fields, where `key` declares them, are keys of config.json.
+
+    FORMATS: "hf", "gguf" and "keras", as far as the family has them. MEMBER: what a model of it is, for errors.
+    """
+
+    MEMBER: ClassVar[str] = "of this family"
+    KINDS: ClassVar[Mapping[str, Kind]]
+    FORMATS: ClassVar[Mapping[str, Format]]
+
+    model_type: str
+
+    def __post_init__(self) -> None:
+        self.checked(f"{self.model_type} config")
+
+    def checked(self, where: str) -> None:
+        """Complete what depends on other fields. Raises ConfigError for fields that do not fit each other."""
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any]) -> Self:
+        """From config.json, in the spelling of transformers 4 or 5. Raises ConfigError."""
+        return cls(**cls.stored_as("hf").read(cls, data))
+
+    @classmethod
+    def from_gguf(cls, file: Any) -> Self:
+        """From a GGUF file, see gguf.GGUFLike. Raises ConfigError."""
+        return cls(**cls.stored_as("gguf").read(cls, file))
+
+    @classmethod
+    def from_keras(cls, data: Mapping[str, Any], tensors: Container[str] | None = None) -> Self:
+        """From a KerasHub preset: its config.json, with task.json under "task", and the names in its weights, if known.
+
+        Raises ConfigError.
+        """
+        return cls(**cls.stored_as("keras").read(cls, (data, tensors)))
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json."""
+        data: dict[str, Any] = self.stored_as("hf").write(self)
+        return data
+
+    def to_gguf(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """GGUF metadata, and tensors that are no parameters. ConfigError for what llama.cpp cannot do."""
+        found: tuple[dict[str, Any], dict[str, np.ndarray]] = self.stored_as("gguf").write(self)
+        return found
+
+    @classmethod
+    def stored_as(cls, source: str) -> Format:
+        if source not in cls.FORMATS:
+            raise ConfigError(
+                f"models of type {', '.join(cls.KINDS)} are stored as {', '.join(cls.FORMATS)}, not {source}"
+            )
+        return cls.FORMATS[source]
+
+    @classmethod
+    def kind(cls, name: str) -> Kind:
+        if name not in cls.KINDS:
+            raise ConfigError(f"model_type {name!r} is not {cls.MEMBER}; this family reads {', '.join(cls.KINDS)}")
+        return cls.KINDS[name]
+
+    @classmethod
+    def values(cls) -> dict[str, Value]:
+        """What the declared keys must be."""
+        return {name: f.metadata["value"] for name, f in cls.__dataclass_fields__.items() if "value" in f.metadata}  # type: ignore[attr-defined]
+
+    @classmethod
+    def sizes(cls) -> set[str]:
+        return {name for name, value in cls.values().items() if value is SIZE}
+
+    @classmethod
+    def optional(cls) -> set[str]:
+        """Keys for which null is a value."""
+        return {name for name in cls.values() if cls.__dataclass_fields__[name].default is None}  # type: ignore[attr-defined]
+
+    @classmethod
+    def check_values(cls, found: Mapping[str, Any], where: str) -> None:
+        """Raise ConfigError for values that are of another kind than the fields say."""
+        check_sizes(
+            {key: found[key] for key in cls.values() if key in cls.sizes() and found.get(key) is not None}, where
+        )
+        check_kinds(found, where, cls.values())
+
+
+def names(source: str, config: FamilyConfig) -> NameMap:
+    """How the tensors of a "hf" folder, a "gguf" file or a "keras" preset are called here. A family's `names`."""
+    return config.stored_as(source).names(config)
+
+
+def check_kinds(data: Mapping[str, Any], where: str, values: Mapping[str, Value] = _KINDS) -> None:
     """Raise one ConfigError for all values of `data` that are of another kind than their keys say."""
     bad = [
-        f"{key} must be {words}, found {reprlib.repr(data[key])}"
-        for key, (words, test) in _KINDS.items()
-        if data.get(key) is not None and not test(data[key])
+        f"{key} must be {value.words}, found {reprlib.repr(data[key])}"
+        for key, value in values.items()
+        if data.get(key) is not None and not value.test(data[key])
     ]
     if bad:
         raise ConfigError(f"{where}: {'; '.join(bad)}. Correct it, or download it again")
@@ -246,166 +361,3 @@ def write_common(config: Any, architecture: str) -> dict[str, Any]:
     if dtype := data.get("dtype"):
         data["torch_dtype"] = dtype
     return data
-
-
-class GGUFLike(Protocol):
-    """What a family needs to see of a GGUF file."""
-
-    metadata: dict[str, Any]
-    tensors: Mapping[str, Any]
-
-    def read(self, name: str, dtype: str = "float32") -> np.ndarray: ...
-
-
-# What is read below, and what says nothing to models whose rope is neither "yarn" nor cut.
-_GGUF_KEYS = {
-    "vocab_size", "context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count",
-    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.causal",
-    "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
-    "rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length", "rope.scaling.finetuned",
-    "tensor_data_layout", "mm.tokens_per_image",
-}  # fmt: skip
-CONTEXT = "modelhub.context_length"  # of a model for which llama.cpp is told less
-
-
-def read_gguf(file: GGUFLike, own: Iterable[str] = ()) -> dict[str, Any]:
-    """The keys that all decoder architectures of GGUF have, under our names.
-
-    own: further keys that the caller reads, without the architecture. Raises ConfigError for missing keys, for values
-    that make no sense, and for other keys of the architecture that are set: they may change the maths.
-    """
-    metadata = file.metadata
-    arch = metadata["general.architecture"]
-
-    def get(key: str, default: Any = None) -> Any:
-        return metadata.get(f"{arch}.{key}", default)
-
-    needed = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count", "context_length")
-    if missing := [f"{arch}.{key}" for key in needed if get(key) is None]:
-        raise ConfigError(f"GGUF metadata lacks {', '.join(missing)}; the file is incomplete")
-    check_sizes({f"{arch}.{key}": get(key) for key in needed}, "GGUF metadata")
-    same = {
-        "rope_theta": "rope.freq_base", "rope_local_base_freq": "rope.freq_base_swa",
-        "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_type": "rope.scaling.type",
-        "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
-        "sliding_window": "attention.sliding_window",
-    }  # fmt: skip
-    check_kinds({ours: get(theirs) for ours, theirs in same.items()}, f"GGUF metadata of {arch}")
-    ids = {f"{name}_token_id": metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
-    check_kinds(ids, "GGUF metadata of the tokenizer")
-    heads = get("attention.head_count")
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list | None):
-        raise ConfigError(f"GGUF metadata: tokenizer.ggml.tokens must be a list of texts, found {reprlib.repr(tokens)}")
-    # As llama.cpp has it: the older key, 0 for none, and a factor without a type.
-    factors = [x for x in (get("rope.scaling.factor"), get("rope.scale_linear")) if x is not None and not _is_zero(x)]
-    scaling = get("rope.scaling.type") or ("linear" if factors else "none")
-    rope = read_rope(
-        "GGUF metadata",
-        get("rope.freq_base", 10_000.0),
-        {} if scaling == "none" else {"rope_type": scaling, "factor": factors[0] if factors else None},
-    )
-    if "rope_freqs.weight" in file.tensors:
-        rope = _llama3_rope(rope, file.read("rope_freqs.weight"))
-    values = {
-        "vocab_size": get("vocab_size") if tokens is None else len(tokens),
-        "hidden_size": get("embedding_length"),
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": get("attention.key_length", get("embedding_length") // heads),
-        "max_position_embeddings": metadata.get(CONTEXT, get("context_length")),
-        # GGUF keeps float32, in which 1e-6 is 9.99999997e-07; taken as the decimal it came from.
-        "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon', 1e-6):.6g}"),
-        "rope": rope,
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "extra": {key: value for key, value in ids.items() if value is not None},
-    }
-    check_sizes({key: values[key] for key in SIZES}, "GGUF metadata")
-    _check_gguf_keys(metadata, arch, {*_GGUF_KEYS, *own}, values["head_dim"])
-    return values
-
-
-def _check_gguf_keys(metadata: Mapping[str, Any], arch: str, known: set[str], head_dim: int) -> None:
-    bad = []
-    needed = {"rope.dimension_count": head_dim, "attention.value_length": head_dim, "attention.causal": True}
-    for name, value in metadata.items():
-        key = name.removeprefix(f"{arch}.")
-        if key == name:
-            continue
-        if key in needed and (type(value), value) != (type(needed[key]), needed[key]):
-            bad.append(f"{name}={reprlib.repr(value)} (only {needed[key]} is supported)")
-        elif key not in known and not _is_zero(value):
-            bad.append(f"{name}={reprlib.repr(value)}")
-    if bad:
-        raise ConfigError(
-            f"GGUF metadata that may change the maths, and that modelhub does not have: {', '.join(bad[:10])}. This "
-            "model needs a newer modelhub"
-        )
-
-
-def _is_zero(value: Any) -> bool:
-    """Whether a GGUF value switches nothing on: 0, false, empty, or an array of such."""
-    return not np.any(value) if isinstance(value, np.ndarray) else not value
-
-
-def write_gguf(config: Any, arch: str, problems: Iterable[str]) -> dict[str, Any]:
-    """The keys that `read_gguf` reads, but for the tokenizer's.
-
-    problems: what llama.cpp's code for `arch` cannot do of this config; one ConfigError is raised for all of them.
-    """
-    if problems := list(problems):
-        raise ConfigError(
-            f"this model cannot be a GGUF file, since llama.cpp's {arch} has {'; '.join(problems)}. Save it as a "
-            "Hugging Face folder instead"
-        )
-    values: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "block_count": config.num_hidden_layers,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": config.head_dim,
-        "rope.freq_base": float(config.rope.theta),
-    }
-    if config.rope.rope_type == "linear":
-        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(config.rope.factor)}
-    return {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in values.items()}
-
-
-def gguf_rope_freqs(config: Any) -> dict[str, np.ndarray]:
-    """Llama 3's rope as GGUF keeps it: what each frequency (h / 2,) is divided by.
-
-    Raises ConfigError where `read_gguf` could not tell the formula from that.
-    """
-    if config.rope.rope_type != "llama3":
-        return {}
-    default = Rope(config.rope.theta)
-    plain, scaled = (rope.frequencies(config.head_dim) for rope in (default, config.rope))
-    try:
-        _llama3_rope(default, plain / scaled)
-    except ConfigError:
-        values = ", ".join(f"{key}={getattr(config.rope, key):g}" for key in Rope.LLAMA3)
-        usual = ", ".join(f"{key}={getattr(default, key):g}" for key in Rope.LLAMA3[1:])
-        raise ConfigError(
-            f"this model cannot be a GGUF file that modelhub reads again: its rope has {values}; the file "
-            f"would keep only what comes of them, which is told for {usual}. Save it as a Hugging Face folder instead"
-        ) from None
-    return {"rope_freqs.weight": plain / scaled}
-
-
-def _llama3_rope(rope: Rope, divisors: np.ndarray) -> Rope:
-    """GGUF keeps what each frequency (h / 2,) is divided by; the config has the formula."""
-    if divisors.ndim != 1 or not ((divisors >= 1) & (divisors < 1e6)).all():
-        raise ConfigError(f"GGUF: rope_freqs.weight {divisors.shape} must be a vector of divisors, 1 or more")
-    plain = rope.frequencies(2 * len(divisors))
-    found = Rope(rope.theta, "llama3", factor=round(float(divisors.max()), 4))
-    if not np.allclose(plain / found.frequencies(2 * len(divisors)), divisors, rtol=1e-3):
-        raise ConfigError("GGUF: rope_freqs.weight does not follow Llama 3's formula, the only one that is supported")
-    return found

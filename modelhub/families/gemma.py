@@ -3,9 +3,9 @@
 Gemma: arXiv:2403.08295. Gemma 2: arXiv:2408.00118. Gemma 3: arXiv:2503.19786.
 """
 
-from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -16,294 +16,193 @@ from modelhub.core.decoder import GLOBAL, LOCAL
 from modelhub.core.tree import Module
 from modelhub.errors import ConfigError
 from modelhub.families import kerashub
-from modelhub.families.config import (
-    ROPE_KEYS,
-    SIZES,
-    GGUFLike,
-    check_activation,
-    check_keys,
-    check_kinds,
-    check_sizes,
-    hf_rope,
-    read_gguf,
-    require,
-    write_common,
-    write_gguf,
-    write_rope,
-)
-from modelhub.families.naming import BARE_DECODER, KEEP, MINUS_ONE, NameMap, Rule
+from modelhub.families.config import FLAG, POSITIVE, TEXT, Kind, check_kinds, hf_rope, key, require, write_rope
+from modelhub.families.config import names as names
+from modelhub.families.gguf import BLOCK, GGUF, GGUFLike
+from modelhub.families.naming import BARE_DECODER, KEEP, MINUS_ONE, NameMap, Rule, Via
+from modelhub.families.text import HuggingFace, TextConfig
 
-# What a key is when config.json leaves it out: the defaults of transformers' config classes, which checkpoints rely on.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma": {
-        "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 8192, "sliding_window": None,
-    },
-    "gemma2": {
-        "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 8192, "sliding_window": 4096,
-        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256,
-    },
-    "gemma3_text": {
-        "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072, "sliding_window": 4096,
-        "query_pre_attn_scalar": 256,
-    },
+_GEMMA = {
+    "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192,
 }  # fmt: skip
-
-
-_OPTIONAL = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
-_READ_ELSEWHERE = {"hidden_act", "rope_local_base_freq", "sliding_window_pattern", "sliding_window_size"}
+_GEMMA2 = _GEMMA | {
+    "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "sliding_window": 4096, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}  # fmt: skip
+_GEMMA3 = _GEMMA2 | {
+    "vocab_size": 262208, "max_position_embeddings": 131072, "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}  # fmt: skip
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _SHARED_WITH_TEXT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
 
 
-@dataclass
-class Config:
-    """Hugging Face's names and meanings, except `rope` (global layers) and `local_rope` (local layers)."""
+class GemmaHF(HuggingFace):
+    def reads_besides(self) -> set[str]:
+        return {"hidden_act", "rope_local_base_freq", "sliding_window_pattern", "sliding_window_size"}
 
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    max_position_embeddings: int
-    sliding_window: int | None = None
-    head_dim: int = 256
-    hidden_activation: str = "gelu_pytorch_tanh"
-    rms_norm_eps: float = 1e-6
-    rope: nn.Rope = nn.Rope()
-    local_rope: nn.Rope = nn.Rope()
-    attention_bias: bool = False
-    query_pre_attn_scalar: float | None = None
-    attn_logit_softcapping: float | None = None
-    final_logit_softcapping: float | None = None
-    tie_word_embeddings: bool = True
-    layer_types: list[str] = field(default_factory=list)
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def from_hf(cls, data: Mapping[str, Any]) -> "Config":
-        """From config.json, in the spelling of transformers 4 or 5. Raises ConfigError."""
-        data = dict(data)
+    def read(self, cls: Any, data: Mapping[str, Any]) -> dict[str, Any]:
         check_kinds(data, "config.json")
-        if data.get("model_type") == "gemma3":  # multimodal: the text tower is a config of its own
-            shared = {key: data[key] for key in _SHARED_WITH_TEXT if key in data}
-            data = shared | {"model_type": "gemma3_text"} | dict(data.get("text_config") or {})
-            check_kinds(data, "text_config")
-        kind = data.get("model_type")
-        if kind not in _DEFAULTS:
-            raise ConfigError(f"model_type {kind!r} is not a Gemma; this family reads gemma3, {', '.join(_DEFAULTS)}")
-        where = f"{kind} config"
-        known = set(cls.__dataclass_fields__) - {"extra", "rope", "local_rope"}
-        extra = check_keys(data, known | ROPE_KEYS | _READ_ELSEWHERE, where)
-        require(data, "use_bidirectional_attention", (False,), where)
-        values = _DEFAULTS[kind] | {key: data[key] for key in known if data.get(key) is not None}
-        # null switches these off; only an absent key means the default.
-        values |= {key: None for key in _OPTIONAL if key in data and data[key] is None}
-        require(data, "sliding_window_size", (values["sliding_window"],), where)  # Gemma 2 9B and 27B say it twice
+        if data.get("model_type") == "gemma3":  # multimodal; the text part lies one level down
+            text = {"model_type": "gemma3_text"} | dict(data.get("text_config") or {})
+            shared = {key: data[key] for key in _SHARED_WITH_TEXT if key in data and key not in text}
+            data = shared | text
         # The first Gemma configs said hidden_act "gelu" and meant its tanh form; transformers reads them so too.
         act = data.get("hidden_act") or "gelu_pytorch_tanh"
         act = data.get("hidden_activation") or ("gelu_pytorch_tanh" if act == "gelu" else act)
-        values["hidden_activation"] = check_activation(act, where)
-        check_sizes({"head_dim": cls.head_dim} | {key: values[key] for key in SIZES if key in values}, where)
-        values |= _read_ropes(kind, data, where)
+        values = super().read(cls, dict(data) | {"hidden_activation": act})
+        where = f"{values['model_type']} config"
+        require(data, "sliding_window_size", (values.get("sliding_window"),), where)  # Gemma 2 9B and 27B say it twice
         if not values.get("layer_types"):
-            values["layer_types"] = _layer_types(kind, values["num_hidden_layers"], data.get("sliding_window_pattern"))
-        return cls(**values, extra=extra)._checked(where)
+            pattern = data.get("sliding_window_pattern")
+            values["layer_types"] = _layer_types(values["model_type"], values["num_hidden_layers"], pattern)
+        return values
 
-    @classmethod
-    def from_gguf(cls, file: GGUFLike) -> "Config":
-        """From a GGUF file's metadata. What the format leaves out follows llama.cpp's rules for these models."""
-        metadata = file.metadata
-        arch = metadata["general.architecture"]
-        kind = "gemma3_text" if arch == "gemma3" else arch
-        values = read_gguf(file, _GGUF_KEYS[kind])
-        layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
-        if kind != "gemma":
-            values["query_pre_attn_scalar"] = _gguf_query_scalar(
-                arch, layers, values["hidden_size"], heads, values["head_dim"]
+    def ropes(self, kind: str, data: Mapping[str, Any], where: str) -> dict[str, Any]:
+        if kind != "gemma3_text":
+            rope = super().ropes(kind, data, where)["rope"]
+            return {"rope": rope, "local_rope": rope}
+        found = data.get("rope_parameters") or {}
+        if found and not {GLOBAL, LOCAL} & set(found):  # transformers reads nothing else
+            raise ConfigError(
+                f"{where}: rope_parameters must be an object with {GLOBAL} and {LOCAL}, got {found!r:.200}"
             )
-            default = _DEFAULTS[kind]
-            values["sliding_window"] = metadata.get(f"{arch}.attention.sliding_window", default["sliding_window"])
-            for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-                values[key] = metadata.get(f"{arch}.{key}", default.get(key))
-        if kind == "gemma3_text":
-            values["local_rope"] = nn.Rope(metadata.get(f"{arch}.rope.freq_base_swa", 10_000.0))
-        else:
-            values["local_rope"] = values["rope"]
-        pattern = metadata.get(f"{arch}.attention.sliding_window_pattern")
-        types = _layer_types(kind, layers, pattern if isinstance(pattern, int) else None)
-        if isinstance(pattern, np.ndarray):
-            types = [LOCAL if is_local else GLOBAL for is_local in pattern]
-        return cls(model_type=kind, layer_types=types, **values)._checked("GGUF metadata")
+        rope = hf_rope(where, data, found.get(GLOBAL), 1_000_000.0, merged=True)
+        older = {"rope_theta": data.get("rope_local_base_freq")}
+        return {"rope": rope, "local_rope": hf_rope(where, older, found.get(LOCAL), 10_000.0)}
 
-    def to_gguf(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """GGUF metadata, and tensors that are no parameters (none). ConfigError for what llama.cpp cannot do."""
-        kind, arch = self.model_type, self.model_type.removesuffix("_text")
-        scalar = _gguf_query_scalar(
-            arch, self.num_hidden_layers, self.hidden_size, self.num_attention_heads, self.head_dim
-        )
-        capped = self.attn_logit_softcapping is not None, self.final_logit_softcapping is not None
-        act, default = self.hidden_activation, _layer_types(kind, self.num_hidden_layers, None)
-        problems = {
-            f"the activation gelu_pytorch_tanh, not {act}": act not in ("gelu_pytorch_tanh", "gelu_new"),
-            f"queries scaled by 1 / sqrt({scalar}), not {self.query_scale:.6g}": self.query_scale != scalar**-0.5,
-            "no biases": self.attention_bias,
-            "the embedding as its head": kind != "gemma3_text" and not self.tie_word_embeddings,
-            "both soft caps": kind == "gemma2" and not all(capped),
-            "no soft cap of attention": kind != "gemma2" and capped[0],
-            "no soft cap of logits": kind == "gemma" and capped[1],
-            "only global layers": kind == "gemma" and LOCAL in self.layer_types,
-            "no Llama 3 rope": "llama3" in (self.rope.rope_type, self.local_rope.rope_type),
-            "no rope scaling in local layers": kind == "gemma3_text" and self.local_rope.rope_type != "default",
-        }
-        data = write_gguf(self, arch, [text for text, found in problems.items() if found])
-        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            if (cap := getattr(self, key)) is not None:
-                data[f"{arch}.{key}"] = float(cap)
-        if LOCAL in self.layer_types:
-            data[f"{arch}.attention.sliding_window"] = self.sliding_window
-        if self.layer_types != default:
-            data[f"{arch}.attention.sliding_window_pattern"] = [kind == LOCAL for kind in self.layer_types]
-        if kind == "gemma3_text":
-            data[f"{arch}.rope.freq_base_swa"] = float(self.local_rope.theta)
-        return data, {}
-
-    @classmethod
-    def from_keras(cls, data: Mapping[str, Any], tensors: Container[str] | None = None) -> "Config":
-        """From the config.json of a KerasHub preset; tensors as for Llama, and not needed here. Raises ConfigError."""
-        return cls(**kerashub.read_gemma(data))._checked("KerasHub config")
-
-    def to_hf(self) -> dict[str, Any]:
-        """config.json with the keys of transformers 4 and of transformers 5 side by side: either reads its own."""
-        data = write_common(self, _ARCHITECTURES[self.model_type])
-        rope = write_rope(self.rope)
-        data["rope_theta"] = self.rope.theta
-        if self.rope.rope_type != "default":
-            data["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-        if self.model_type == "gemma3_text":
-            data["rope_parameters"] = {GLOBAL: rope, LOCAL: write_rope(self.local_rope)}
-            data["rope_local_base_freq"] = self.local_rope.theta
-            first_global = self.layer_types.index(GLOBAL) if GLOBAL in self.layer_types else self.num_hidden_layers
-            data["sliding_window_pattern"] = first_global + 1
-            return data
-        data["rope_parameters"] = rope
-        if self.model_type == "gemma":
-            data["hidden_act"] = self.hidden_activation
-            for key in (*_OPTIONAL, "layer_types", "query_pre_attn_scalar"):
-                del data[key]
+    def write(self, config: Any) -> dict[str, Any]:
+        data = super().write(config)
+        if config.model_type == "gemma":
+            data["hidden_act"] = config.hidden_activation
+        if config.model_type == "gemma3_text":
+            types, local = config.layer_types, config.local_rope
+            data["rope_parameters"] = {GLOBAL: data["rope_parameters"], LOCAL: write_rope(local)}
+            data["rope_local_base_freq"] = local.theta
+            data["sliding_window_pattern"] = (types.index(GLOBAL) if GLOBAL in types else len(types)) + 1
         return data
+
+
+class GemmaGGUF(GGUF):
+    """What the format leaves out follows llama.cpp's rules for these models."""
+
+    keys: ClassVar = {key: key for key in _CAPS} | {"sliding_window": "attention.sliding_window"}
+
+    def arch(self, config: Any) -> str:
+        return str(config.model_type).removesuffix("_text")
+
+    def kind(self, arch: str, file: GGUFLike) -> str:
+        return "gemma3_text" if arch == "gemma3" else arch
+
+    def own_keys(self, kind: str) -> set[str]:
+        more = {"attention.sliding_window_pattern"} | ({"rope.freq_base_swa"} if kind == "gemma3_text" else set())
+        return set() if kind == "gemma" else super().own_keys(kind) | more
+
+    def fields(self, kind: str, file: GGUFLike, values: dict[str, Any]) -> dict[str, Any]:
+        arch, layers = file.metadata["general.architecture"], values["num_hidden_layers"]
+        pattern = file.metadata.get(f"{arch}.attention.sliding_window_pattern")
+        found: dict[str, Any] = {"local_rope": values["rope"], "layer_types": _layer_types(kind, layers, pattern)}
+        if kind != "gemma":
+            found |= {key: Config.KINDS[kind].defaults[key] for key in self.keys} | super().fields(kind, file, values)
+            found["query_pre_attn_scalar"] = _query_scalar(
+                kind, layers, values["hidden_size"], values["num_attention_heads"], values["head_dim"]
+            )
+        if kind == "gemma3_text":
+            found["local_rope"] = nn.Rope(file.metadata.get(f"{arch}.rope.freq_base_swa", 10_000.0))
+        return found
+
+    def needs(self, config: Any) -> dict[str, bool]:
+        kind, act, layers = config.model_type, config.hidden_activation, config.num_hidden_layers
+        scalar = _query_scalar(kind, layers, config.hidden_size, config.num_attention_heads, config.head_dim)
+        capped = [getattr(config, key) is not None for key in _CAPS]
+        return {
+            f"the activation gelu_pytorch_tanh, not {act}": act in ("gelu_pytorch_tanh", "gelu_new"),
+            f"queries scaled by 1 / sqrt({scalar}), not {config.query_scale:.6g}": config.query_scale == scalar**-0.5,
+            "no biases": not config.attention_bias,
+            "the embedding as its head": kind == "gemma3_text" or config.tie_word_embeddings,
+            "both soft caps": kind != "gemma2" or all(capped),
+            "no soft cap of attention": kind == "gemma2" or not capped[0],
+            "no soft cap of logits": kind != "gemma" or not capped[1],
+            "only global layers": kind != "gemma" or LOCAL not in config.layer_types,
+            "no Llama 3 rope in local layers": config.local_rope.rope_type != "llama3",
+            "no rope scaling in local layers": kind != "gemma3_text" or config.local_rope.rope_type == "default",
+        }
+
+    def metadata(self, config: Any, arch: str) -> dict[str, Any]:
+        data, types = super().metadata(config, arch), config.layer_types
+        if LOCAL not in types:
+            data.pop(f"{arch}.attention.sliding_window", None)
+        if types != _layer_types(config.model_type, len(types), None):
+            data[f"{arch}.attention.sliding_window_pattern"] = [kind == LOCAL for kind in types]
+        if config.model_type == "gemma3_text":
+            data[f"{arch}.rope.freq_base_swa"] = float(config.local_rope.theta)
+        return data
+
+    def block(self, config: Any) -> Mapping[str, str]:
+        after = {name: f"post_{part}_layernorm" for name, part in _NORMS_AFTER.items()}
+        return BLOCK if config.model_type == "gemma" else BLOCK | after | {"ffn_norm": "pre_feedforward_layernorm"}
+
+    def via(self, config: Any, ours: str) -> Via:
+        return MINUS_ONE if "norm" in ours else KEEP
+
+
+_NORMS_AFTER = {"post_attention_norm": "attention", "post_ffw_norm": "feedforward"}
+
+
+def _query_scalar(kind: str, layers: int, width: int, heads: int, head_dim: int) -> int:
+    """The 27B models scale queries by the mean head width, not the real one; GGUF has no key for it."""
+    return width // heads if (kind, layers) in (("gemma2", 46), ("gemma3_text", 62)) else head_dim
+
+
+def _layer_types(kind: str, layers: int, pattern: Any) -> list[str]:
+    """pattern: every n-th layer is global, or one truth value per layer, whether it is local."""
+    if isinstance(pattern, np.ndarray):
+        return [LOCAL if is_local else GLOBAL for is_local in pattern]
+    every = {"gemma": 1, "gemma2": 2, "gemma3_text": pattern if isinstance(pattern, int) else 6}[kind]
+    return [LOCAL if (index + 1) % every else GLOBAL for index in range(layers)]
+
+
+_IGNORED = ("vision_tower.{}", "multi_modal_projector.{}", "model.vision_tower.{}", "model.multi_modal_projector.{}")
+
+
+@dataclass
+class Config(TextConfig):
+    """rope: of global layers, local_rope: of local ones."""
+
+    MEMBER: ClassVar = "a Gemma"
+    ACTIVATION: ClassVar = "hidden_activation"
+    KINDS: ClassVar = {
+        "gemma": Kind("GemmaForCausalLM", _GEMMA, ("sliding_window", "layer_types", "query_pre_attn_scalar", *_CAPS)),
+        "gemma2": Kind("Gemma2ForCausalLM", _GEMMA2),
+        "gemma3_text": Kind("Gemma3ForCausalLM", _GEMMA3),
+    }  # fmt: skip
+    FORMATS: ClassVar = {
+        "hf": GemmaHF(
+            aliases=(
+                Rule("language_model.model.{}", "model.{}"), Rule("model.language_model.{}", "model.{}"),
+                Rule("language_model.lm_head.weight", "lm_head.weight"),
+            ),
+            ignored=_IGNORED,
+        ),
+        "gguf": GemmaGGUF(),
+        "keras": kerashub.GEMMA,
+    }  # fmt: skip
+
+    hidden_activation: str = key(TEXT, "gelu_pytorch_tanh")
+    tie_word_embeddings: bool = key(FLAG, True)
+    local_rope: nn.Rope = nn.Rope()
+    query_pre_attn_scalar: float | None = key(POSITIVE, None)
+    attn_logit_softcapping: float | None = key(POSITIVE, None)
+    final_logit_softcapping: float | None = key(POSITIVE, None)
 
     @property
     def query_scale(self) -> float:
         return float(self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
-    def rope_frequencies(self) -> dict[str, np.ndarray]:
-        ropes = {GLOBAL: self.rope, LOCAL: self.local_rope}
-        return {kind: ropes[kind].frequencies(self.head_dim) for kind in sorted(set(self.layer_types))}
-
-    def windows(self) -> dict[str, int | None]:
-        return {kind: self.sliding_window if kind == LOCAL else None for kind in sorted(set(self.layer_types))}
-
-    def _checked(self, where: str) -> "Config":
-        if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - {LOCAL, GLOBAL}:
-            raise ConfigError(
-                f"{where}: layer_types must hold {self.num_hidden_layers} (num_hidden_layers) entries of {LOCAL!r} or "
-                f"{GLOBAL!r}, got {self.layer_types!r:.200}"
-            )
-        if LOCAL in self.layer_types and not self.sliding_window:
-            raise ConfigError(f"{where}: layers of type {LOCAL!r} need a sliding_window, got {self.sliding_window!r}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ConfigError(
-                f"{where}: num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}"
-            )
-        return self
-
-
-_ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
-
-
-def _gguf_query_scalar(arch: str, layers: int, width: int, heads: int, head_dim: int) -> int:
-    """The 27B models scale queries by the mean head width, not the real one; GGUF has no key for it."""
-    return width // heads if (arch, layers) in (("gemma2", 46), ("gemma3", 62)) else head_dim
-
-
-def _layer_types(kind: str, layers: int, pattern: Any) -> list[str]:
-    every = {"gemma": 1, "gemma2": 2, "gemma3_text": pattern or 6}[kind]  # every n-th layer is global
-    return [LOCAL if (index + 1) % every else GLOBAL for index in range(layers)]
-
-
-def _read_ropes(kind: str, data: Mapping[str, Any], where: str) -> dict[str, nn.Rope]:
-    parameters = data.get("rope_parameters") or {}
-    if kind != "gemma3_text":
-        rope = hf_rope(where, data, parameters, 10_000.0)
-        return {"rope": rope, "local_rope": rope}
-    if parameters and not {GLOBAL, LOCAL} & set(parameters):  # transformers reads nothing else
-        raise ConfigError(
-            f"{where}: rope_parameters must be an object with {GLOBAL} and {LOCAL}, found {parameters!r:.200}"
-        )
-    rope = hf_rope(where, data, parameters.get(GLOBAL), 1_000_000.0, merged=True)
-    older = {"rope_theta": data.get("rope_local_base_freq")}
-    return {"rope": rope, "local_rope": hf_rope(where, older, parameters.get(LOCAL), 10_000.0)}
-
-
-_GGUF_KEYS: dict[str, set[str]] = {"gemma": set()}
-_GGUF_KEYS["gemma2"] = {
-    "attention.sliding_window", "attention.sliding_window_pattern", "attn_logit_softcapping", "final_logit_softcapping",
-}  # fmt: skip
-_GGUF_KEYS["gemma3_text"] = _GGUF_KEYS["gemma2"] | {"rope.freq_base_swa"}
-_GGUF_BLOCK = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-# The norm before the MLP has another name in Gemma 1, where none follows the attention.
-_GGUF_NORMS = {"ffn_norm": "post_attention_layernorm"}
-_GGUF_NORMS_2 = {
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-
-
-_IGNORED = (
-    "vision_tower.{}", "multi_modal_projector.{}", "model.vision_tower.{}", "model.multi_modal_projector.{}",
-    "{}.rotary_emb.inv_freq",
-)  # fmt: skip
-
-
-def names(source: str, config: Config) -> NameMap:
-    """How the tensors of a "hf" folder, a "gguf" file or a "keras" preset are called here."""
-    if source == "keras":
-        return kerashub.gemma_names(config)
-    if source == "hf":
-        return NameMap(
-            aliases=(
-                Rule("language_model.model.{}", "model.{}"),
-                Rule("model.language_model.{}", "model.{}"),
-                Rule("language_model.lm_head.weight", "lm_head.weight"),
-                # The backbone saved without its head.
-                Rule("embed_tokens.weight", "model.embed_tokens.weight"),
-                Rule("layers.{}", "model.layers.{}"),
-                Rule("norm.weight", "model.norm.weight"),
-            ),
-            ignored=_IGNORED + (("{}lm_head.weight",) if config.tie_word_embeddings else ()),
-        )
-    block = _GGUF_BLOCK | (_GGUF_NORMS if config.model_type == "gemma" else _GGUF_NORMS_2)
-    rules = [
-        Rule("token_embd.weight", "model.embed_tokens.weight"),
-        Rule("output_norm.weight", "model.norm.weight", MINUS_ONE),
-        Rule("output.weight", "lm_head.weight"),
-    ]
-    for theirs, ours in block.items():
-        rules.append(
-            Rule(f"blk.{{}}.{theirs}.weight", f"model.layers.{{}}.{ours}.weight", MINUS_ONE if "norm" in ours else KEEP)
-        )
-    return NameMap(tuple(rules))
+    def rope_of(self, kind: str) -> nn.Rope:
+        return self.local_rope if kind == LOCAL else self.rope
 
 
 def adapter_names(config: Config, part_of: str | None) -> NameMap:
@@ -311,8 +210,7 @@ def adapter_names(config: Config, part_of: str | None) -> NameMap:
     deeper = Rule("model.language_model.{}", "model.{}")
     older = Rule("language_model.model.{}", "model.{}"), Rule("language_model.lm_head", "lm_head")
     bare = tuple(Rule(f"language_model.{rule.theirs}", rule.ours) for rule in BARE_DECODER)
-    images = tuple(name for name in _IGNORED if "vision" in name or "multi_modal" in name)
-    return NameMap((deeper,) if part_of else (), (deeper, *older, *bare, *BARE_DECODER), images)
+    return NameMap((deeper,) if part_of else (), (deeper, *older, *bare, *BARE_DECODER), _IGNORED)
 
 
 @dataclass
@@ -326,63 +224,47 @@ class Block(Module):
 
     @classmethod
     def abstract(cls, cfg: Config, kind: str) -> "Block":
-        def norm() -> nn.RMSNorm:
-            return nn.RMSNorm.abstract(cfg.hidden_size, cfg.rms_norm_eps, 1.0)
+        def norm(width: int = cfg.hidden_size) -> nn.RMSNorm:
+            return nn.RMSNorm.abstract(width, cfg.rms_norm_eps, 1.0)
 
-        def head_norm() -> nn.RMSNorm | None:
-            return nn.RMSNorm.abstract(cfg.head_dim, cfg.rms_norm_eps, 1.0) if cfg.model_type == "gemma3_text" else None
-
-        sandwich = cfg.model_type != "gemma"
+        sandwich, of_heads = cfg.model_type != "gemma", cfg.model_type == "gemma3_text"
         return cls(
             norm(),
             decoder.Attention.abstract(
-                cfg.hidden_size,
-                cfg.num_attention_heads,
-                cfg.num_key_value_heads,
-                cfg.head_dim,
-                kind=kind,
-                bias=cfg.attention_bias,
-                scale=cfg.query_scale,
-                softcap=cfg.attn_logit_softcapping,
-                q_norm=head_norm(),
-                k_norm=head_norm(),
-            ),  # fmt: skip
+                cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, kind=kind,
+                bias=cfg.attention_bias, scale=cfg.query_scale, softcap=cfg.attn_logit_softcapping,
+                q_norm=norm(cfg.head_dim) if of_heads else None, k_norm=norm(cfg.head_dim) if of_heads else None,
+            ),
             norm(),
             decoder.GatedMLP.abstract(cfg.hidden_size, cfg.intermediate_size, cfg.hidden_activation),
             norm() if sandwich else None,
             norm() if sandwich else None,
-        )
+        )  # fmt: skip
 
     def __call__(self, xp: Backend, x: Array, context: decoder.Context, layer: int) -> Array:
-        y = self.self_attn(xp, self.input_layernorm(xp, x), context, layer)
+        stream, dtype = xp.dtype(x), xp.dtype(self.input_layernorm.weight)
+
+        def before(norm: nn.RMSNorm) -> Array:
+            return xp.cast(norm(xp, x), dtype)
+
+        y = xp.cast(self.self_attn(xp, before(self.input_layernorm), context, layer), stream)
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:  # Gemma 1
             x = x + y
-            return x + self.mlp(xp, self.post_attention_layernorm(xp, x))
+            return x + xp.cast(self.mlp(xp, before(self.post_attention_layernorm)), stream)
         x = x + self.post_attention_layernorm(xp, y)
-        return x + self.post_feedforward_layernorm(xp, self.mlp(xp, self.pre_feedforward_layernorm(xp, x)))
+        y = xp.cast(self.mlp(xp, before(self.pre_feedforward_layernorm)), stream)
+        return x + self.post_feedforward_layernorm(xp, y)
 
 
 @dataclass
-class Decoder(Module):
-    embed_tokens: nn.Embedding
-    layers: list
-    norm: nn.RMSNorm
-    config: Config
-
-    def __call__(
-        self, xp: Backend, ids: Array, start: Array | None = None, cache: decoder.KVCache | None = None,
-        positions: Array | None = None, segments: Array | None = None,
-    ) -> Array:  # fmt: skip
-        """Hidden states (B, T, D) of ids (B, T); the other arguments are those of decoder.decoder_context."""
-        xp.expect(ids=ids, embed_tokens=self.embed_tokens.weight)
-        cfg = self.config
+class Decoder(decoder.Decoder):
+    def embed(self, xp: Backend, ids: Array) -> Array:
         x = self.embed_tokens(xp, ids)
         dtype = xp.dtype(x)
-        x = x * _rounded(cfg.hidden_size**0.5, dtype)
-        context = decoder.decoder_context(
-            xp, xp.shape(ids)[1], dtype, cfg.rope_frequencies(), cfg.windows(), start, cache, positions, segments
-        )
-        return self.norm(xp, decoder.run_layers(xp, self.layers, x, context))
+        x = x * _rounded(self.config.hidden_size**0.5, dtype)
+        # What the layers add up to goes beyond 65504, where float16 ends (transformers issue 36822): only what is
+        # between two norms is in float16.
+        return xp.cast(x, "float32") if dtype == "float16" else x
 
 
 def _rounded(value: float, dtype: str) -> float:
@@ -395,14 +277,6 @@ _rounded._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch.co
 
 @dataclass
 class Model(decoder.CausalModel):
-    @classmethod
-    def abstract(cls, cfg: Config) -> "Model":
-        return cls(
-            Decoder(
-                nn.Embedding.abstract(cfg.vocab_size, cfg.hidden_size),
-                [Block.abstract(cfg, kind) for kind in cfg.layer_types],
-                nn.RMSNorm.abstract(cfg.hidden_size, cfg.rms_norm_eps, 1.0),
-                cfg,
-            ),
-            None if cfg.tie_word_embeddings else nn.Linear.abstract(cfg.hidden_size, cfg.vocab_size),
-        )
+    block: ClassVar = Block
+    decoder: ClassVar = Decoder
+    norm_offset: ClassVar = 1.0

@@ -4,7 +4,7 @@ Format and meaning: keras_hub/src/models of https://github.com/keras-team/keras-
 leave out (the context's length, rope bases, the activation) follows the models that it publishes.
 """
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from modelhub.core.decoder import GLOBAL, LOCAL
 from modelhub.core.problems import MULTI_LABEL
 from modelhub.errors import ConfigError
-from modelhub.families.config import check_kinds, check_sizes, read_rope, refuse_unknown, require
+from modelhub.families.config import check_sizes, read_rope, refuse_unknown, require
 from modelhub.families.naming import KEEP, NameMap, Rule, Via
 
 # The class that config.json names -> model_type. Gemma 2 is a GemmaBackbone too.
@@ -70,7 +70,10 @@ def backbone_of(data: Mapping[str, Any]) -> str:
     return name
 
 
-def read_gemma(data: Mapping[str, Any]) -> dict[str, Any]:
+Stored = tuple[Mapping[str, Any], Container[str] | None]  # config.json, and the names in the weights, if known
+
+
+def _read_gemma(data: Mapping[str, Any], tensors: Container[str] | None) -> dict[str, Any]:
     """The fields of Gemma's Config from the config.json of a GemmaBackbone (Gemma 1, 2) or Gemma3Backbone."""
     name = backbone_of(data)
     where = f"{name} config"
@@ -105,12 +108,10 @@ def read_gemma(data: Mapping[str, Any]) -> dict[str, Any]:
     if is_gemma3:
         values["rope"] = read_rope(where, 1_000_000.0, _linear(given.get("global_rope_scaling_factor")))
         values["local_rope"] = read_rope(where, 10_000.0, _linear(given.get("local_rope_scaling_factor")))
-    values |= optional
-    check_kinds(values, where)
-    return values
+    return values | optional
 
 
-def read_llama(data: Mapping[str, Any], tensors: Container[str] | None) -> dict[str, Any]:
+def _read_llama(data: Mapping[str, Any], tensors: Container[str] | None) -> dict[str, Any]:
     """The fields of Llama's Config from the config.json of a LlamaBackbone, Llama3Backbone or MistralBackbone.
 
     tensors: the names in the weights; keras-hub 0.32 does not save whether the head is the embedding.
@@ -133,11 +134,10 @@ def read_llama(data: Mapping[str, Any], tensors: Container[str] | None) -> dict[
         "max_position_embeddings": 131_072 if llama3 else values["max_position_embeddings"],
         "tie_word_embeddings": given.get("tie_word_embeddings") is True if tensors is None else _HEAD not in tensors,
     }
-    check_kinds(values, where)
     return values
 
 
-def read_vit(data: Mapping[str, Any]) -> dict[str, Any]:
+def read_vit(data: Mapping[str, Any], tensors: Container[str] | None) -> dict[str, Any]:
     """The fields of ViT's Config from the config.json of a ViTBackbone.
 
     data["task"]: the preset's task.json, for the head. Its classes have no names there.
@@ -268,14 +268,14 @@ _IGNORED = (
 )
 
 
-def gemma_names(config: Any) -> NameMap:
+def _gemma_names(config: Any) -> NameMap:
     """The names of a preset of GemmaBackbone or Gemma3Backbone. config: Gemma's Config."""
     block = _GEMMA_BLOCK | (_GEMMA_NORMS if config.model_type == "gemma" else _GEMMA_NORMS_2)
     layer = "gemma3_decoder_block" if config.model_type == "gemma3_text" else "gemma_decoder_block"
     return _names(config, layer, block, "rms_normalization", heads_first=True)
 
 
-def llama_names(config: Any) -> NameMap:
+def _llama_names(config: Any) -> NameMap:
     """The names of a preset of LlamaBackbone, Llama3Backbone or MistralBackbone. config: Llama's Config."""
     norm = "llama_layer_norm" if config.model_type == "llama" else "mistral_layer_normalization"
     return _names(config, f"{config.model_type}_transformer_decoder", _LLAMA_BLOCK, norm, heads_first=False)
@@ -355,3 +355,26 @@ def _kernel(theirs: tuple[int, ...], axes: tuple[int, ...], ours: tuple[int, ...
         lambda x: np.ascontiguousarray(x.reshape(permuted).transpose(np.argsort(axes))),
         lambda shape: ours if shape == theirs else (1, 1, 1, *shape),  # never taken for ours
     )
+
+
+class _KerasHub:
+    """The format "keras", see config.Format; it is read only."""
+
+    def __init__(
+        self,
+        read: Callable[[Mapping[str, Any], Container[str] | None], dict[str, Any]],
+        names: Callable[[Any], NameMap],
+    ):
+        self._read, self.names = read, names
+
+    def read(self, cls: Any, stored: Stored) -> dict[str, Any]:
+        values = self._read(*stored)
+        cls.check_values(values, f"{backbone_of(stored[0])} config")
+        return values
+
+    def write(self, config: Any) -> Any:
+        raise ConfigError("KerasHub presets are read, not written. Save the model as a Hugging Face folder instead")
+
+
+GEMMA = _KerasHub(_read_gemma, _gemma_names)
+LLAMA = _KerasHub(_read_llama, _llama_names)

@@ -224,7 +224,7 @@ class Config(ImageConfig):
 
         KerasHub drops values inside the MLP too, with the same rate, which shows in training only. Raises ConfigError.
         """
-        return cls(**kerashub.read_vit(data))
+        return cls(**kerashub.read_vit(data, tensors))
 
     def to_hf(self) -> dict[str, Any]:
         data = super().to_hf()

@@ -104,3 +104,13 @@ def test_what_is_switched_off_is_not(keys):
 def test_the_error_of_an_architecture_that_is_near():
     with pytest.raises(ConfigError, match=r"'gemma3n_text' is not supported \(gemma and gemma3 is"):
         family_of("gemma3n_text")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind not in ("vit", "deit")])
+def test_defaults_are_those_of_transformers(kind):
+    """What config.json leaves out is what transformers takes for it."""
+    theirs = getattr(transformers, CLASSES[kind]).config_class()
+    ours = family_of(kind).Config.from_hf({"model_type": kind})
+    shared = [key for key in vars(ours) if hasattr(theirs, key) and key not in ("id2label", "label2id", "num_labels")]
+    assert len(shared) >= 12
+    assert {key: getattr(ours, key) for key in shared} == {key: getattr(theirs, key) for key in shared}
