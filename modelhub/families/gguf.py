@@ -2,7 +2,7 @@
 
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -47,8 +47,8 @@ class GGUF:
     A family overrides what is otherwise. keys: {field: key of the architecture} that its files may have besides.
     """
 
-    keys: Mapping[str, str] = {}
-    llama3 = False  # whether llama.cpp's code takes Llama 3's rope for this architecture
+    keys: ClassVar[Mapping[str, str]] = {}
+    llama3: ClassVar[bool] = False  # whether llama.cpp's code takes Llama 3's rope for this architecture
 
     def arch(self, config: TextConfig) -> str:
         return config.model_type

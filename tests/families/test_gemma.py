@@ -171,6 +171,17 @@ def test_bfloat16(parity, backend, name):
     assert np.abs(cached - wanted[:, -3:]).mean() <= 2 * noise
 
 
+def test_float16_where_the_layers_add_up_to_more_than_it_holds(parity, backend):
+    theirs = copy.deepcopy(build(parity.reference, "gemma3"))
+    for layer in theirs.model.layers:  # 65504 is the largest number of float16
+        layer.post_feedforward_layernorm.weight.data.fill_(30_000.0)
+    wanted = parity.reference_logits(theirs, IDS)
+    assert not np.isfinite(parity.reference_logits(copy.deepcopy(theirs).half(), IDS)).all()
+    ours = parity.load(theirs, backend, "float16")
+    found = ours.engine.logits(ours.params, IDS)
+    assert np.isfinite(found).all() and np.abs(found - wanted).mean() < 5e-3 * np.abs(wanted).max()
+
+
 # Every feature must bite in the configs above, or the comparisons prove nothing.
 
 FEATURES = {
