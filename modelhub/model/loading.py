@@ -223,7 +223,7 @@ def _with_the_head_of_the_files(source: Source, strict: bool) -> Source:
     And one that should be in the files, and is not, starts at random, with a warning.
     """
     tied = getattr(source.config, "tie_word_embeddings", None)
-    if tied is None:
+    if tied is None or any(custom.means(pattern, "lm_head") for pattern in source.layers):  # a head of the user's own
         return source
     untied = _untied(source) if tied else source
     if _HEAD not in flatten(untied.model):  # another kind of model
