@@ -228,7 +228,11 @@ def _with_the_head_of_the_files(source: Source, strict: bool) -> Source:
     untied = _untied(source) if tied else source
     if _HEAD not in flatten(untied.model):  # another kind of model
         return source
-    with contextlib.closing(source.checkpoint()) as checkpoint:
+    try:
+        opened = source.checkpoint()
+    except CheckpointError:  # loading will tell; before it something else may be refused
+        return source
+    with contextlib.closing(opened) as checkpoint:
         found = {ours[0]: name for name in checkpoint.tensors if (ours := untied.names.to_ours(name)) is not None}
         if not tied and _HEAD not in found:
             problem = f"{source.preset.path}: config.json says that the head is not the table, and no file has one"
