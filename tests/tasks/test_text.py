@@ -1,8 +1,8 @@
 """What a CausalLM reads and writes, to the character: spaces, special tokens, start tokens, ids without a token."""
 
 import json
-import re
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +14,8 @@ from modelhub import CausalLM
 from modelhub.core.backends import installed
 from modelhub.errors import InputError, NotFinite
 from modelhub.processing.chat_template import ChatTemplate
+from modelhub.training.examples import make_examples
+from modelhub.training.records import read_records
 
 PIECES = ["▁", *"aehinoprst", "▁i", "▁is", "▁P", "▁Pa", "▁Par", "▁Pari", "▁Paris", "P", "▁i", "▁it"]
 MERGES = ["▁ i", "▁i s", "▁ P", "▁P a", "▁Pa r", "▁Par i", "▁Pari s", "▁i t"]
@@ -304,10 +306,10 @@ def test_template_options_and_tools_in_training(talking):
     """What is learnt and what is measured is what chat would read."""
     lm = CausalLM.from_preset(str(talking), backend="torch", device="cpu")
 
-    def tokens(row, **options):
-        found = lm._prepare([row], 1, packing=False, **options).epoch(0)
-        ids = np.concatenate([np.asarray(batch["input_ids"]).ravel() for batch in found])
-        return re.sub(r"(<pad>)+$", "", lm.tokenizer.decode(ids, skip_special_tokens=False))
+    def tokens(row, template_options):
+        render = partial(lm.chat_template.render, options=template_options)
+        made = make_examples(read_records([row]), lm.tokenizer, 128, render=render)
+        return lm.tokenizer.decode(made.examples[0].ids, skip_special_tokens=False)
 
     # The template asks one way and writes another without the option, so only with it is there an answer to learn.
     on = {"enable_thinking": True}
