@@ -195,7 +195,7 @@ class FamilyConfig:
 
     @classmethod
     def sizes(cls) -> set[str]:
-        return {name for name, value in cls.values().items() if value is SIZE}
+        return {name for name, value in cls.values().items() if value is SIZE} - cls.optional()
 
     @classmethod
     def optional(cls) -> set[str]:
