@@ -419,3 +419,18 @@ def test_the_code_for_images():
     assert "ImageClassifier.from_preset" in first and "AutoModelForImageClassification" in second
     for block in (first, second):
         compile(block, "card", "exec")
+
+
+def test_what_was_trained_is_said():
+    """A head on an encoder that was left alone is not the whole model."""
+    head = dataclasses.replace(RUN, adapter=None, part="head", trained=970, seconds=0.02)
+    text = render_card(changed(runs=(head,)))
+    assert "the head (970 parameters; the encoder is unchanged), on the backend `jax` in less than a second" in text
+    assert "the head was trained, and the encoder left as it was" in text and "all weights" not in text
+    before = dataclasses.replace(RUN, adapter=None, settings={"freeze_backbone": True})  # as earlier versions wrote it
+    assert "the head (the encoder is unchanged)" in render_card(changed(runs=(before,)))
+    whole = dataclasses.replace(RUN, adapter=None, part="all", trained=290_698)
+    text = render_card(changed(runs=(whole,)))
+    assert "all weights (290,698 parameters)" in text and "all weights were trained further" in text
+    both = dataclasses.replace(RUN, part="head", trained=1_000)
+    assert "an adapter (LoRA) and the head, 1,000 parameters" in render_card(changed(runs=(both,)))

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 
 import datasets
 import numpy as np
@@ -404,3 +405,14 @@ def test_what_new_workers_ask_for_is_said(monkeypatch):
     from modelhub.training.loaders import start_workers_safely
 
     assert start_workers_safely(chosen) is None and start_workers_safely([1, 2]) is None
+
+
+def test_a_broken_image_is_told_of_once_in_many_epochs(tmp_path, photos):
+    (tmp_path / "cut.png").write_bytes((photos / "red" / "2.png").read_bytes()[:60])
+    rows = [(str(photos / "red" / "1.png"), 0), (str(tmp_path / "cut.png"), 1), (str(photos / "blue" / "1.png"), 1)]
+    source = batches(rows, 2, on_error="skip")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [sum(int(batch["weights"].sum()) for batch in source.epoch(epoch)) for epoch in range(3)]
+    assert found == [2, 2, 2]
+    assert len([warning for warning in caught if "cut.png" in str(warning.message)]) == 1

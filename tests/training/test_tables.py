@@ -216,3 +216,12 @@ def test_a_generator_is_kept_for_more_than_one_pass():
     assert list(data) == list(data) == [0, 1, 2]
     rows = [1, 2]
     assert repeatable(rows) is rows
+
+
+def test_ids_outside_int32_are_no_other_ids():
+    from modelhub.training.batches import complete
+
+    with pytest.raises(DataError, match="token id 4294967301 is outside any vocabulary"):
+        complete({"input_ids": [[2**32 + 5, 1]], "labels": [[1, 1]]})
+    with pytest.raises(DataError, match="token id 4294967301 is outside any vocabulary"):
+        complete({"input_ids": [[5, 1]], "labels": [[1, 2**32 + 5]]})
