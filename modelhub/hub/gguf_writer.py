@@ -12,11 +12,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from tqdm import tqdm
 
 from modelhub.errors import BackendNotInstalled, CheckpointError
 from modelhub.hub.checkpoint import shown
 from modelhub.hub.files import replacing_file
+from modelhub.progress import bar
 
 # dtype -> ggml type of the matrices, general.file_type
 DTYPES = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
@@ -55,8 +55,7 @@ def write_gguf(
     for name, shape in shapes.items():
         writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kinds[name])
 
-    bar = tqdm(total=sum(sizes.values()), desc=f"writing {path.name}", unit="B", unit_scale=True, delay=2, leave=False,
-               disable=None)  # fmt: skip
+    shown = bar(total=sum(sizes.values()), desc=f"writing {path.name}", unit="B", unit_scale=True)
     try:
         with replacing_file(path) as work:
             try:
@@ -65,7 +64,7 @@ def write_gguf(
                 writer.write_ti_data_to_file()
                 for name in shapes:
                     writer.write_tensor_data(_encoded(gguf, name, read(name), kinds[name]))
-                    bar.update(sizes[name])
+                    shown.update(sizes[name])
             finally:
                 writer.close()
             if check is not None:
@@ -73,7 +72,7 @@ def write_gguf(
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error}. What was there before is as it was") from error
     finally:
-        bar.close()
+        shown.close()
 
 
 def _library() -> Any:

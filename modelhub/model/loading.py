@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from modelhub.core import custom, leaves
 from modelhub.core.backends.base import Backend, host_memory
@@ -36,6 +35,7 @@ from modelhub.model.options import LoadOptions, resolve_preset
 from modelhub.model.origin import RANDOM, origin_of
 from modelhub.model.weights import Weights
 from modelhub.processing.tokenizer import Tokenizer
+from modelhub.progress import bar
 
 log = logging.getLogger("modelhub")
 
@@ -436,9 +436,7 @@ def load_params(source: Source, xp: Backend, dtype: str, seed: int = 0) -> Param
                 return checkpoint.read(theirs, dtype)
             return via.to_ours(checkpoint.read(theirs, "float32")).astype(dtype, copy=False)
 
-        progress = tqdm(
-            plan.items(), desc=f"loading {source.preset.name}", unit="tensor", delay=2, leave=False, disable=None
-        )
+        progress = bar(plan.items(), desc=f"loading {source.preset.name}", unit="tensor")
         params = {ours: xp.put(read(theirs, via)) for ours, (theirs, via) in progress}
     except (MemoryError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOMEM:

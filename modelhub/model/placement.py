@@ -5,7 +5,6 @@ from typing import Any
 from weakref import ref
 
 import numpy as np
-from tqdm import tqdm
 
 from modelhub.core import custom, leaves
 from modelhub.core.backends import backend_class, get_backend, of
@@ -13,6 +12,7 @@ from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Params, listed
 from modelhub.errors import DeviceError, InputError
 from modelhub.model.weights import PARAMS, Change, Weights
+from modelhub.progress import bar
 
 Places = list[tuple[Params, str]]  # dicts that hold an array, and under which names
 
@@ -122,8 +122,8 @@ def hand_over(weights: Weights, xp: Backend, instead: Params | None = None) -> N
     weights.change(Change.MOVED, stores, xp=old)  # so that the old arrays are let go of one by one
     moved: list[tuple[Places, Callable[[], Array | None]]] = []
     try:
-        for spots in tqdm(
-            places.values(), f"moving to {xp.name}", unit="tensor", delay=2, leave=False, disable=None
+        for spots in bar(
+            places.values(), desc=f"moving to {xp.name}", unit="tensor"
         ):  # fmt: skip
             moved.append((spots, _move(weights, spots, old, xp)))
     except BaseException:

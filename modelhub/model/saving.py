@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from modelhub.core import custom, leaves
 from modelhub.errors import CheckpointError, InputError
 from modelhub.hub.files import GENERATED, MODEL_FILES, replacing, save_tensors
 from modelhub.model.loading import ATTENTION, LAYERS
+from modelhub.progress import bar
 
 log = logging.getLogger("modelhub")
 
@@ -62,11 +62,10 @@ def write_backbone(
     write_json(folder / "config.json", config | _own_pieces(backbone, config.get("architectures") or []))
     shapes = {name: (tuple(backbone.params[name].shape), dtype) for name in backbone.plain_names()}
     sizes = {name: leaves.size(shape, dtype) for name, (shape, _) in shapes.items()}
-    with tqdm(total=sum(sizes.values()), desc=f"writing {folder.name}", unit="B", unit_scale=True, delay=2,
-              leave=False, disable=None) as bar:  # fmt: skip
+    with bar(total=sum(sizes.values()), desc=f"writing {folder.name}", unit="B", unit_scale=True) as shown:
 
         def read(name: str) -> np.ndarray:
-            bar.update(sizes[name])
+            shown.update(sizes[name])
             return xp.get(xp.cast(xp.values(get(name)), dtype))
 
         shards = list(_shards(sizes, max_shard_size))

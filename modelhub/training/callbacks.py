@@ -19,6 +19,7 @@ from tqdm import tqdm
 from modelhub.errors import BackendNotInstalled, InputError
 from modelhub.habits import Habits
 from modelhub.hub.files import replacing
+from modelhub.progress import bar, in_notebook
 
 Logs = dict[str, float]
 
@@ -318,7 +319,7 @@ class WandbLogger(_ScalarLogger):
 
 
 class ProgressBar(Callback):
-    """Step, loss, accuracy, speed, memory and time left: a bar on a terminal, else a line now and then.
+    """Step, loss, accuracy, speed, memory and time left: a bar on terminals and in notebooks, else a line now and then.
 
     total: optimizer steps of the whole run; None: unknown. every: seconds between two lines where there is no terminal.
     file: sys.stderr if None.
@@ -326,7 +327,7 @@ class ProgressBar(Callback):
 
     def __init__(self, total: int | None = None, every: float = 10.0, file: TextIO | None = None):
         self.total, self.every, self.file = total, every, file
-        self._bar: tqdm | None = None
+        self._bar: Any = None
         self._first: tuple[int, float] | None = None  # the first step that finished, and when
         self._printed, self._line = -math.inf, ""
 
@@ -335,8 +336,11 @@ class ProgressBar(Callback):
         self._printed, self._line = -math.inf, ""
 
     def on_train_batch_begin(self, step: int, logs: Logs) -> None:
-        if self._bar is None and self._stream.isatty():
-            self._bar = tqdm(total=self.total, initial=step - 1, unit="step", file=self._stream, dynamic_ncols=True)
+        if self._bar is None and (self._stream.isatty() or (self.file is None and in_notebook())):
+            self._bar = bar(
+                total=self.total, initial=step - 1, unit="step", file=self._stream, dynamic_ncols=True, delay=0,
+                leave=True, disable=False,
+            )  # fmt: skip
 
     def on_train_batch_end(self, step: int, logs: Logs) -> None:
         shown = [f"{name} {logs[name]:.4f}" for name in ("loss", "accuracy") if name in logs]
@@ -382,7 +386,7 @@ class ProgressBar(Callback):
 
     @property
     def _stream(self) -> TextIO:
-        return self.file or sys.stderr
+        return self.file or (sys.stdout if in_notebook() else sys.stderr)  # there stderr is shown as an error
 
     def _print_line(self, now: float) -> None:
         """The line of the last step, unless it was printed already."""

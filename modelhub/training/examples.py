@@ -13,10 +13,10 @@ from itertools import pairwise
 from string import Formatter
 
 import numpy as np
-from tqdm import tqdm
 
 from modelhub.errors import ChatTemplateError, DataError
 from modelhub.processing.tokenizer import Tokenizer
+from modelhub.progress import bar
 from modelhub.training.records import Record
 
 TEMPLATE = "Instruction:\n{instruction}\n\nResponse:\n{response}"
@@ -79,7 +79,7 @@ def make_examples(
         raise DataError(f"sequence_length must be 2 or more, got {sequence_length}: each token is learnt from another")
     _check_template(template)
     made = Examples([])
-    with tqdm(total=len(records), desc="tokenizing", unit="row", delay=2, leave=False, disable=None) as progress:
+    with bar(total=len(records), desc="tokenizing", unit="row") as progress:
         for start in range(0, len(records), CHUNK):
             chunk = records[start : start + CHUNK]
             texts = [text for record in chunk if (text := _text(record, template, render, made)) is not None]

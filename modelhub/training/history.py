@@ -1,10 +1,13 @@
 """What a run measured, as numbers and as a picture."""
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
 
 from modelhub.errors import InputError
 from modelhub.training.callbacks import Callback, Logs, optional_package
@@ -70,21 +73,26 @@ class History(Callback):
         self.epoch = list(state["epoch"])
         self.steps = [dict(step) for step in state["steps"]]
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw the curves into a .png, .svg or .pdf file and return its path.
+    @overload
+    def plot(self, path: str | os.PathLike[str]) -> Path: ...
+    @overload
+    def plot(self, path: None = None) -> Any: ...
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draw the curves into a .png, .svg or .pdf file and return its path; None: return the figure, a
+        matplotlib.figure.Figure, which a notebook shows.
 
         The loss of each step (thin) and smoothed; the validation losses; the learning rate where it changed.
 
         Raises InputError before the first step and for other endings; BackendNotInstalled (an ImportError) without
         matplotlib.
         """
-        path = Path(path)
-        if path.suffix.lower() not in _FORMATS:
-            raise InputError(f"{path} ends in {path.suffix!r}; pictures can be written as {', '.join(_FORMATS)}")
+        target = None if path is None else Path(path)
+        if target is not None and target.suffix.lower() not in _FORMATS:
+            raise InputError(f"{path} ends in {target.suffix!r}; pictures can be written as {', '.join(_FORMATS)}")
         if not self.steps:
             raise InputError("there is nothing to draw: no step was recorded")
         # Not pyplot: it would choose a backend for the whole process, and may open a window.
-        figure = optional_package("matplotlib.figure", "History.plot").Figure(figsize=(8, 4.5), layout="constrained")
+        figure = _figure(optional_package("matplotlib.figure", "History.plot"))
         axes = figure.add_subplot()
         numbers = [step["step"] for step in self.steps]
         losses = [step["loss"] for step in self.steps]
@@ -118,19 +126,39 @@ class History(Callback):
             right.spines[["top", "right", "left"]].set_visible(False)
         # Above the axes: there is no corner that no curve runs through.
         axes.legend(handles=lines, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=len(lines), frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-        return path
+        if target is None:
+            return figure
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, dpi=150)
+        return target
+
+
+def _figure(matplotlib_figure: Any) -> Any:
+    class Curve(matplotlib_figure.Figure):
+        def _repr_png_(self) -> bytes:
+            """What a notebook shows, also where pyplot was never imported."""
+            picture = io.BytesIO()
+            self.savefig(picture, format="png", dpi=100)
+            return picture.getvalue()
+
+    return Curve(figsize=(8, 4.5), layout="constrained")
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """The exponential moving average over about a twentieth of the values, without the bias of its start; values that
-    are not finite are passed over."""
-    decay = 1 - 2 / (max(10, len(values) / 20) + 1)
-    mean, weight, smooth = 0.0, 0.0, []
-    for value in values:
-        if math.isfinite(value):
-            mean = decay * mean + (1 - decay) * value
-            weight = decay * weight + (1 - decay)
-        smooth.append(mean / weight if weight else math.nan)
-    return smooth
+    """Straight lines through a tenth of the values, fitted anew at each (Cleveland 1979, without his iterations): where
+    the loss falls, or at the end, they do not lag as a mean does. Values that are not finite are passed over."""
+    size = min(max(10, len(values) // 10), 500)
+    y = np.pad(np.asarray(values, np.float64), size)
+    known = np.isfinite(y)
+    known[:size] = known[-size:] = False
+    y = np.where(known, y, 0.0)
+    away = np.arange(-size, size + 1) / (size + 1)
+    weight = (1 - np.abs(away) ** 3) ** 3
+    s0, s1, s2 = (np.correlate(known.astype(np.float64), weight * away**power, "valid") for power in range(3))
+    t0, t1 = (np.correlate(y, weight * away**power, "valid") for power in range(2))
+    spread = s0 * s2 - s1 * s1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # One value alone, or none: no line goes through.
+        smooth = np.where(spread > 1e-9 * s0 * s0, (s2 * t0 - s1 * t1) / spread, t0 / s0)
+    begun = np.cumsum(known[size:-size]) > 0
+    return np.where(begun, smooth, math.nan).tolist()

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from modelhub.core.problems import SINGLE_LABEL, problem_of
 from modelhub.errors import DataError, InputError
 from modelhub.processing.augment import Augment
 from modelhub.processing.image_reading import OnError
+from modelhub.progress import bar
 from modelhub.training.batches import BatchSource
 from modelhub.training.callbacks import Callback
 from modelhub.training.confusion import ConfusionMatrix
@@ -107,7 +107,7 @@ def evaluate(task: Any, data: Any, batch_size: int = 32, *, on_error: OnError = 
 
     data, batch_size, on_error: as in `fit`.
     """
-    return task.trainer.evaluate(_in_order(task, data, batch_size, on_error))
+    return task.trainer.evaluate(bar(_in_order(task, data, batch_size, on_error), desc="evaluating", unit="batch"))
 
 
 def confusion_matrix(
@@ -185,8 +185,8 @@ def _pooled(task: Any, batches: ImageBatches, settings: Settings, verbose: bool)
 
     def pixels() -> Iterator[np.ndarray]:
         in_order = dataclasses.replace(batches, shuffle=False)
-        for batch in tqdm(
-            in_order.epoch(0), "features", in_order.steps(0), leave=False, disable=None if verbose else True
+        for batch in bar(
+            in_order.epoch(0), desc="features", total=in_order.steps(0), disable=None if verbose else True
         ):  # fmt: skip
             kept.append(batch["weights"] > 0)
             yield batch["pixels"]

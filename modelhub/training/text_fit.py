@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from modelhub.errors import InputError, ModelhubError
+from modelhub.progress import bar
 from modelhub.training.batches import BatchSource, ReadyRows, prepare
 from modelhub.training.callbacks import Callback
 from modelhub.training.history import History
@@ -90,7 +91,7 @@ def evaluate(
         task, data, batch_size, packing=packing, loss_on=loss_on, template=template, kind=kind, shuffle=False,
         on_error=on_error, template_options=template_options,
     )  # fmt: skip
-    found = task.trainer.evaluate(source.epoch(0))
+    found = task.trainer.evaluate(bar(source.epoch(0), desc="evaluating", total=source.steps(0), unit="batch"))
     if task.trainer.objective().unit != TextObjective.unit:
         return found
     perplexity = math.exp(found["loss"]) if found["loss"] < 700 else math.inf

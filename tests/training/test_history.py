@@ -5,6 +5,7 @@ import math
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from modelhub.errors import InputError
@@ -129,6 +130,21 @@ class TestPlot:
         assert math.isnan(broken[0]) and broken[1:] == pytest.approx([3.0] * 3)
         pytest.importorskip("matplotlib")
         long_run(history, loss=lambda step: math.nan if step > 40 else 2.0).plot(tmp_path / "a.png")
+
+    def test_a_smoothed_curve_does_not_lag(self):
+        """On a line, and in the middle of noise about one, it is the line; at the end of a steep fall it is there."""
+        line = [5.0 - 0.02 * step for step in range(200)]
+        assert _smoothed(line) == pytest.approx(line)
+        noise = np.random.default_rng(0).normal(0, 0.1, 200)
+        assert np.abs(np.array(_smoothed(list(np.array(line) + noise))) - line).max() < 0.1
+        fall = [3 * math.exp(-step / 20) + 0.035 for step in range(120)]
+        assert _smoothed(fall)[-1] == pytest.approx(fall[-1], abs=0.003)
+
+    def test_without_a_path_the_figure_is_returned(self, history):
+        matplotlib = pytest.importorskip("matplotlib.figure")
+        figure = long_run(history).plot()
+        assert isinstance(figure, matplotlib.Figure) and figure.axes
+        assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
 
     def test_errors(self, history, monkeypatch):
         with pytest.raises(InputError, match="no step was recorded"):

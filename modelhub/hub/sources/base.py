@@ -15,6 +15,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from modelhub.errors import CheckpointError, DownloadError, PresetNotFound
 from modelhub.hub import licences
+from modelhub.progress import bar
 
 # An adapter is small, and PEFT's folders may hold one beside a model: it comes along.
 _TEXT_FILES = {
@@ -180,7 +181,5 @@ def sha256_of(path: Path) -> str:
 @contextmanager
 def progress(name: str, size: int) -> Iterator[Callable[[int, int], object]]:
     """A bar on stderr, where that is a terminal, after two seconds. Yields show(bytes written, bytes downloaded)."""
-    from tqdm import tqdm
-
-    with tqdm(total=size, desc=name, unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
-        yield lambda written, downloaded: bar.update(min(written + downloaded, size) - bar.n)
+    with bar(total=size, desc=name, unit="B", unit_scale=True) as shown:
+        yield lambda written, downloaded: shown.update(min(written + downloaded, size) - shown.n)
