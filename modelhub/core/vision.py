@@ -6,7 +6,7 @@ core/backends/base.py: C channels; T tokens, those of the patches after the few 
 
 import zlib
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -134,22 +134,22 @@ class Embeddings(Module):
 
     @classmethod
     def abstract(
-        cls, width: int, grid: tuple[int, int], patch: tuple[int, int], channels: int, *, class_token: bool = True,
-        distillation_token: bool = False, mask_token: bool = False, registers: int = 0, antialias: bool = False,
-        dropout: float = 0.0,
+        cls, cfg: Any, *, distillation_token: bool = False, mask_token: bool = False, registers: int = 0,
+        antialias: bool = False,
     ) -> "Embeddings":  # fmt: skip
+        width, grid = cfg.hidden_size, cfg.grid
         token = Spec((1, 1, width))
-        tokens = grid[0] * grid[1] + class_token + distillation_token
+        tokens = grid[0] * grid[1] + cfg.class_token + distillation_token
         return cls(
-            token if class_token else None,
+            token if cfg.class_token else None,
             Spec((1, width), "zeros") if mask_token else None,
             token if distillation_token else None,
             Spec((1, registers, width)) if registers else None,
             Spec((1, tokens, width)),
-            PatchEmbeddings(Projection(Spec((width, channels, *patch)), Spec((width,), "zeros"))),
+            PatchEmbeddings(Projection(Spec((width, cfg.num_channels, *cfg.patch)), Spec((width,), "zeros"))),
             grid,
             antialias,
-            Dropout.at("embeddings", dropout),
+            Dropout.at("embeddings", cfg.hidden_dropout_prob),
         )
 
     def __call__(self, xp: Backend, pixels: Array) -> Array:
@@ -212,9 +212,12 @@ class Attention(Module):
     output: Output
 
     @classmethod
-    def abstract(cls, width: int, heads: int, qkv_bias: bool, dropout: Dropout) -> "Attention":
-        q, k, v = (Linear.abstract(width, width, qkv_bias) for _ in range(3))
-        return cls(SelfAttention(q, k, v, heads, dropout), Output(Linear.abstract(width, width, True)))
+    def abstract(cls, cfg: Any, index: int) -> "Attention":
+        """index: of the layer."""
+        width, dropout = cfg.hidden_size, Dropout.at(f"attention weights {index}", cfg.attention_probs_dropout_prob)
+        q, k, v = (Linear.abstract(width, width, cfg.qkv_bias) for _ in range(3))
+        attention = SelfAttention(q, k, v, cfg.num_attention_heads, dropout)
+        return cls(attention, Output(Linear.abstract(width, width, True)))
 
     def __call__(self, xp: Backend, x: Array, collected: Collected | None) -> Array:
         return self.output.dense(xp, self.attention(xp, x, collected))
@@ -266,13 +269,30 @@ def pool(xp: Backend, hidden: Array, pooling: str, before: int) -> Array:
 class ImageModel(Module):
     """An encoder, under the name that Hugging Face's checkpoints have for it (the model_type), and perhaps a head.
 
-    config has what families/vit.py's ImageConfig has.
+    config has what families/image.py's ImageConfig has. A family gives its `block`, built as block.abstract(config,
+    index), a field for the encoder of each of its model_types, and its `embeddings`.
     """
 
     reads: ClassVar[str] = "images"
+    block: ClassVar[Any] = None
 
     classifier: Linear | None
     config: Any
+
+    @classmethod
+    def embeddings(cls, cfg: Any) -> Embeddings:
+        return Embeddings.abstract(cfg)
+
+    @classmethod
+    def abstract(cls, cfg: Any) -> Self:
+        encoder = Encoder(
+            cls.embeddings(cfg),
+            Blocks([cls.block.abstract(cfg, index) for index in range(cfg.num_hidden_layers)]),
+            LayerNorm.abstract(cfg.hidden_size, cfg.layer_norm_eps),
+        )
+        head = Linear.abstract(cfg.pooled_size, cfg.num_labels, True) if cfg.num_labels else None
+        parts: dict[str, Any] = {"classifier": head, "config": cfg, cfg.model_type: encoder}
+        return cls(**parts)
 
     def hidden(self, xp: Backend, pixels: Array) -> Array:
         """Hidden states (B, T, D) after the final norm, of pixels (B, C, H, W) in the model's dtype."""

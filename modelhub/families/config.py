@@ -67,6 +67,7 @@ def _is_ids(value: Any) -> bool:
 SIZE = Value("a whole number above 0", _is_size)
 NUMBER = Value("a number", _is_number)
 POSITIVE = Value("a number above 0", lambda x: _is_number(x) and x > 1e-30)
+RATE = Value("at least 0 and below 1", lambda x: _is_number(x) and 0 <= x < 1)
 FLAG = Value("true or false", lambda x: isinstance(x, bool))
 TEXT = Value("text", lambda x: isinstance(x, str))
 TEXTS = Value("a list of texts", lambda x: isinstance(x, list) and all(isinstance(text, str) for text in x))
@@ -118,9 +119,10 @@ class Format(Protocol):
 
 @dataclass(frozen=True)
 class Kind:
-    """A model_type. defaults: of transformers' config class, which checkpoints rely on, where they are not ours.
+    """A model_type. architecture: transformers' class of models; what the names of several start with, for images.
 
-    lacks: fields of ours that the class does not have.
+    defaults: of transformers' config class, which checkpoints rely on, where they are not ours. lacks: fields of ours
+    that the class does not have.
     """
 
     architecture: str
@@ -216,12 +218,17 @@ def names(source: str, config: FamilyConfig) -> NameMap:
     return config.stored_as(source).names(config)
 
 
-def check_kinds(data: Mapping[str, Any], where: str, values: Mapping[str, Value] = _KINDS) -> None:
-    """Raise one ConfigError for all values of `data` that are of another kind than their keys say."""
+def check_kinds(
+    data: Mapping[str, Any], where: str, values: Mapping[str, Value] = _KINDS, needed: Container[str] = ()
+) -> None:
+    """Raise one ConfigError for all values of `data` that are of another kind than their keys say.
+
+    needed: keys that cannot be left out, nor be null.
+    """
     bad = [
-        f"{key} must be {value.words}, found {reprlib.repr(data[key])}"
+        f"{key} must be {value.words}, found {key}={reprlib.repr(data.get(key))}"
         for key, value in values.items()
-        if data.get(key) is not None and not value.test(data[key])
+        if (key in needed or data.get(key) is not None) and not value.test(data.get(key))
     ]
     if bad:
         raise ConfigError(f"{where}: {'; '.join(bad)}. Correct it, or download it again")

@@ -10,9 +10,23 @@ from modelhub.core import nn, vision
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Module, Spec
 from modelhub.core.vision import Collected, Dropout
-from modelhub.errors import ConfigError
-from modelhub.families.naming import NameMap, Rule
-from modelhub.families.vit import ImageConfig
+from modelhub.families.config import FLAG, RATE, TEXT, Kind, Value, key
+from modelhub.families.config import names as names
+from modelhub.families.image import EPSILON, HuggingFace, ImageConfig
+from modelhub.families.image import adapter_names as adapter_names
+
+# In memory transformers 5 also has SwiGLU's weights_in in two parts.
+_IN_MEMORY = {
+    "attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value", "attention.o_proj": "attention.output.dense",
+}  # fmt: skip
+_SCALE = Value("a number above 0 and below 10000", lambda x: type(x) in (int, float) and 0 < x < 1e4)
+_COUNT = Value("a whole number from 0 to 9999", lambda x: type(x) is int and 0 <= x < 1e4)
+
+
+class DINOv2HF(HuggingFace):
+    def ignored(self, config: Any) -> tuple[str, ...]:
+        return () if config.use_mask_token else ("embeddings.mask_token",)
 
 
 @dataclass
@@ -22,44 +36,28 @@ class Config(ImageConfig):
     layerscale_value: where layer scales start. drop_path_rate: of blocks left out, per image, while training.
     """
 
-    KINDS: ClassVar = {"dinov2": {"patch_size": 14}, "dinov2_with_registers": {"num_register_tokens": 4}}
-    RATES: ClassVar = (*ImageConfig.RATES, "drop_path_rate")
+    KINDS: ClassVar = {
+        "dinov2": Kind("Dinov2", {"patch_size": 14}, lacks=("num_register_tokens",)),
+        "dinov2_with_registers": Kind("Dinov2WithRegisters", {"num_register_tokens": 4}, lacks=("use_mask_token",)),
+    }
+    FORMATS: ClassVar = {"hf": DINOv2HF("encoder.layer", _IN_MEMORY)}
 
-    layer_norm_eps: float = 1e-6
-    pooling: str = "cls_mean"
-    mlp_ratio: float = 4
-    layerscale_value: float = 1.0
-    drop_path_rate: float = 0.0
-    use_swiglu_ffn: bool = False
-    use_mask_token: bool = True
-    num_register_tokens: int = 0
+    layer_norm_eps: float = key(EPSILON, 1e-6)
+    pooling: str = key(TEXT, "cls_mean")
+    drop_path_rate: float = key(RATE, 0.0)
+    mlp_ratio: float = key(_SCALE, 4)
+    layerscale_value: float = key(_SCALE, 1.0)
+    use_swiglu_ffn: bool = key(FLAG, False)
+    use_mask_token: bool = key(FLAG, True)
+    num_register_tokens: int = key(_COUNT, 0)
 
-    def problems(self) -> list[str]:
-        found = super().problems()
-        for key in ("mlp_ratio", "layerscale_value"):
-            value = getattr(self, key)
-            if type(value) not in (int, float) or not 0 < value < 1e4:
-                found.append(f"{key}={value!r} must be a number above 0 and below 10000")
-        registers = self.num_register_tokens
-        if type(registers) is not int or (not 0 < registers < 1e4 if self._registers else registers):
-            found.append(f"num_register_tokens={registers!r} must be 1 or more with registers, 0 for model_type dinov2")
-        if not self.class_token or (self._registers and not self.use_mask_token):
-            found.append("class_token must be true; with registers use_mask_token too")
-        return found
-
-    def to_hf(self) -> dict[str, Any]:
-        data = super().to_hf()
-        del data["use_mask_token" if self._registers else "num_register_tokens"]
-        return data
-
-    @property
-    def _registers(self) -> bool:
-        return self.model_type == "dinov2_with_registers"
-
-    @property
-    def architecture(self) -> str:
-        name = "Dinov2WithRegisters" if self._registers else "Dinov2"
-        return f"{name}{'ForImageClassification' if self.num_labels else 'Model'}"
+    def faults(self) -> dict[str, bool]:
+        registers, count = self.model_type == "dinov2_with_registers", self.num_register_tokens
+        counted, tokens = (count > 0) == registers, self.class_token and (self.use_mask_token or not registers)
+        return super().faults() | {
+            f"num_register_tokens={count} must be 1 or more with registers, 0 for model_type dinov2": not counted,
+            "class_token must be true; with registers use_mask_token too": not tokens,
+        }
 
     @property
     def tokens_before(self) -> int:
@@ -69,40 +67,6 @@ class Config(ImageConfig):
     def intermediate_size(self) -> int:
         inner = int(self.hidden_size * self.mlp_ratio)
         return (int(inner * 2 / 3) + 7) // 8 * 8 if self.use_swiglu_ffn else inner
-
-
-# transformers 5 has other names in memory than in files, where they are still those of transformers 4. There it also
-# has SwiGLU's weights_in in two parts.
-_IN_MEMORY = {
-    "q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value", "o_proj": "output.dense",
-}  # fmt: skip
-
-
-def names(source: str, config: Config) -> NameMap:
-    """How the tensors of a "hf" folder are called here: with or without the prefix that models with a head have."""
-    if source != "hf":
-        raise ConfigError(f"{config.model_type} is read from Hugging Face folders, not from {source!r} files")
-    prefix = config.model_type
-    layer = "encoder.layer.{}.attention"
-    rules = [
-        Rule(f"{start}{layer}.{theirs}.{{}}", f"{prefix}.{layer}.{ours}.{{}}")
-        for start in (f"{prefix}.", "")
-        for theirs, ours in _IN_MEMORY.items()
-    ]
-    rules += [Rule(f"{part}.{{}}", f"{prefix}.{part}.{{}}") for part in ("embeddings", "encoder", "layernorm")]
-    unused = () if config.use_mask_token else ("embeddings.mask_token", f"{prefix}.embeddings.mask_token")
-    return NameMap(aliases=tuple(rules), ignored=unused)
-
-
-def adapter_names(config: Config, part_of: str | None) -> NameMap:
-    """How PEFT's files call the layers: as transformers does in memory; an encoder without a head has no prefix."""
-    layer, prefix = "encoder.layer.{}.attention", f"{config.model_type}."
-    older = Rule("encoder.{}", f"{prefix}encoder.{{}}")
-    with_head, bare = (
-        tuple(Rule(f"{start}{layer}.{theirs}", f"{prefix}{layer}.{ours}") for theirs, ours in _IN_MEMORY.items())
-        for start in (prefix, "")
-    )
-    return NameMap(with_head if config.num_labels else (*bare, older), (*with_head, *bare, older))
 
 
 @dataclass
@@ -147,13 +111,12 @@ class Block(Module):
     @classmethod
     def abstract(cls, cfg: Config, index: int) -> "Block":
         width, inner = cfg.hidden_size, cfg.intermediate_size
-        weights = Dropout.at(f"attention weights {index}", cfg.attention_probs_dropout_prob)
         of_attention, of_mlp = (Dropout.at(f"path {part} {index}", cfg.drop_path_rate) for part in ("attention", "mlp"))
         scale = Spec((width,), "constant", cfg.layerscale_value)
         out = nn.Linear.abstract(inner, width, True)
         return cls(
             nn.LayerNorm.abstract(width, cfg.layer_norm_eps),
-            vision.Attention.abstract(width, cfg.num_attention_heads, cfg.qkv_bias, weights),
+            vision.Attention.abstract(cfg, index),
             LayerScale(scale),
             nn.LayerNorm.abstract(width, cfg.layer_norm_eps),
             SwiGLU(nn.Linear.abstract(width, 2 * inner, True), out)
@@ -173,19 +136,14 @@ class Block(Module):
 
 @dataclass
 class Model(vision.ImageModel):
-    dinov2: vision.Encoder | None
-    dinov2_with_registers: vision.Encoder | None
+    block: ClassVar = Block
+
+    dinov2: vision.Encoder | None = None
+    dinov2_with_registers: vision.Encoder | None = None
 
     @classmethod
-    def abstract(cls, cfg: Config) -> "Model":
-        registers = cfg.model_type == "dinov2_with_registers"
-        encoder = vision.Encoder(
-            vision.Embeddings.abstract(
-                cfg.hidden_size, cfg.grid, cfg.patch, cfg.num_channels, mask_token=cfg.use_mask_token,
-                registers=cfg.num_register_tokens, antialias=registers, dropout=cfg.hidden_dropout_prob,
-            ),
-            vision.Blocks([Block.abstract(cfg, index) for index in range(cfg.num_hidden_layers)]),
-            nn.LayerNorm.abstract(cfg.hidden_size, cfg.layer_norm_eps),
+    def embeddings(cls, cfg: Config) -> vision.Embeddings:
+        return vision.Embeddings.abstract(
+            cfg, mask_token=cfg.use_mask_token, registers=cfg.num_register_tokens,
+            antialias=cfg.model_type == "dinov2_with_registers",
         )  # fmt: skip
-        head = nn.Linear.abstract(cfg.pooled_size, cfg.num_labels, True) if cfg.num_labels else None
-        return cls(head, cfg, None if registers else encoder, encoder if registers else None)

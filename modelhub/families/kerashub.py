@@ -137,7 +137,7 @@ def _read_llama(data: Mapping[str, Any], tensors: Container[str] | None) -> dict
     return values
 
 
-def read_vit(data: Mapping[str, Any], tensors: Container[str] | None) -> dict[str, Any]:
+def _read_vit(data: Mapping[str, Any], tensors: Container[str] | None) -> dict[str, Any]:
     """The fields of ViT's Config from the config.json of a ViTBackbone.
 
     data["task"]: the preset's task.json, for the head. Its classes have no names there.
@@ -307,7 +307,7 @@ def _names(config: Any, layer: str, block: Mapping[str, str], norm: str, heads_f
     return NameMap(tuple(rules), ignored=_IGNORED)
 
 
-def vit_names(config: Any) -> NameMap:
+def _vit_names(config: Any) -> NameMap:
     """The names of a preset of ViTBackbone, with those of its task's weights after "task/". config: ViT's Config."""
     d, f, n, c = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_channels
     h, tokens = d // n, config.grid[0] * config.grid[1] + config.class_token
@@ -378,3 +378,4 @@ class _KerasHub:
 
 GEMMA = _KerasHub(_read_gemma, _gemma_names)
 LLAMA = _KerasHub(_read_llama, _llama_names)
+VIT = _KerasHub(_read_vit, _vit_names)
