@@ -112,6 +112,12 @@ def test_config(presets):
     assert open_preset(resolve(str(presets / "vit_bfloat16"))).config.extra["dtype"] == "bfloat16"
 
 
+def test_a_head_of_sigmoids_is_one_of_several_labels(presets, tmp_path):
+    config = open_preset(resolve(str(changed(presets, "vit", tmp_path, True, activation="sigmoid")))).config
+    assert (config.problem_type, config.num_labels) == ("multi_label_classification", 3)
+    assert open_preset(resolve(str(presets / "vit"))).config.problem_type is None
+
+
 def test_images_are_prepared_as_the_preset_says(presets):
     processor = ImageProcessor.from_folder(presets / "vit_no_class_token")
     assert processor.crop_size == {"height": 16, "width": 24}
@@ -162,7 +168,7 @@ def test_without_the_files_of_the_task(presets, tmp_path):
         ("vit_gap", False, {}, "pooling='gap' is not supported, only 'token'.*without the class token"),
         ("vit", True, {"pooling": None}, "pooling=None is not supported"),
         ("vit_no_class_token", True, {"pooling": "token"}, "pooling='token' is not supported, only 'gap'"),
-        ("vit", True, {"activation": "sigmoid"}, "activation='sigmoid' is not supported"),
+        ("vit", True, {"activation": "relu"}, "activation='relu' is not supported"),
         ("vit", True, {"num_classes": "many"}, "num_labels='many'"),
         ("vit", True, {"heads": 2}, "heads=2"),
     ],
