@@ -20,6 +20,8 @@ import pytest
 from modelhub.core.backends import get_backend, installed
 from modelhub.errors import DownloadError
 
+pytest.register_assert_rewrite("text_parity", "text_suite")
+
 
 def pytest_collection_modifyitems(config, items):
     """What takes an hour is run when it is asked for by name: pytest -m soak."""

@@ -13,14 +13,11 @@ from modelhub import CausalLM
 from modelhub.errors import ConfigError
 from modelhub.families import family_of
 from modelhub.families.config import _HARMLESS, _MATTERS, unknown_keys
+from modelhub.interop.conformance import FAMILIES
 
-# model_type: transformers' model class. Its config class and its code say which keys there are.
-CLASSES = {
-    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "vit": "ViTForImageClassification",
-    "deit": "DeiTForImageClassification", "dinov2": "Dinov2ForImageClassification",
-    "dinov2_with_registers": "Dinov2WithRegistersForImageClassification",
-}  # fmt: skip
+# model_type: transformers' model class, of all that `modelhub conformance` compares. Its config class and its code say
+# which keys there are.
+CLASSES = {getattr(transformers, case.model).config_class.model_type: case.model for case in FAMILIES.values()}
 # What transformers' code asks a config for besides keys of config.json, or what it asks of another one.
 METHODS = {"get_text_config", "text_config", "vision_config", "mm_tokens_per_image"}
 

@@ -1,171 +1,69 @@
-"""Llama 2, 3.1, SmolLM2 and Mistral against transformers: tiny random configs in which every feature matters."""
+"""Llama 2, 3.1, SmolLM2 and Mistral, given to the tests of all text models, and what only they have."""
 
-import copy
-import functools
 from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import pytest
-import transformers
+from text_suite import SIZES, TextSuite, build, tiny
 
 from modelhub.core.nn import Rope
 from modelhub.core.tree import flatten
 from modelhub.errors import ConfigError
 from modelhub.families.llama import Config, Model, names
 
-SMALL = {
-    "vocab_size": 101, "hidden_size": 32, "intermediate_size": 44, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_hidden_layers": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "rms_norm_eps": 1e-5,
-}  # fmt: skip
-# Wavelengths of all three kinds: kept, blended and stretched.
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16, "rope_theta": 100.0,
-}  # fmt: skip
-LLAMA, MISTRAL = (
-    (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    (transformers.MistralConfig, transformers.MistralForCausalLM),
-)
-CASES = {
-    "llama2": (LLAMA, SMALL | {"num_key_value_heads": 4}),
-    "llama3.1": (LLAMA, SMALL | {"rope_parameters": LLAMA3}),
-    "smollm2": (LLAMA, SMALL | {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 36}
-                | {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1000.0, "rope_type": "default"}}),
-    "biased": (LLAMA, SMALL | {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
-    "mistral": (MISTRAL, SMALL | {"sliding_window": 8, "head_dim": 12}),
-    "mistral-no-window": (MISTRAL, SMALL | {"sliding_window": None}),
-}  # fmt: skip
-IDS = np.random.default_rng(0).integers(0, 101, (2, 26)).astype(np.int32)
-ROWS = [np.random.default_rng(1).integers(0, 101, length).tolist() for length in (26, 9, 17)]
-STEPS = 4
-
-
-def hf_config(name):
-    (config_class, _), values = CASES[name]
-    return config_class(**copy.deepcopy(values))
-
-
-@functools.cache
-def build(parity_reference, name):
-    return parity_reference(CASES[name][0][1], hf_config(name))
-
-
-@pytest.fixture(scope="module", params=CASES)
-def case(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def theirs(parity, case):
-    return build(parity.reference, case)
-
-
-@pytest.fixture(scope="module")
-def ours(parity, theirs, backend):
-    return parity.load(theirs, backend)
-
-
-def test_logits(parity, ours, theirs):
-    parity.assert_close(ours.engine.logits(ours.params, IDS), parity.reference_logits(theirs, IDS))
-
-
-def test_cached_logits_of_a_batch(parity, ours, theirs):
-    found = parity.cached_logits(ours, ROWS, STEPS)
-    for row, logits in zip(ROWS, found, strict=True):
-        parity.assert_close(logits, parity.reference_logits(theirs, [row])[0, -STEPS - 1 :])
-
-
-@pytest.mark.parametrize("name", ["llama3.1", "mistral"])
-def test_bfloat16(parity, backend, name):
-    """As near to the float32 logits as transformers' own bfloat16, on average."""
-    exact = build(parity.reference, name)
-    half = copy.deepcopy(exact).bfloat16()
-    wanted, theirs = (parity.reference_logits(model, IDS) for model in (copy.deepcopy(half).float(), half))
-    ours = parity.load(exact, backend, "bfloat16")
-    noise = np.abs(theirs - wanted).mean()
-    assert noise > 0
-    assert np.abs(ours.engine.logits(ours.params, IDS) - wanted).mean() <= 1.5 * noise
-
-
 PLAIN = {"rope_type": "default", "rope_theta": 100.0}
+# meta-llama/Llama-3.2-1B's config.json, in the spelling of transformers 4.
+LLAMA_3_2 = {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("llama3.1", {"rope_parameters": PLAIN}),
-        ("smollm2", {"rope_parameters": PLAIN}),
-        ("mistral", {"sliding_window": 64}),
-        ("biased", {"hidden_act": "gelu"}),
-    ],
-)
-def test_the_feature_changes_the_logits(parity, name, changes):
-    """Or the comparisons prove nothing."""
-    model = build(parity.reference, name)
-    (config_class, model_class), values = CASES[name]
-    other = model_class._from_config(config_class(**copy.deepcopy(values) | changes), attn_implementation="eager")
-    other.load_state_dict(model.state_dict())
-    with_it, without = (parity.reference_logits(m, IDS) for m in (model, other.eval()))
-    assert np.abs(with_it - without).max() > 0.05 * np.abs(with_it).max()
+class TestLlama(TextSuite):
+    cases = {
+        "llama3.1": tiny("llama3"),
+        "llama2": tiny("llama", num_key_value_heads=4, head_dim=None),
+        "smollm2": tiny(
+            "llama", num_attention_heads=3, num_key_value_heads=1, hidden_size=36, head_dim=None,
+            tie_word_embeddings=True, rope_parameters={"rope_theta": 1000.0, "rope_type": "default"},
+        ),
+        "biased": tiny("llama_biases"),
+        "mistral": tiny("mistral"),
+        "mistral-no-window": tiny("mistral", sliding_window=None, head_dim=None),
+    }  # fmt: skip
+    features = {
+        "llama3 rope": ("llama3.1", {"rope_parameters": PLAIN}),
+        "theta": ("smollm2", {"rope_parameters": PLAIN}),
+        "window": ("mistral", {"sliding_window": 64}),
+        "activation": ("biased", {"hidden_act": "gelu"}),
+    }
+    published = {"llama-3.2-1b": LLAMA_3_2}
+    refused_from = {"model_type": "llama"} | SIZES
+    refused = {
+        "norms of queries": ({"qk_layernorm": True}, "qk_layernorm=True"),
+        "another rotation": ({"rope_interleaved": True}, "rope_interleaved=True"),
+        "a head width that comes out odd": ({"hidden_size": 36, "head_dim": None}, "head_dim=9 is odd"),
+        "another Llama": ({"model_type": "llama4"}, "'llama4' is not a Llama"),
+    }
+    not_gguf = {"llama3.1": "its rope has factor=8"}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_config_round_trip(name):
-    theirs = hf_config(name)
-    config = Config.from_hf(theirs.to_dict())
-    assert Config.from_hf(config.to_hf()) == config
-    again = type(theirs)(**config.to_hf())
-    for key in ("hidden_size", "head_dim", "num_key_value_heads", "tie_word_embeddings", "rope_parameters"):
-        assert getattr(again, key) == getattr(theirs, key), key
-    if name.startswith("mistral"):
-        assert again.sliding_window == theirs.sliding_window
-
-
-def test_the_spelling_of_transformers_4():
-    """meta-llama/Llama-3.2-1B's config.json, as published."""
-    config = Config.from_hf(
-        {
-            "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-            "bos_token_id": 128000, "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
-            "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
-            "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
-            "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
-            "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-            "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
-        }
-    )  # fmt: skip
+def test_a_published_config():
+    config = Config.from_hf(LLAMA_3_2)
     assert config.rope == Rope(500000.0, "llama3", 32.0, 1.0, 4.0, 8192)
     parameters = sum(np.prod(spec.shape) for spec in flatten(Model.abstract(config)).values())
     assert parameters == 1_235_814_400
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "needs low_freq_factor"),
-        ({"hidden_act": "relu6"}, "'relu6' is not supported"),
-        ({"qk_layernorm": True}, "qk_layernorm=True"),
-        ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads 3"),
-        ({"rope_interleaved": True}, "rope_interleaved=True"),
-        ({"model_type": "llama4"}, "'llama4' is not a Llama"),
-        ({"num_attention_heads": 0}, "num_attention_heads=0"),
-        ({"num_key_value_heads": 0, "vocab_size": -1}, "vocab_size=-1, num_key_value_heads=0"),
-        ({"hidden_size": "32"}, "hidden_size='32'"),
-        ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5"),
-        ({"head_dim": 7}, "head_dim=7 is odd"),
-        ({"hidden_size": 36}, "head_dim=9 is odd"),
-    ],
-)
-def test_bad_configs_raise(changes, says):
-    with pytest.raises(ConfigError, match=says):
-        Config.from_hf({"model_type": "llama"} | SMALL | changes)
-
-
 def test_keys_of_published_configs_that_mean_nothing_here():
-    data = {"model_type": "llama", "is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1} | SMALL
+    data = {"model_type": "llama", "is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1} | SIZES
     data |= {"transformers.js_config": {"dtype": "q4"}, "rope_parameters": {"rope_theta": None, "rope_type": "default"}}
     config = Config.from_hf(data | {"rope_theta": 130000})
     assert config.rope == Rope(130000.0)
@@ -179,8 +77,8 @@ def permuted(weight, heads):
     )
 
 
-def test_gguf_names_and_permuted_rows(parity):
-    theirs = build(parity.reference, "llama3.1")
+def test_gguf_names_and_permuted_rows():
+    theirs = build(TestLlama.cases["llama3.1"])
     config = Config.from_hf(theirs.config.to_dict())
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     mapping = names("gguf", config)

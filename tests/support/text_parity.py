@@ -1,32 +1,29 @@
-"""Parity with transformers, the same for every family: a tiny random model there, its weights under our names here."""
+"""Text models against transformers: a tiny random model there, its weights under our names here."""
 
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
+import torch
 
 from modelhub.core.tree import check
 from modelhub.families import family_of
 from modelhub.generation.decode import GenerationEngine
 
+TOLERANCE = 1e-4
+
 
 def reference(model_class, config, seed=0):
-    """A transformers model with every weight random, norms and biases too, which start at 0 or 1 otherwise."""
-    import torch
-
+    """A transformers model with every weight random and large, norms and biases too, which start at 0 or 1 otherwise."""
     torch.manual_seed(seed)
     model = model_class._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            spread = config.get_text_config().initializer_range if parameter.ndim > 1 else 0.3
-            parameter.normal_(0.0, spread)
+            parameter.normal_(0.0, 0.3)
     return model
 
 
 def reference_logits(model, ids):
     """float32 (B, T, V) of int ids (B, T)."""
-    import torch
-
     with torch.no_grad():
         return model(input_ids=torch.tensor(np.asarray(ids))).logits.float().numpy()
 
@@ -73,20 +70,9 @@ def cached_logits(ours, rows, steps):
     return np.stack(found, 1)
 
 
-def assert_close(found, wanted, tolerance=1e-4):
+def assert_close(found, wanted, tolerance=TOLERANCE):
     """To within `tolerance` of the largest logit."""
     assert found.shape == wanted.shape and found.dtype == np.float32
     assert np.isfinite(found).all()
     error, peak = np.abs(found - wanted).max(), np.abs(wanted).max()
     assert error <= tolerance * peak, f"off by {error:.3g} where the largest logit is {peak:.3g}"
-
-
-@pytest.fixture(scope="session")
-def parity():
-    return SimpleNamespace(
-        reference=reference,
-        reference_logits=reference_logits,
-        load=load,
-        cached_logits=cached_logits,
-        assert_close=assert_close,
-    )
