@@ -15,28 +15,28 @@ from modelhub.families.llama import Config, Model, names
 PLAIN = {"rope_type": "default", "rope_theta": 100.0}
 # meta-llama/Llama-3.2-1B's config.json, in the spelling of transformers 4.
 LLAMA_3_2 = {
-        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-        "bos_token_id": 128000, "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
-        "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
-        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
-        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
-        "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-        "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 128000, "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
+    "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
+    "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+    "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
 }  # fmt: skip
 
 
 class TestLlama(TextSuite):
     cases = {
-        "llama3.1": tiny("llama3"),
-        "llama2": tiny("llama", num_key_value_heads=4, head_dim=None),
+        "llama3.1": tiny("llama3", num_hidden_layers=2, head_dim=None),
+        "llama2": tiny("llama", num_hidden_layers=2, num_key_value_heads=4, head_dim=None),
         "smollm2": tiny(
-            "llama", num_attention_heads=3, num_key_value_heads=1, hidden_size=36, head_dim=None,
+            "llama", num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, hidden_size=36, head_dim=None,
             tie_word_embeddings=True, rope_parameters={"rope_theta": 1000.0, "rope_type": "default"},
         ),
-        "biased": tiny("llama_biases"),
-        "mistral": tiny("mistral"),
-        "mistral-no-window": tiny("mistral", sliding_window=None, head_dim=None),
+        "biased": tiny("llama_biases", num_hidden_layers=2),
+        "mistral": tiny("mistral", num_hidden_layers=2),
+        "mistral-no-window": tiny("mistral", num_hidden_layers=2, sliding_window=None, head_dim=None),
     }  # fmt: skip
     features = {
         "llama3 rope": ("llama3.1", {"rope_parameters": PLAIN}),
