@@ -20,7 +20,7 @@ from modelhub.families.config import FLAG, POSITIVE, TEXT, Kind, check_kinds, hf
 from modelhub.families.config import names as names
 from modelhub.families.gguf import BLOCK, GGUF, GGUFLike
 from modelhub.families.naming import BARE_DECODER, KEEP, MINUS_ONE, NameMap, Rule, Via
-from modelhub.families.text import HuggingFace, TextConfig
+from modelhub.families.text import HuggingFace, TextConfig, layer_types
 
 _GEMMA = {
     "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
@@ -36,6 +36,12 @@ _GEMMA3 = _GEMMA2 | {
     "final_logit_softcapping": None,
 }  # fmt: skip
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+_KINDS = {
+    "gemma": Kind("GemmaForCausalLM", _GEMMA, ("sliding_window", "layer_types", "query_pre_attn_scalar", *_CAPS)),
+    "gemma2": Kind("Gemma2ForCausalLM", _GEMMA2),
+    "gemma3_text": Kind("Gemma3ForCausalLM", _GEMMA3),
+}
+_GLOBAL_EVERY = {"gemma": 1, "gemma2": 2, "gemma3_text": 6}
 _SHARED_WITH_TEXT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
 
 
@@ -55,9 +61,8 @@ class GemmaHF(HuggingFace):
         values = super().read(cls, dict(data) | {"hidden_activation": act})
         where = f"{values['model_type']} config"
         require(data, "sliding_window_size", (values.get("sliding_window"),), where)  # Gemma 2 9B and 27B say it twice
-        if not values.get("layer_types"):
-            pattern = data.get("sliding_window_pattern")
-            values["layer_types"] = _layer_types(values["model_type"], values["num_hidden_layers"], pattern)
+        if values["model_type"] == "gemma3_text" and (every := data.get("sliding_window_pattern")):
+            values["layer_types"] = values.get("layer_types") or layer_types(values["num_hidden_layers"], every)
         return values
 
     def ropes(self, kind: str, data: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -88,80 +93,55 @@ class GemmaHF(HuggingFace):
 class GemmaGGUF(GGUF):
     """What the format leaves out follows llama.cpp's rules for these models."""
 
-    keys: ClassVar = {key: key for key in _CAPS} | {"sliding_window": "attention.sliding_window"}
+    archs: ClassVar = {"gemma3_text": "gemma3"}
+    keys: ClassVar = {**GGUF.keys, **{cap: cap for cap in _CAPS}}
+    activations = ("gelu_pytorch_tanh", "gelu_new")
 
-    def arch(self, config: Any) -> str:
-        return str(config.model_type).removesuffix("_text")
+    def own_keys(self, kind: Kind) -> dict[str, str]:
+        return super().own_keys(kind) | ({"local_rope": "rope.freq_base_swa"} if kind is _KINDS["gemma3_text"] else {})
 
-    def kind(self, arch: str, file: GGUFLike) -> str:
-        return "gemma3_text" if arch == "gemma3" else arch
-
-    def own_keys(self, kind: str) -> set[str]:
-        more = {"attention.sliding_window_pattern"} | ({"rope.freq_base_swa"} if kind == "gemma3_text" else set())
-        return set() if kind == "gemma" else super().own_keys(kind) | more
-
-    def fields(self, kind: str, file: GGUFLike, values: dict[str, Any]) -> dict[str, Any]:
-        arch, layers = file.metadata["general.architecture"], values["num_hidden_layers"]
-        pattern = file.metadata.get(f"{arch}.attention.sliding_window_pattern")
-        found: dict[str, Any] = {"local_rope": values["rope"], "layer_types": _layer_types(kind, layers, pattern)}
-        if kind != "gemma":
-            found |= {key: Config.KINDS[kind].defaults[key] for key in self.keys} | super().fields(kind, file, values)
-            found["query_pre_attn_scalar"] = _query_scalar(
-                kind, layers, values["hidden_size"], values["num_attention_heads"], values["head_dim"]
-            )
-        if kind == "gemma3_text":
-            found["local_rope"] = nn.Rope(file.metadata.get(f"{arch}.rope.freq_base_swa", 10_000.0))
-        return found
+    def fields(self, kind: Kind, file: GGUFLike, values: dict[str, Any]) -> dict[str, Any]:
+        found = {"local_rope": values["rope"]} | super().fields(kind, file, values)
+        if kind is _KINDS["gemma3_text"]:
+            found["local_rope"] = nn.Rope(found["local_rope"] or 10_000.0)
+        scalar = {} if "query_pre_attn_scalar" in kind.lacks else {"query_pre_attn_scalar": _query_scalar(values)}
+        return found | scalar
 
     def needs(self, config: Any) -> dict[str, bool]:
-        kind, act, layers = config.model_type, config.hidden_activation, config.num_hidden_layers
-        scalar = _query_scalar(kind, layers, config.hidden_size, config.num_attention_heads, config.head_dim)
+        kind, scalar = config.model_type, _query_scalar(vars(config))
         capped = [getattr(config, key) is not None for key in _CAPS]
-        return {
-            f"the activation gelu_pytorch_tanh, not {act}": act in ("gelu_pytorch_tanh", "gelu_new"),
+        return super().needs(config) | {
             f"queries scaled by 1 / sqrt({scalar}), not {config.query_scale:.6g}": config.query_scale == scalar**-0.5,
-            "no biases": not config.attention_bias,
             "the embedding as its head": kind == "gemma3_text" or config.tie_word_embeddings,
             "both soft caps": kind != "gemma2" or all(capped),
             "no soft cap of attention": kind == "gemma2" or not capped[0],
             "no soft cap of logits": kind != "gemma" or not capped[1],
-            "only global layers": kind != "gemma" or LOCAL not in config.layer_types,
             "no Llama 3 rope in local layers": config.local_rope.rope_type != "llama3",
             "no rope scaling in local layers": kind != "gemma3_text" or config.local_rope.rope_type == "default",
         }
 
     def metadata(self, config: Any, arch: str) -> dict[str, Any]:
-        data, types = super().metadata(config, arch), config.layer_types
-        if LOCAL not in types:
-            data.pop(f"{arch}.attention.sliding_window", None)
-        if types != _layer_types(config.model_type, len(types), None):
-            data[f"{arch}.attention.sliding_window_pattern"] = [kind == LOCAL for kind in types]
-        if config.model_type == "gemma3_text":
-            data[f"{arch}.rope.freq_base_swa"] = float(config.local_rope.theta)
-        return data
+        data = super().metadata(config, arch)
+        return data | {key: float(rope.theta) for key, rope in data.items() if isinstance(rope, nn.Rope)}
 
     def block(self, config: Any) -> Mapping[str, str]:
-        after = {name: f"post_{part}_layernorm" for name, part in _NORMS_AFTER.items()}
-        return BLOCK if config.model_type == "gemma" else BLOCK | after | {"ffn_norm": "pre_feedforward_layernorm"}
+        return BLOCK if config.model_type == "gemma" else _SANDWICH
 
     def via(self, config: Any, ours: str) -> Via:
         return MINUS_ONE if "norm" in ours else KEEP
 
 
-_NORMS_AFTER = {"post_attention_norm": "attention", "post_ffw_norm": "feedforward"}
+_SANDWICH = BLOCK | {
+    "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}  # fmt: skip
 
 
-def _query_scalar(kind: str, layers: int, width: int, heads: int, head_dim: int) -> int:
+def _query_scalar(values: Mapping[str, Any]) -> int:
     """The 27B models scale queries by the mean head width, not the real one; GGUF has no key for it."""
-    return width // heads if (kind, layers) in (("gemma2", 46), ("gemma3_text", 62)) else head_dim
-
-
-def _layer_types(kind: str, layers: int, pattern: Any) -> list[str]:
-    """pattern: every n-th layer is global, or one truth value per layer, whether it is local."""
-    if isinstance(pattern, np.ndarray):
-        return [LOCAL if is_local else GLOBAL for is_local in pattern]
-    every = {"gemma": 1, "gemma2": 2, "gemma3_text": pattern if isinstance(pattern, int) else 6}[kind]
-    return [LOCAL if (index + 1) % every else GLOBAL for index in range(layers)]
+    is_27b = (values["model_type"], values["num_hidden_layers"]) in (("gemma2", 46), ("gemma3_text", 62))
+    scalar: int = values["hidden_size"] // values["num_attention_heads"] if is_27b else values["head_dim"]
+    return scalar
 
 
 _IGNORED = ("vision_tower.{}", "multi_modal_projector.{}", "model.vision_tower.{}", "model.multi_modal_projector.{}")
@@ -173,11 +153,7 @@ class Config(TextConfig):
 
     MEMBER: ClassVar = "a Gemma"
     ACTIVATION: ClassVar = "hidden_activation"
-    KINDS: ClassVar = {
-        "gemma": Kind("GemmaForCausalLM", _GEMMA, ("sliding_window", "layer_types", "query_pre_attn_scalar", *_CAPS)),
-        "gemma2": Kind("Gemma2ForCausalLM", _GEMMA2),
-        "gemma3_text": Kind("Gemma3ForCausalLM", _GEMMA3),
-    }  # fmt: skip
+    KINDS: ClassVar = _KINDS
     FORMATS: ClassVar = {
         "hf": GemmaHF(
             aliases=(
@@ -200,6 +176,9 @@ class Config(TextConfig):
     @property
     def query_scale(self) -> float:
         return float(self.query_pre_attn_scalar or self.head_dim) ** -0.5
+
+    def default_layer_types(self) -> list[str]:
+        return layer_types(self.num_hidden_layers, _GLOBAL_EVERY[self.model_type])
 
     def rope_of(self, kind: str) -> nn.Rope:
         return self.local_rope if kind == LOCAL else self.rope

@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from modelhub.core.decoder import LOCAL
+from modelhub.core.decoder import GLOBAL, LOCAL
 from modelhub.core.nn import Rope
 from modelhub.errors import ConfigError
-from modelhub.families.config import check_kinds, check_sizes, read_rope
+from modelhub.families.config import Kind, check_kinds, check_sizes, read_rope
 from modelhub.families.naming import KEEP, NameMap, Rule, Via
-from modelhub.families.text import TextConfig
+from modelhub.families.text import TextConfig, layer_types
 
 
 class GGUFLike(Protocol):
@@ -41,42 +41,63 @@ BLOCK = {
 CONTEXT = "modelhub.context_length"  # of a model for which llama.cpp is told less
 
 
-class GGUF:
-    """As llama.cpp has it when nothing is overridden: silu, plain or linear rope, global layers, no biases.
+_PATTERN = "attention.sliding_window_pattern"
 
-    A family overrides what is otherwise. keys: {field: key of the architecture} that its files may have besides.
+
+class GGUF:
+    """As llama.cpp has it when nothing is overridden: silu, plain or linear rope, no biases.
+
+    A family overrides what is otherwise. archs: {model_type: llama.cpp's name of it}, where they differ. keys: {field:
+    key of the architecture}, of the model_types that have the field. activations: the names of the one in its code.
     """
 
-    keys: ClassVar[Mapping[str, str]] = {}
+    archs: ClassVar[Mapping[str, str]] = {}
+    keys: ClassVar[Mapping[str, str]] = {"sliding_window": "attention.sliding_window"}
+    activations: ClassVar[tuple[str, ...]] = ("silu", "swish")
+    biases: ClassVar[bool] = False
     llama3: ClassVar[bool] = False  # whether llama.cpp's code takes Llama 3's rope for this architecture
-
-    def arch(self, config: TextConfig) -> str:
-        return config.model_type
 
     def kind(self, arch: str, file: GGUFLike) -> str:
         """The model_type."""
-        return arch
+        return {theirs: ours for ours, theirs in self.archs.items()}.get(arch, arch)
 
-    def own_keys(self, kind: str) -> set[str]:
-        """Keys of the architecture that `fields` reads."""
-        return set(self.keys.values())
+    def own_keys(self, kind: Kind) -> dict[str, str]:
+        """{field: key of the architecture}, of what this model_type has besides what all have."""
+        keys = {**self.keys, "layer_types": _PATTERN}
+        return {field: key for field, key in keys.items() if field not in kind.lacks}
 
-    def fields(self, kind: str, file: GGUFLike, values: dict[str, Any]) -> dict[str, Any]:
-        """What is particular to the family. values: the fields that all have."""
+    def fields(self, kind: Kind, file: GGUFLike, values: dict[str, Any]) -> dict[str, Any]:
+        """What is particular to the model_type. values: the fields that all have."""
         arch = file.metadata["general.architecture"]
-        return {field: x for field, key in self.keys.items() if (x := file.metadata.get(f"{arch}.{key}")) is not None}
+        stored = {field: file.metadata.get(f"{arch}.{key}") for field, key in self.own_keys(kind).items()}
+        pattern = stored.pop("layer_types", None)
+        found = {field: kind.defaults.get(field) if x is None else x for field, x in stored.items()}
+        if isinstance(pattern, np.ndarray):
+            found["layer_types"] = [LOCAL if is_local else GLOBAL for is_local in pattern]
+        elif pattern is not None:
+            check_sizes({f"{arch}.{_PATTERN}": pattern}, "GGUF metadata")
+            found["layer_types"] = layer_types(values["num_hidden_layers"], pattern)
+        return found
 
     def needs(self, config: TextConfig) -> dict[str, bool]:
         """{what llama.cpp's code for it has: whether that is true of the config}."""
+        windows = "sliding_window" in self.own_keys(config.kind(config.model_type))
         return {
-            f"the activation silu, not {config.activation}": config.activation in ("silu", "swish"),
-            "only global layers": LOCAL not in config.layer_types,
-            "no biases": not config.attention_bias,
+            f"the activation {self.activations[0]}, not {config.activation}": config.activation in self.activations,
+            "only global layers": windows or LOCAL not in config.layer_types,
+            "no biases": self.biases or not config.attention_bias,
         }
 
     def metadata(self, config: TextConfig, arch: str) -> dict[str, Any]:
         """What `fields` reads."""
-        return {f"{arch}.{key}": x for field, key in self.keys.items() if (x := getattr(config, field)) is not None}
+        keys = self.own_keys(config.kind(config.model_type))
+        values = {key: getattr(config, field) for field, key in keys.items()}
+        if LOCAL not in config.layer_types:
+            values["attention.sliding_window"] = None
+        if _PATTERN in values:
+            usual = config.layer_types == config.default_layer_types()
+            values[_PATTERN] = None if usual else [kind == LOCAL for kind in config.layer_types]
+        return {f"{arch}.{key}": x for key, x in values.items() if x is not None}
 
     def block(self, config: TextConfig) -> Mapping[str, str]:
         return BLOCK
@@ -89,7 +110,8 @@ class GGUF:
         """The fields, of a file's metadata. Raises ConfigError for missing keys, and for others that are set."""
         metadata = file.metadata
         arch = metadata["general.architecture"]
-        kind = self.kind(arch, file)
+        model_type = self.kind(arch, file)
+        kind = cls.kind(model_type)
 
         def get(key: str, default: Any = None) -> Any:
             return metadata.get(f"{arch}.{key}", default)
@@ -119,7 +141,7 @@ class GGUF:
         if "rope_freqs.weight" in file.tensors:
             rope = _llama3_rope(rope, file.read("rope_freqs.weight"))
         values = {
-            "model_type": kind,
+            "model_type": model_type,
             "vocab_size": get("vocab_size") if tokens is None else len(tokens),
             "hidden_size": get("embedding_length"),
             "intermediate_size": get("feed_forward_length"),
@@ -135,14 +157,14 @@ class GGUF:
             "extra": {key: value for key, value in ids.items() if value is not None},
         }
         check_sizes({key: values[key] for key in cls.sizes() & values.keys()}, "GGUF metadata")
-        _check_keys(metadata, arch, _KEYS | self.own_keys(kind), values["head_dim"])
+        _check_keys(metadata, arch, _KEYS.union(self.own_keys(kind).values()), values["head_dim"])
         values |= self.fields(kind, file, values)
         cls.check_values(values, f"GGUF metadata of {arch}")
         return values
 
     def write(self, config: TextConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Metadata but for the tokenizer's, and tensors that are no parameters. Raises ConfigError: see `needs`."""
-        arch = self.arch(config)
+        arch = self.archs.get(config.model_type, config.model_type)
         problems = [what for what, holds in self.needs(config).items() if not holds]
         if config.rope.rope_type == "llama3" and not self.llama3:
             problems.append("no Llama 3 rope")

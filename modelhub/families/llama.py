@@ -28,22 +28,15 @@ _MISTRAL = _LLAMA | {
 
 
 class LlamaGGUF(GGUF):
-    keys: ClassVar = {"sliding_window": "attention.sliding_window"}
-    llama3 = True
+    archs: ClassVar = {"mistral": "llama"}
+    biases = llama3 = True
 
-    def arch(self, config: Any) -> str:
-        return "llama"
+    def kind(self, arch: str, file: GGUFLike) -> str:
+        return "mistral" if "llama.attention.sliding_window" in file.metadata else "llama"
 
-    def fields(self, kind: str, file: GGUFLike, values: dict[str, Any]) -> dict[str, Any]:
-        found = super().fields(kind, file, values)
-        return found | {
-            "model_type": "mistral" if found else "llama",  # there Mistral is a Llama too
-            "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-            "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
-        }
-
-    def needs(self, config: Any) -> dict[str, bool]:
-        return {what: holds for what, holds in super().needs(config).items() if what.startswith("the activation")}
+    def fields(self, kind: Kind, file: GGUFLike, values: dict[str, Any]) -> dict[str, Any]:
+        biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+        return super().fields(kind, file, values) | {field: name in file.tensors for field, name in biases.items()}
 
     def metadata(self, config: Any, arch: str) -> dict[str, Any]:
         """llama.cpp knows Mistral's window by no other name than the context: longer texts would go without it."""

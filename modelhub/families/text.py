@@ -26,6 +26,12 @@ from modelhub.families.config import (
 )
 from modelhub.families.naming import NameMap, Rule
 
+
+def layer_types(layers: int, every: int) -> list[str]:
+    """Every n-th layer is global, the others look at a window."""
+    return [LOCAL if layer % every else GLOBAL for layer in range(1, layers + 1)]
+
+
 ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
 
 
