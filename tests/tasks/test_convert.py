@@ -294,6 +294,30 @@ def test_keys_of_gguf_that_change_the_maths(changes):
         metadata(**changes)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "wanted"),
+    [  # True: looks at the window only
+        (None, [True] * 5 + [False, True]), (3, [True, True, False] * 2 + [True]),
+        (np.array([True, False] * 3 + [True]), [True, False] * 3 + [True]),
+    ],
+)  # fmt: skip
+def test_which_layers_of_gguf_are_local(pattern, wanted):
+    config = family_of("gemma3_text").Config.from_hf(GEMMA | {"model_type": "gemma3_text", "num_hidden_layers": 7})
+    data, key = config.to_gguf()[0], "gemma3.attention.sliding_window_pattern"
+    assert key not in data  # llama.cpp's default is that of config.json
+    data |= {} if pattern is None else {key: pattern}
+    again = family_of("gemma3").Config.from_gguf(SimpleNamespace(metadata=data, tensors={}, read=None))
+    assert [kind == "sliding_attention" for kind in again.layer_types] == wanted
+    assert again.to_gguf()[0].get(key) == (None if pattern is None else wanted)
+
+
+def test_a_pattern_of_no_layers_is_refused():
+    data = family_of("gemma3").Config.from_hf(GEMMA | {"model_type": "gemma3_text"}).to_gguf()[0]
+    data |= {"gemma3.attention.sliding_window_pattern": 0}
+    with pytest.raises(ConfigError, match="sliding_window_pattern=0"):
+        family_of("gemma3").Config.from_gguf(SimpleNamespace(metadata=data, tensors={}, read=None))
+
+
 def test_keys_of_gguf_that_change_nothing():
     plain = metadata()
     assert metadata(
