@@ -225,8 +225,11 @@ class TextSuite:
         changes = {}
         for key in [key for key, value in values.items() if key not in sizes and value is not None]:
             config = type(theirs.config)(**{name: x for name, x in copy.deepcopy(values).items() if name != key})
-            if (other := with_config(theirs, config)) is not None:
-                changes[key] = change_between(wanted, parity.reference_logits(other, IDS))
+            try:
+                if (other := with_config(theirs, config)) is not None:
+                    changes[key] = change_between(wanted, parity.reference_logits(other, IDS))
+            except TypeError:
+                continue  # transformers cannot run without it, such as a window without its width
         assert {key: change for key, change in changes.items() if not change > parity.TOLERANCE} == {}
 
     def test_the_feature_changes_the_logits(self, feature):
