@@ -13,6 +13,7 @@ import modelhub
 from modelhub import CausalLM
 from modelhub.conversion import convert
 from modelhub.core import custom
+from modelhub.core.backends import get_backend, installed
 from modelhub.core.decoder import GLOBAL, LOCAL
 from modelhub.core.tree import flatten
 from modelhub.families import family_of
@@ -39,6 +40,12 @@ def registered():
         for kind in qwen.Config.KINDS:
             modelhub.register("family", kind)(qwen)
         yield
+
+
+@pytest.fixture(params=[name for name in installed() if name in ("numpy", "torch")], scope="module")
+def backend(request):
+    """Not all: its layers are the core's, which the families of modelhub compare on every backend."""
+    return get_backend(request.param, "cpu")
 
 
 class TestQwen(TextSuite):
