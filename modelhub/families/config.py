@@ -340,7 +340,7 @@ def hf_rope(
     thetas = {"rope_theta": data.get("rope_theta")}
     thetas |= {"rope_scaling's rope_theta": old.get("rope_theta"), "rope_parameters' rope_theta": new.get("rope_theta")}
     found = {name: value for name, value in thetas.items() if value is not None}
-    check_kinds({"rope_theta": data.get("rope_theta")}, where)
+    check_kinds(found, where, dict.fromkeys(found, POSITIVE))
     if len(set(found.values())) > 1:
         raise ConfigError(f"{where}: {', '.join(f'{name} is {x!r}' for name, x in found.items())}; write one value")
     base = next(iter(found.values()), theta)
