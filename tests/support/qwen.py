@@ -22,6 +22,10 @@ _QWEN2 = {
 }  # fmt: skip
 
 
+class QwenGGUF(GGUF):
+    keys: ClassVar = {}  # llama.cpp's Qwen has no window
+
+
 @dataclass
 class Config(TextConfig):
     MEMBER: ClassVar = "a Qwen"
@@ -29,7 +33,7 @@ class Config(TextConfig):
         "qwen2": Kind("Qwen2ForCausalLM", _QWEN2, lacks=("attention_bias",)),
         "qwen3": Kind("Qwen3ForCausalLM", _QWEN2 | {"head_dim": 128}),
     }
-    FORMATS: ClassVar = {"hf": HuggingFace(), "gguf": GGUF()}
+    FORMATS: ClassVar = {"hf": HuggingFace(), "gguf": QwenGGUF()}
 
     hidden_act: str = key(TEXT, "silu")
     use_sliding_window: bool = key(FLAG, False)

@@ -303,7 +303,7 @@ class TextSuite:
         if "gguf" not in config.FORMATS:
             pytest.skip("the family has no GGUF files")
         ours = flatten(family.Model.abstract(config))
-        arch = ARCHITECTURES[config.FORMATS["gguf"].arch(config)]
+        arch = ARCHITECTURES[config.FORMATS["gguf"].archs.get(config.model_type, config.model_type)]
         oracle, table = gguf.get_tensor_name_map(arch, config.num_hidden_layers), family.names("gguf", config)
         theirs = {name: table.to_theirs(name)[0] for name in ours}
         for name, found in theirs.items():
