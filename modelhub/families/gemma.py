@@ -42,6 +42,9 @@ _KINDS = {
     "gemma3_text": Kind("Gemma3ForCausalLM", _GEMMA3),
 }
 _GLOBAL_EVERY = {"gemma": 1, "gemma2": 2, "gemma3_text": 6}
+# Multimodal Gemma 3 has the decoder one level down; older files, and PEFT's, have it elsewhere again.
+_DEEPER = Rule("model.language_model.{}", "model.{}")
+_OLDER = (Rule("language_model.model.{}", "model.{}"), Rule("language_model.lm_head{}", "lm_head{}"))
 _SHARED_WITH_TEXT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
 
 
@@ -155,16 +158,10 @@ class Config(TextConfig):
     ACTIVATION: ClassVar = "hidden_activation"
     KINDS: ClassVar = _KINDS
     FORMATS: ClassVar = {
-        "hf": GemmaHF(
-            aliases=(
-                Rule("language_model.model.{}", "model.{}"), Rule("model.language_model.{}", "model.{}"),
-                Rule("language_model.lm_head.weight", "lm_head.weight"),
-            ),
-            ignored=_IGNORED,
-        ),
+        "hf": GemmaHF(aliases=(*_OLDER, _DEEPER), ignored=_IGNORED),
         "gguf": GemmaGGUF(),
         "keras": kerashub.GEMMA,
-    }  # fmt: skip
+    }
 
     hidden_activation: str = key(TEXT, "gelu_pytorch_tanh")
     tie_word_embeddings: bool = key(FLAG, True)
@@ -186,10 +183,8 @@ class Config(TextConfig):
 
 def adapter_names(config: Config, part_of: str | None) -> NameMap:
     """How PEFT's files call the layers: in multimodal Gemma 3 they sit deeper, elsewhere before transformers 4.52."""
-    deeper = Rule("model.language_model.{}", "model.{}")
-    older = Rule("language_model.model.{}", "model.{}"), Rule("language_model.lm_head", "lm_head")
     bare = tuple(Rule(f"language_model.{rule.theirs}", rule.ours) for rule in BARE_DECODER)
-    return NameMap((deeper,) if part_of else (), (deeper, *older, *bare, *BARE_DECODER), _IGNORED)
+    return NameMap((_DEEPER,) if part_of else (), (_DEEPER, *_OLDER, *bare, *BARE_DECODER), _IGNORED)
 
 
 @dataclass

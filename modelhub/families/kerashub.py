@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from modelhub.core.decoder import GLOBAL, LOCAL
 from modelhub.core.problems import MULTI_LABEL
 from modelhub.errors import ConfigError
 from modelhub.families.config import check_sizes, read_rope, refuse_unknown, require
 from modelhub.families.naming import KEEP, NameMap, Rule, Via
+from modelhub.families.text import layer_types
 
 # The class that config.json names -> model_type. Gemma 2 is a GemmaBackbone too.
 BACKBONES = {
@@ -96,8 +96,7 @@ def _read_gemma(data: Mapping[str, Any], tensors: Container[str] | None) -> dict
             given["head_dim"] if given.get("query_head_dim_normalize", True) else mean_width
         )
     every = (6 if is_gemma3 else 2) if given.get("use_sliding_window_attention") else 1  # every n-th layer is global
-    layers = range(1, values["num_hidden_layers"] + 1)
-    values["layer_types"] = [LOCAL if layer % every else GLOBAL for layer in layers]
+    values["layer_types"] = layer_types(values["num_hidden_layers"], every)
     optional = {
         "attn_logit_softcapping": given.get("attention_logit_soft_cap"),
         "final_logit_softcapping": given.get("final_logit_soft_cap"),
