@@ -1,4 +1,4 @@
-"""Fixtures that all tests share. Before a framework is imported it is told to be quiet and to use two threads."""
+"""Fixtures that all tests share. Before a framework is imported it is told to be quiet, and how many threads to use."""
 
 import os
 import signal
@@ -8,8 +8,10 @@ from pathlib import Path
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Two threads, or one each where pytest-xdist runs the tests in several processes.
+_threads = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "NPROC"):
-    os.environ.setdefault(_name, "2")
+    os.environ.setdefault(_name, _threads)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's waiting threads would spin: 100 times slower on busy CPUs
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -14,12 +14,15 @@ from modelhub.core.backends import installed
 from modelhub.core.tree import flatten, initial_value
 from modelhub.errors import CheckpointError, ConfigError, DataError, InputError, ModelhubError, NoGradients, ResumeError
 from modelhub.families import llama
-from modelhub.families.config import SIZES
 
 TEXTS = sorted(set(LINES))
 DATA = [{"instruction": text[:20], "response": text[20:50]} for text in TEXTS]
 OTHERS = [name for name in installed() if name not in ("numpy", "torch")]
 QUIET = {"verbose": False, "batch_size": 2}
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings",
+)  # fmt: skip
 
 
 def load(preset, name="torch"):
