@@ -21,7 +21,7 @@ from modelhub.bench.processes import Model, Row, Workload, measure
 from modelhub.core import custom
 from modelhub.core.backends import FASTEST, NAMES, backend_name, get_backend, installed
 from modelhub.core.backends.base import Backend
-from modelhub.errors import ConfigError, DeviceError, InputError
+from modelhub.errors import ConfigError, DeviceError, InputError, UnknownBackend
 from modelhub.hub.sources import cache_root
 from modelhub.kinds import kind_named, kind_reading
 from modelhub.model.loading import check_dtype, open_source
@@ -81,6 +81,8 @@ def bench(
     Backends that fail say why in their row. When all that are installed were measured with the usual batch, the verdict
     is kept for `fastest`. Raises InputError, UnknownBackend, DeviceError, and what opening the preset raises.
     """
+    if FASTEST in (backends or ()):  # it is what the measurements are for
+        raise UnknownBackend(f"unknown backend {FASTEST!r}; those that can be measured: {', '.join(NAMES)}")
     names = list(dict.fromkeys(installed() if backends is None else map(backend_name, backends)))
     if not names or steps < 1 or (batch_size is not None and batch_size < 1):
         raise InputError(f"backends={names}, steps={steps}, batch_size={batch_size}: give one or more of each")

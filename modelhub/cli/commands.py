@@ -106,7 +106,7 @@ def chat(
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
-    template_option: options.TemplateOption = None,
+    template_options: options.TemplateOption = None,
     seed: options.Seed = 0,
     backend: options.Backend = None,
     device: options.Device = None,
@@ -124,7 +124,7 @@ def chat(
     given = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed,
-        "template_options": options.template_options(template_option),
+        "template_options": options.template_options(template_options),
     }  # fmt: skip
     if sys.stdin.isatty():
         err.print(f"{preset} on {lm.backend} ({lm.device}). /help for commands, Ctrl-C stops an answer, Ctrl-D leaves.")
@@ -152,11 +152,9 @@ def finetune(
     packing: options.Packing = None,
     loss_on: options.LossOn = None,
     template: options.Template = None,
-    template_option: options.TemplateOption = None,
+    template_options: options.TemplateOption = None,
     kind: options.Kind = None,
-    on_error: Annotated[
-        str | None, option("rows or images that cannot be read: raise (default), or skip", DATA)
-    ] = None,
+    on_error: options.OnError = None,
     problem_type: Annotated[
         str | None, option("images: single_label_classification, multi_label_classification or regression", DATA)
     ] = None,
@@ -166,6 +164,9 @@ def finetune(
     dropout: Annotated[float | None, option("share of the adapter's inputs to leave out", LORA)] = None,
     targets: Annotated[
         list[str] | None, option("layers by name or pattern, or all-linear (default: q_proj, v_proj)", LORA)
+    ] = None,
+    modules_to_save: Annotated[
+        list[str] | None, option("layers to train whole beside LoRA, such as lm_head", LORA, "--module-to-save")
     ] = None,
     use_rslora: Annotated[bool | None, option("scale by alpha / sqrt(rank)", LORA)] = None,
     use_dora: Annotated[bool | None, option("learn lengths and directions apart", LORA)] = None,
@@ -213,8 +214,9 @@ def evaluate(
     packing: options.Packing = None,
     loss_on: options.LossOn = None,
     template: options.Template = None,
-    template_option: options.TemplateOption = None,
+    template_options: options.TemplateOption = None,
     kind: options.Kind = None,
+    on_error: options.OnError = None,
     backend: options.Backend = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -301,7 +303,7 @@ def _given(context: typer.Context, *others: str) -> dict[str, Any]:
     """The options on the command line but for `others`: what is not there is for the recipe or the API to say."""
     absent = (None, ())  # () is a list's
     given = {k: v for k, v in context.params.items() if v not in absent and k not in others}
-    if pairs := given.pop("template_option", None):
+    if pairs := given.get("template_options"):
         given["template_options"] = options.template_options(pairs)
     return given
 

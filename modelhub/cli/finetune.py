@@ -42,7 +42,8 @@ TOP = {
 }  # fmt: skip
 # What a file cannot say, what stands at the top, and LoRA's seed, which is the run's.
 _NOT_IN_RECIPES = {
-    "lora": {"name", "seed"}, "compile": {"loss"}, "fit": {"task", "data", "validation_data", "callbacks", "verbose"},
+    "lora": {"name", "seed"}, "compile": {"loss", "objective"},
+    "fit": {"task", "data", "validation_data", "callbacks", "verbose"},
 }  # fmt: skip
 _HEAD: Settings = {
     "compile": {"learning_rate": 1e-3},

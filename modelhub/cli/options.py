@@ -67,6 +67,11 @@ Template = Annotated[
 ]
 TemplateOption = Annotated[
     list[str] | None,
-    option("KEY=VALUE for the chat template, such as enable_thinking=false; may be given several times", DATA),
+    option(
+        "KEY=VALUE for the chat template, such as enable_thinking=false; may be given several times",
+        DATA,
+        "--template-option",
+    ),
 ]
+OnError = Annotated[str | None, option("rows or images that cannot be read: raise (default), or skip", DATA)]
 Kind = Annotated[str | None, option("of the records, if the keys do not tell: dolly, alpaca, prompt, ...", DATA)]

@@ -75,6 +75,8 @@ _TOKEN = ("a token id", _is_count)
 _TOKENS = ("a list of token ids", _is_ids)
 _COUNT = ("a whole number, 0 or more", _is_count)
 _LENGTH = ("a whole number, 1 or more", _is_length)
+# Each beam holds a cache of its own.
+_BEAMS = ("a whole number from 1 to 1000", lambda x: _is_length(x) and x <= 1000)
 _FLAG = ("true or false", _is_flag)
 _NUMBER = ("a number", is_number)
 
@@ -85,7 +87,7 @@ DONE: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "text, or a list of texts",
         lambda x: isinstance(x, str) or (isinstance(x, list) and all(isinstance(s, str) for s in x)),
     ),
-    "do_sample": _FLAG, "num_beams": _LENGTH,
+    "do_sample": _FLAG, "num_beams": _BEAMS,
     "early_stopping": ('true, false or "never"', lambda x: _is_flag(x) or x == "never"),
     # Scores are divided by length ** length_penalty.
     "length_penalty": ("a number from -50 to 50", lambda x: is_number(x) and -50 <= x <= 50),
@@ -214,8 +216,8 @@ def _named(name: str, given: dict[str, Any]) -> dict[str, Any]:
 def _check_arguments(given: Mapping[str, Any]) -> None:
     if not _is_length(given.get("max_new_tokens", 1)):
         raise InputError(f"max_new_tokens must be 1 or more, a whole number; got {given['max_new_tokens']!r}")
-    if not _is_length(given.get("num_beams", 1)):
-        raise InputError(f"num_beams must be a whole number, 1 or more, got {given['num_beams']!r}")
+    if not _BEAMS[1](given.get("num_beams", 1)):
+        raise InputError(f"num_beams must be {_BEAMS[0]}, got {given['num_beams']!r}")
     stop = given.get("stop", ())
     if not isinstance(stop, str) and not (isinstance(stop, Sequence) and all(isinstance(s, str) for s in stop)):
         raise InputError(f"stop must be a text, or a list of texts, got {reprlib.repr(stop)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from modelhub.processing.tokenizer_files import (
     sentencepiece_decoder,
     tokens_to_add,
 )
+
+log = logging.getLogger("modelhub")
 
 NEEDED = {"llama": ("tokens", "scores", "token_type"), "gpt2": ("tokens", "token_type", "merges")}
 
@@ -276,11 +279,12 @@ def _pre(normalizer: dict[str, Any] | None, cut: dict[str, Any] | None, ignore_m
             continue
         if normalizer is None:
             return pre
-        if normalizer["type"] == "NFC":
-            raise _refused(
-                "it composes characters (NFC) before it cuts a text, which llama.cpp does not do: decomposed text, "
-                "such as an e and its accent apart, would get other ids"
+        if normalizer["type"] == "NFC" and pre in QWEN2:  # as llama.cpp's own converter writes Qwen's
+            log.warning(
+                "the tokenizer composes characters (NFC) before it cuts a text, which llama.cpp does not do: "
+                "decomposed text, such as an e and its accent apart, gets other ids there"
             )
+            return pre
     raise _refused(f"it cuts text into words by {cut}, after the normalizer {normalizer}")
 
 

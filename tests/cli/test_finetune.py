@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from modelhub import CausalLM, cli, optim
+from modelhub import CausalLM, ImageClassifier, cli, optim
 from modelhub.cli.finetune import TOP, kind_of, read_recipe, recipe_keys
 from modelhub.errors import InputError
 from modelhub.hub.resources import resource
@@ -231,11 +231,10 @@ def test_options_recipes_and_the_api_have_the_same_names():
     options = set(inspect.signature(finetune).parameters) - {"context", "recipe", "offline", "dry_run"}
     assert options == keys - {"metrics"}  # there is only one
     assert len(keys) == sum(map(len, recipe_keys().values())), "an option must mean one key"
-    assert set(TOP) - {"data", "validation_data", "output", "sequence_length"} <= set(
-        inspect.signature(CausalLM.from_preset).parameters
-    )
+    loading = {key for task in (CausalLM, ImageClassifier) for key in inspect.signature(task.from_preset).parameters}
+    assert set(TOP) - {"data", "validation_data", "output", "sequence_length"} <= loading
     measured = set(inspect.signature(evaluate).parameters) - {"context", "as_json", "adapter", "offline"} - set(TOP)
-    assert measured == set(inspect.signature(CausalLM.evaluate).parameters) - {"self", "data"}
+    assert measured == set(inspect.signature(CausalLM.evaluate).parameters) - {"task", "data"}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in resource("finetune").glob("[!v]*.toml")))  # not images

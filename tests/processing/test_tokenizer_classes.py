@@ -135,17 +135,25 @@ def test_what_a_class_makes_is_saved(tmp_path):
             )
 
 
-def test_a_gguf_that_llama_cpp_would_cut_otherwise_is_refused(tmp_path):
+def test_a_gguf_that_llama_cpp_would_cut_otherwise_is_refused(tmp_path, caplog):
     """llama.cpp composes nothing, and puts no space before byte-level text."""
     made = transformers.Qwen2Tokenizer().train_new_from_iterator(LINES, 400)
     made.save_pretrained(tmp_path)
     ours = Tokenizer.from_folder(tmp_path)
     composed, apart = ours.encode("caf\u00e9"), ours.encode("cafe\u0301")
     assert composed == apart
-    with pytest.raises(TokenizerError, match=r"composes characters \(NFC\).*llama.cpp does not do"):
-        ours.to_gguf(500)
+    assert ours.to_gguf(500)["tokenizer.ggml.pre"] == "qwen2"  # everybody's Qwen files are so: it is said, not refused
+    assert "composes characters (NFC) before it cuts a text, which llama.cpp does not do" in caplog.text
+    caplog.clear()
     transformers.GPT2Tokenizer().train_new_from_iterator(LINES, 400).save_pretrained(tmp_path / "gpt2")
-    assert Tokenizer.from_folder(tmp_path / "gpt2").to_gguf(500)["tokenizer.ggml.pre"] == "gpt-2"
+    gpt2 = Tokenizer.from_folder(tmp_path / "gpt2")
+    assert gpt2.to_gguf(500)["tokenizer.ggml.pre"] == "gpt-2" and not caplog.text
+    file = tmp_path / "gpt2/tokenizer.json"
+    plain = file.read_text()
+    file.write_text(json.dumps(json.loads(plain) | {"normalizer": {"type": "NFC"}}))
+    with pytest.raises(TokenizerError, match="after the normalizer"):
+        Tokenizer.from_folder(tmp_path / "gpt2").to_gguf(500)
+    file.write_text(plain)
     config = json.loads((tmp_path / "gpt2/tokenizer_config.json").read_text())
     (tmp_path / "gpt2/tokenizer_config.json").write_text(json.dumps(config | {"add_prefix_space": True}))
     with pytest.raises(TokenizerError, match="it cuts text into words by"):

@@ -202,7 +202,8 @@ def test_bad_names_of_things(tiny_preset):
     with pytest.raises(PresetNotFound, match="gemma_2b_en"):
         CausalLM.from_preset("gemma_2b_em", backend="numpy")
     with pytest.raises(UnknownBackend, match="choose one of jax, torch, tensorflow, numpy"):
-        CausalLM.from_preset(str(tiny_preset), backend="pytorch")
+        CausalLM.from_preset(str(tiny_preset), backend="mxnet")
+    assert CausalLM.from_preset(str(tiny_preset), backend="PyTorch").backend == "torch"
     with pytest.raises(DeviceError, match="numpy sees only: cpu"):
         CausalLM.from_preset(str(tiny_preset), backend="numpy", device="gpu")
     with pytest.raises(InputError, match="dtype must be one of"):

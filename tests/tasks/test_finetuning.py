@@ -244,7 +244,7 @@ BAD_DATA = {
     "a number": (3, "the data is a int"),
     "None": (None, "the data is a NoneType"),
     "a dict": ({"train": DATA}, 'data\\["train"\\]'),
-    "unknown keys": ([{"question": "a", "answer": "b"}], "no known kind, it has question, answer"),
+    "unknown keys": ([{"query": "a", "reply": "b"}], "no known kind, it has query, reply"),
     "a missing response": ([DATA[0], {"instruction": "a"}], "row 2: response missing"),
     "numbers as text": ([{"text": 3}], "text must be text, found int"),
     "nothing to learn": ([{"instruction": "a", "response": " "}], "none of the 1 rows has a token to learn"),

@@ -216,7 +216,7 @@ def lm(tiny_preset):
         (lambda lm: lm.generate("a", logprobs=3), "logprobs must be True or False, got 3: of each token that was chosen"),
         (lambda lm: lm.generate("a", stream="yes"), "stream must be True or False"),
         (lambda lm: lm.generate("a", num_return_sequences=1.5), "num_return_sequences must be 1 or more"),
-        (lambda lm: lm.generate("a", num_beams=0), "num_beams must be a whole number, 1 or more"),
+        (lambda lm: lm.generate("a", num_beams=0), "num_beams must be a whole number from 1 to 1000"),
         (lambda lm: lm.generate(None), "the prompt is a NoneType; give a string"),
         (lambda lm: lm.generate({"a": 1}), "the prompt is a dict"),
         (lambda lm: lm.generate([2, 5]), r"prompt 0 is a int; .* token ids as a list of lists: \[\[2, 651\]\]"),
