@@ -4,9 +4,11 @@ import os
 import signal
 from pathlib import Path
 
-# A shell's background job ignores Ctrl-C, and so would all that the tests start.
+# A shell's background job ignores Ctrl-C, one under nohup a closed terminal, and so would all that the tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Two threads, or one each where pytest-xdist runs the tests in several processes.
 _threads = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
