@@ -14,6 +14,7 @@ from fuzz.target import TARGETS, Target, write_json
 from safetensors.numpy import save_file
 from tiny_preset import write_preset
 
+from modelhub.errors import CheckpointError
 from modelhub.hub.adapters import AdapterFiles, write_adapter
 from modelhub.hub.checkpoint import open_folder
 from modelhub.hub.gguf import open_gguf
@@ -153,9 +154,10 @@ def _write_run(folder: Path) -> None:
 def _load_run(folder: Path) -> None:
     found = checkpoints.latest(folder)
     checkpoints.is_finished(folder)
-    if found is not None:
-        found.tensors()
-        checkpoints.check_same(found.meta, {"settings": {"seed": 0, "lora": {"rank": 4}}})
+    if found is None:
+        raise CheckpointError("the damage was noticed, and the checkpoint passed over")
+    np.testing.assert_array_equal(found.tensors()["a"], np.ones((2, 3), np.float32))
+    checkpoints.check_same(found.meta, {"settings": {"seed": 0, "lora": {"rank": 4}}})
 
 
 TARGETS["run"] = Target(
