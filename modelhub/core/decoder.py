@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from modelhub.core.backends.base import Array, Backend
+from modelhub.core.leaves import dtype_of
 from modelhub.core.nn import ACTIVATIONS, Embedding, Linear, RMSNorm, rope_tables
 from modelhub.core.tree import Module, Spec
 
@@ -191,7 +192,7 @@ class Decoder(Module):
         """Hidden states (B, T, D) of ids (B, T); the other arguments are those of decoder_context."""
         xp.expect(ids=ids, embed_tokens=self.embed_tokens.weight)
         cfg, x = self.config, self.embed(xp, ids)
-        dtype = xp.dtype(self.embed_tokens.weight)
+        dtype = dtype_of(self.embed_tokens.weight)
         context = decoder_context(
             xp, xp.shape(ids)[1], dtype, cfg.rope_frequencies(), cfg.windows(), start, cache, positions, segments
         )
