@@ -127,9 +127,9 @@ def check_name(target: Path) -> None:
         raise InputError(f"{target}: {ending} files are written by {_WAYS_OUT[ending]}, and by modelhub convert")
     slip = difflib.get_close_matches(ending, [".gguf", *_WAYS_OUT], 1, 0.7) if ending not in _OTHERS else []
     if ending in _OTHERS or slip:
-        hint = f"did you mean {target.with_suffix(slip[0]).name}? " if slip else ""
+        hint = f"did you mean {target.with_suffix(slip[0]).name}? Else " if slip else ""
         raise InputError(
-            f"{target}: no {ending} files are written; {hint}Give a name that ends in .gguf, .onnx or .tflite, or a "
+            f"{target}: no {ending} files are written; {hint}give a name that ends in .gguf, .onnx or .tflite, or a "
             "folder for Hugging Face's format. modelhub.to_saved_model writes SavedModels"
         )
 
