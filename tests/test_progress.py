@@ -4,9 +4,10 @@ import io
 import sys
 import types
 
+import numpy as np
 import pytest
 
-from modelhub import CausalLM, progress
+from modelhub import CausalLM, ImageClassifier, progress
 from modelhub.training.callbacks import ProgressBar
 
 
@@ -55,6 +56,52 @@ def test_fit_shows_one_bar_in_notebooks(notebook, capsys):
     shown.on_train_end({})
     said = capsys.readouterr()
     assert "2/2" in said.out and "epoch 1: loss 1.0000" in said.out and "step 1/2:" not in said.out and said.err == ""
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """(desc, total, how many there were) of all bars that have come to an end."""
+    seen = []
+
+    def bar(items, desc, unit, total=None):
+        done = 0
+        try:
+            for item in items:
+                done += 1
+                yield item
+        finally:
+            seen.append((desc, total or len(items), done))
+
+    for module in ("generation.decode", "tasks.causal_lm", "tasks.image_classifier", "training.image_fit"):
+        monkeypatch.setattr(f"modelhub.{module}.bar", bar)
+    return seen
+
+
+def test_bars_for_lists_of_texts(bars, monkeypatch):
+    lm = CausalLM.from_preset("gemma3_tiny", backend="numpy")
+    lm.score(["The river runs.", "The old mill."])
+    assert bars.pop() == ("scoring", 2, 2) and not bars
+    lm.generation_config = {"eos_token_id": []}
+    lm.generate(["The river", "The"], 6, num_beams=2)
+    assert bars.pop()[:2] == ("generating", 6) and not bars
+    told = []
+    monkeypatch.setattr("modelhub.tasks.causal_lm.bar", lambda steps, **options: told.append(options) or steps)
+    assert "".join(lm.generate("The river", 6, stream=True)) and not told  # it shows by itself how far it is
+    assert len(lm.generate(["The river", "The"], 6)) == 2
+    assert told == [{"desc": "generating", "total": 6, "unit": "token"}]
+
+
+def test_bars_for_images(bars):
+    clf = ImageClassifier.from_config(
+        3, image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        backend="numpy",
+    )  # fmt: skip
+    images = np.zeros((70, 8, 8, 3), np.uint8)
+    assert len(clf.predict([*images])) == 70 and bars.pop() == ("images", 3, 3)
+    assert clf.features({"pixel_values": np.zeros((33, 3, 8, 8), np.float32)}).shape == (33, 16)
+    assert bars.pop() == ("images", 2, 2)
+    assert clf.confusion_matrix((images, [0] * 70)).sum() == 70 and bars.pop() == ("evaluating", 3, 3)
+    assert clf.evaluate((images, [0] * 70))["images"] == 70 and bars.pop() == ("evaluating", 3, 3)
 
 
 def test_evaluate_shows_how_far_it_is(monkeypatch):

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from modelhub.cli import options
-from modelhub.cli.options import option
+from modelhub.cli.options import App, option
 from modelhub.cli.presets import in_bytes
 
-app = typer.Typer(help="List, check and remove what is in the cache.", invoke_without_command=True)
+app = App(help="List, check and remove what is in the cache.", invoke_without_command=True)
 Names = Annotated[list[str], typer.Argument(help="names of presets, or addresses as `modelhub cache` lists them")]
 
 

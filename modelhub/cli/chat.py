@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from modelhub.cli.options import rate
+from modelhub.cli.options import answer_as_json, rate
 from modelhub.errors import InputError, ModelhubError
 
 HELP = """\
@@ -21,12 +21,16 @@ Ctrl-C stops an answer; what came so far stays in the conversation."""
 
 
 class Chat:
-    """One conversation. `say` streams an answer to standard output; `command` handles lines that begin with /."""
+    """One conversation. `say` streams an answer to standard output; `command` handles lines that begin with /.
 
-    def __init__(self, lm: Any, options: dict[str, Any], system: str | None = None):
+    as_json: each answer is a line of JSON, whole.
+    """
+
+    def __init__(self, lm: Any, options: dict[str, Any], system: str | None = None, as_json: bool = False):
         _ = lm.chat_template  # a model that cannot chat says so now, not after the first question
         self.lm = lm
         self.options = options
+        self.as_json = as_json
         self.system = system
         self.messages: list[dict[str, str]] = []
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -42,19 +46,22 @@ class Chat:
         try:
             for piece in self.lm.chat(self.messages, stream=True, **self.options):
                 shown.append(piece)
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                if not self.as_json:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
         except KeyboardInterrupt:
             stopped = True
         except ModelhubError:
             self.messages.pop()  # the question cannot be answered: the conversation is as it was
             raise
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-        self.messages.append({"role": "assistant", "content": "".join(shown)})
-        run = self.lm.last_run
+        answer, run = "".join(shown), self.lm.last_run
+        self.messages.append({"role": "assistant", "content": answer})
+        if not self.as_json:
+            print(flush=True)
         if stopped or run is None:
             self.err.print("stopped", style="dim")
+        elif self.as_json:
+            print(answer_as_json(self.lm, answer), flush=True)
         else:
             self.err.print(
                 f"{self.lm.backend}: {run.new_tokens} tokens{rate(run, ', ')}, first after "

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ from modelhub.cli import bench, cache, classify, conformance, convert, options, 
 from modelhub.cli.options import DATA, option
 from modelhub.errors import InputError
 
-app = typer.Typer(
+app = options.App(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -87,9 +86,7 @@ def generate(
         stream=True, echo=echo,
     )  # fmt: skip
     if as_json:
-        answer = "".join(pieces)
-        about = {"preset": preset, "backend": lm.backend, "device": lm.device, "text": answer}
-        print(json.dumps(about | asdict(lm.last_run)))
+        print(options.answer_as_json(lm, "".join(pieces)))
         return
     _print_stream(pieces)
     err.print(_speed(lm), style="dim")
@@ -112,6 +109,7 @@ def chat(
     device: options.Device = None,
     dtype: options.Dtype = None,
     offline: options.Offline = False,
+    as_json: options.Json = False,
 ) -> None:
     """Hold a conversation with an instruct preset; /help lists what can be typed besides questions."""
     from modelhub.cli.chat import Chat
@@ -128,7 +126,7 @@ def chat(
     }  # fmt: skip
     if sys.stdin.isatty():
         err.print(f"{preset} on {lm.backend} ({lm.device}). /help for commands, Ctrl-C stops an answer, Ctrl-D leaves.")
-    Chat(lm, given, system).loop()
+    Chat(lm, given, system, as_json).loop()
 
 
 @app.command()

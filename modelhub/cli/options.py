@@ -1,11 +1,41 @@
 """Options that several commands share. Their names are the parameters' of the Python API."""
 
 import json
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from modelhub.errors import InputError
+
+
+class _Flags:
+    """Flags take no value, and show none."""
+
+    def get_params(self, context: Any) -> list[Any]:
+        params: list[Any] = super().get_params(context)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class _Command(_Flags, TyperCommand):
+    pass
+
+
+class _Group(_Flags, TyperGroup):
+    pass
+
+
+class App(typer.Typer):
+    def __init__(self, **settings: Any):
+        super().__init__(cls=_Group, **settings)
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable:
+        return super().command(name, cls=_Command, **settings)
 
 
 def option(help: str, panel: str | None = None, *names: str) -> Any:
@@ -44,6 +74,11 @@ def template_options(given: list[str] | None) -> dict[str, Any]:
         except ValueError:
             found[key] = value
     return found
+
+
+def answer_as_json(lm: Any, text: str) -> str:
+    about = {"preset": lm.preset, "backend": lm.backend, "device": lm.device, "text": text}
+    return json.dumps(about | asdict(lm.last_run))
 
 
 def rate(run: Any, before: str) -> str:

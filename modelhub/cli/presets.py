@@ -78,11 +78,20 @@ def info(preset: options.Preset, as_json: options.Json = False) -> None:
 def pull(
     preset: options.Preset,
     revision: Annotated[str | None, option("branch, tag or commit on the hub")] = None,
+    as_json: options.Json = False,
 ) -> None:
     """Fetch a preset into the cache, so that it loads without a network ever after."""
     from modelhub.hub.preset import resolve
 
-    print(resolve(preset, revision=revision).path)
+    try:
+        path = resolve(preset, revision=revision).path
+    except KeyboardInterrupt:
+        err.print("stopped; the same command fetches what is missing")
+        raise
+    if as_json:
+        print(json.dumps({"name": preset, "revision": revision, "path": str(path), "bytes_on_disk": size_of(path)}))
+    else:
+        print(path)
 
 
 def register(

@@ -13,6 +13,7 @@ from modelhub.errors import InputError, NotFinite
 from modelhub.generation.beam import BeamOptions, Beams, rank
 from modelhub.generation.constraints import Guide
 from modelhub.generation.sampling import Sampler, choose, draw, not_finite
+from modelhub.progress import bar
 
 CHUNK = 512  # longest piece of a prompt that is computed at once: bounds the memory of scores and masks
 _SMALLEST = 16
@@ -154,7 +155,7 @@ class GenerationEngine:
         ranked = self._program(
             rank, prompts=len(prompts), candidates=options.candidates, normalised=guide is not None
         )  # fmt: skip
-        for index in range(options.max_new_tokens):
+        for index in bar(range(options.max_new_tokens), desc="generating", unit="token"):
             scores = xp.array(np.stack([beam.open_scores for beam in beams]))
             if guide is not None:
                 logits = self._guided_beams(guide, logits, beams)

@@ -11,7 +11,8 @@ from modelhub.core.backends import backend_class, get_backend, of
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Params, listed
 from modelhub.errors import DeviceError, InputError
-from modelhub.model.weights import PARAMS, Change, Weights
+from modelhub.model.loading import check_dtype
+from modelhub.model.weights import PARAMS, REPLACED, Change, Weights
 from modelhub.progress import bar
 
 Places = list[tuple[Params, str]]  # dicts that hold an array, and under which names
@@ -78,7 +79,37 @@ def same(xp: Backend, x: Array, y: Array) -> bool:
         return False
 
 
-def destination(weights: Weights, backend: str | None, device: str | None) -> Backend | None:
+def to(
+    weights: Weights, backend: str | None, device: str | None, dtype: Any, own: Collection[str],
+    check: Callable[[str], None] = lambda name: None,
+) -> None:  # fmt: skip
+    """See Backbone.to. own: the active adapter's parameters, which stay in float32. check: may refuse the backend."""
+    found = check_dtype(dtype)
+    xp = destination(weights, backend, device, found)
+    if xp is not None:
+        check(xp.name)
+    if found not in (None, weights.dtype):
+        cast(weights, found, own)
+    if xp is not None:
+        hand_over(weights, xp)
+
+
+def cast(weights: Weights, dtype: str, own: Collection[str]) -> None:
+    """Give all parameters but `own` another dtype."""
+    made: dict[int, Array] = {}  # an array in several places stays one
+
+    def other(x: Array) -> Array:
+        if id(x) not in made:
+            mine = leaves.mapped(weights.xp.stop_gradient, x)  # it may be a torch Parameter
+            made[id(x)] = leaves.cast(weights.xp, mine, dtype)
+        return made[id(x)]
+
+    params = {name: x if name in own else other(x) for name, x in weights.params.items()}
+    replaced = {name: other(x) for name, x in weights.stores.get(REPLACED, {}).items()}
+    weights.change(Change.CAST, {PARAMS: params, REPLACED: replaced or None}, xp=weights.xp, dtype=dtype)
+
+
+def destination(weights: Weights, backend: str | None, device: str | None, dtype: str | None = None) -> Backend | None:
     """Where `to` would move the model; None: nowhere. Raises what `to` does."""
     old = weights.xp
     cls = backend_class(backend or old.name)
@@ -93,6 +124,8 @@ def destination(weights: Weights, backend: str | None, device: str | None) -> Ba
     needed = sum(
         leaves.nbytes(x) for key, x in arrays.items() if xp.device != old.device or key in weights.outside
     )  # fmt: skip
+    if dtype is not None:  # nearly all are in the model's
+        needed = needed * leaves.size((), dtype) // leaves.size((), weights.dtype)
     free = xp.free_memory()
     if free is not None and needed > free:
         raise DeviceError(

@@ -34,6 +34,7 @@ class Change(Enum):
 
     #                   identity untouched optimizer
     MOVED = _Means(KEEP, KEEP, KEEP), "to another backend or device, or into memory of their own"
+    CAST = _Means(KEEP, DROP, DROP), "to another dtype"
     TOLD = _Means(KEEP, KEEP, KEEP), "nothing but what is said of them: licence, base model, names of classes"
     SWITCHED = _Means(KEEP, DROP, KEEP), "another adapter, or none; merged, or taken out again"
     SHARED = _Means(OWN, DROP, KEEP), "into arrays that somebody else may write to"

@@ -119,21 +119,22 @@ class Backbone(Habits):
     own = delegate("weights", placement.own)
     owned = delegate("weights", placement.owned)
 
-    def to(self, backend: str | None = None, device: str | None = None) -> Self:
+    def to(self, backend: str | None = None, device: str | None = None, dtype: str | None = None) -> Self:
         """Move the weights, all adapters and what the optimizer remembers to another backend or device; returns self.
 
         backend: None: the same. device: None: the same where the other backend sees it, else the best that it sees.
-        The dtype stays. Where both backends use the same memory, arrays are handed over without a copy (DLPack), apart
-        from those that one of them has to have otherwise, such as JAX and TensorFlow aligned to 64 bytes; else one
-        after the other, so that no more than one is there twice. Arrays that were given away (`params`, or to a module
-        of to_torch) keep their values whatever is trained after the move, and are not written to by it.
+        dtype: "float32", "bfloat16" or "float16" for the base weights, None: as they are. Adapters stay in float32;
+        what the optimizer remembers is dropped with another dtype, and both are in memory until all are made. Where
+        both backends use the same memory, arrays are handed over without a copy (DLPack), apart from those that one of
+        them has to have otherwise, such as JAX and TensorFlow aligned to 64 bytes; else one after the other, so that no
+        more than one is there twice. Arrays that were given away (`params`, or to a module of to_torch) keep their
+        values whatever is trained after the move, and are not written to by it.
 
         Raises UnknownBackend, BackendNotInstalled, DeviceError (a device that is not there, or has too little free
         memory), ConfigError (an attention function or a layer written for the old backend alone). The model is then
         where it was.
         """
-        if (xp := placement.destination(self.weights, backend, device)) is not None:
-            placement.hand_over(self.weights, xp)
+        placement.to(self.weights, backend, device, dtype, self.trainable_names() if self.has_adapter else ())
         return self
 
     def share(self, params: Params, xp: Backend | None = None, dtype: str | None = None) -> None:

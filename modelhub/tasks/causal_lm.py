@@ -24,6 +24,7 @@ from modelhub.model.loading import Source
 from modelhub.model.saving import write_json
 from modelhub.processing.chat_template import ChatTemplate
 from modelhub.processing.tokenizer import Tokenizer
+from modelhub.progress import bar
 from modelhub.tasks.answers import Generation, RunStats, Score
 from modelhub.tasks.backbone import Backbone
 from modelhub.tasks.task import Task
@@ -52,7 +53,7 @@ class CausalLM(Task):
         super().__init__(backbone, preset)
         self.tokenizer = tokenizer
         self.generation_config = generation_config
-        self.preprocessor = Preprocessor(min(1024, backbone.config.max_position_embeddings))
+        self._preprocessor = Preprocessor(min(1024, backbone.config.max_position_embeddings))
         self.last_run: RunStats | None = None
 
     @classmethod
@@ -64,6 +65,21 @@ class CausalLM(Task):
             write_json(folder / "generation_config.json", self.generation_config)
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
+
+    @property
+    def preprocessor(self) -> Preprocessor:
+        """How texts become rows to train on; its sequence_length can be set."""
+        return self._preprocessor
+
+    @preprocessor.setter
+    def preprocessor(self, preprocessor: Preprocessor) -> None:
+        if not isinstance(preprocessor, Preprocessor):
+            raise InputError(
+                f"lm.preprocessor says how long the rows are that fit trains on, and cannot be {preprocessor!r}: set "
+                "lm.preprocessor.sequence_length. Token ids need nothing switched off: generate, score and logits take "
+                "them as they are, fit as batches with input_ids and labels"
+            )
+        self._preprocessor = preprocessor
 
     fit = text_fit.fit
     evaluate = text_fit.evaluate
@@ -178,7 +194,7 @@ class CausalLM(Task):
             rows = [make() for make in texts for _ in range(num_return_sequences)]
             pieces = self._run(
                 ids, rows, max(rooms), how, seed, copies=num_return_sequences, logprobs=logprobs, custom=own,
-                guide=guide,
+                guide=guide, shows=not stream,
             )  # fmt: skip
             if stream:
                 return itertools.chain(prompts if echo else [], pieces)
@@ -234,7 +250,7 @@ class CausalLM(Task):
         Raises InputError for empty and too long texts; NotFinite for a model whose logits are NaN or infinite.
         """
         scores = []
-        for text in _checked(texts, "text"):
+        for text in bar(_checked(texts, "text"), desc="scoring", unit="text"):
             ids = self._prompt_ids(text)
             spelled = text if isinstance(text, str) else self._tokenizer.decode(ids)
             if len(ids) < 2:
@@ -265,16 +281,16 @@ class CausalLM(Task):
 
     def _run(
         self, ids: list[list[int]], rows: list[TextRow], room: int, how: Settings, seed: int,
-        *, copies: int, logprobs: bool, custom: Callable | None, guide: Guide | None,
+        *, copies: int, logprobs: bool, custom: Callable | None, guide: Guide | None, shows: bool,
     ) -> Iterator[str]:  # fmt: skip
-        """Drive the engine until every row is done; yields the first row's text piece by piece."""
+        """Drive the engine until every row is done; yields the first row's text piece by piece. shows: a bar."""
         begun = time.perf_counter()
         arrived: list[float] = []  # when the first tokens and the second came, and how many there were by then
         counted = 0
         steps = self._engine.run(
             self.params, ids, room, how.sampler, seed, copies=copies, logprobs=logprobs, custom=custom, guide=guide
         )
-        for tokens, scores in steps:
+        for tokens, scores in bar(steps, desc="generating", total=room, unit="token") if shows else steps:
             if len(arrived) < 2:
                 arrived.append(time.perf_counter() - begun)
                 counted += len(rows)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from modelhub.model.loading import Source, check_dtype, random_params
 from modelhub.model.options import LoadOptions, takes
 from modelhub.processing.image import ImageProcessor
 from modelhub.processing.image_reading import as_list
+from modelhub.progress import bar
 from modelhub.tasks.backbone import Backbone
 from modelhub.tasks.task import Task, load
 from modelhub.training import image_fit
@@ -203,24 +205,27 @@ class ImageClassifier(Task):
 
     def logits(self, images: Any) -> np.ndarray:
         """float32 (images, classes), before softmax or sigmoid; images as for `predict`."""
-        return np.concatenate([logits for _, logits in self.outputs(self._pixels(images))])
+        return np.concatenate([logits for _, logits in self._outputs(images)])
 
     def features(self, images: Any) -> np.ndarray:
         """float32 (images, width): what the head sees of each; images as for `predict`."""
-        return np.concatenate([pooled for pooled, _ in self.outputs(self._pixels(images))])
+        return np.concatenate([pooled for pooled, _ in self._outputs(images)])
 
-    def _pixels(self, images: Any) -> Iterator[np.ndarray]:
-        """The images, ROWS at a time, the next ones read while the model works."""
+    def _outputs(self, images: Any) -> Iterator[tuple[Any, np.ndarray]]:
+        """`outputs` of the images, ROWS at a time, the next ones read while the model works."""
         if isinstance(images, Mapping) and "pixel_values" in images:
             ready = as_array(images["pixel_values"], "pixel_values")
             if ready.ndim != 4 or not ready.size:
                 raise InputError(f"pixel_values must be (batch, channels, height, width), found {ready.shape}")
             ready = channels_first(ready, self.config.num_channels, "pixel_values")
-            return (ready[i : i + ROWS] for i in range(0, len(ready), ROWS))
-        listed, processor = as_list(images), self.processor
-        if not listed:
-            raise InputError("no images were given")
-        return prefetched(processor(listed[i : i + ROWS]) for i in range(0, len(listed), ROWS))
+            count = len(ready)
+            pixels: Iterator[np.ndarray] = (ready[i : i + ROWS] for i in range(0, count, ROWS))
+        else:
+            listed, processor = as_list(images), self.processor
+            if not (count := len(listed)):
+                raise InputError("no images were given")
+            pixels = prefetched(processor(listed[i : i + ROWS]) for i in range(0, count, ROWS))
+        return iter(bar(self.outputs(pixels), desc="images", total=math.ceil(count / ROWS), unit="batch"))
 
     def outputs(self, batches: Iterable[np.ndarray], params: Params | None = None) -> Iterator[tuple[Any, np.ndarray]]:
         """Pooled (B, D) and logits (B, classes) of pixels (B, C, H, W), batch after batch."""

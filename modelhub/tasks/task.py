@@ -88,15 +88,13 @@ class Task(Habits):
     def params(self, params: Params) -> None:
         self.backbone.params = params
 
-    def to(self, backend: str | None = None, device: str | None = None) -> Self:
-        """Move the task in place to another backend or device, and return it; see Backbone.to.
+    def to(self, backend: str | None = None, device: str | None = None, dtype: str | None = None) -> Self:
+        """Move the task in place to another backend, device or dtype, and return it; see Backbone.to.
 
         Raises besides ConfigError if `compile` was given an optimizer, or a loss, of the old backend's framework.
         """
-        weights = self.backbone.weights
-        if (xp := placement.destination(weights, backend, device)) is not None:
-            self.trainer.check_backend(xp.name)
-            placement.hand_over(weights, xp)
+        own = self.backbone.trainable_names() if self.has_adapter else ()
+        placement.to(self.backbone.weights, backend, device, dtype, own, self.trainer.check_backend)
         return self
 
     def summary(self) -> None:

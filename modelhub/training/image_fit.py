@@ -60,8 +60,9 @@ def fit(
     """
     frozen = task.backbone_frozen if freeze_backbone is None else freeze_backbone
     compiled, plan = task.trainer.plan(
-        epochs, steps, grad_accum, checkpoint_dir, resume, save_steps, callbacks, seed, 1e-3 if frozen else None
-    )
+        epochs, steps, grad_accum, checkpoint_dir, resume, save_steps, callbacks, seed, verbose,
+        learning_rate=1e-3 if frozen else None,
+    )  # fmt: skip
     check_batch_size(batch_size)
     augment = Augment(seed=seed) if augment is True else augment or None
     if not isinstance(augment, Augment | None):
@@ -107,7 +108,7 @@ def evaluate(task: Any, data: Any, batch_size: int = 32, *, on_error: OnError = 
 
     data, batch_size, on_error: as in `fit`.
     """
-    return task.trainer.evaluate(bar(_in_order(task, data, batch_size, on_error), desc="evaluating", unit="batch"))
+    return task.trainer.evaluate(_in_order(task, data, batch_size, on_error))
 
 
 def confusion_matrix(
@@ -173,7 +174,8 @@ def _batches(
 def _in_order(task: Any, data: Any, batch_size: int, on_error: OnError) -> Iterator[Any]:
     check_batch_size(batch_size)
     examples, data = _examples(task, data)
-    return _batches(task, data, examples, batch_size, shuffle=False, on_error=on_error).epoch(0)
+    batches = _batches(task, data, examples, batch_size, shuffle=False, on_error=on_error)
+    return iter(bar(batches.epoch(0), desc="evaluating", total=batches.steps(0), unit="batch"))
 
 
 def _pooled(task: Any, batches: ImageBatches, settings: Settings, verbose: bool) -> ImageBatches:

@@ -17,7 +17,7 @@ from modelhub.training.history import History
 from modelhub.training.loaders import repeatable
 from modelhub.training.objectives import TextObjective
 from modelhub.training.records import OnError, read_records, rows_of
-from modelhub.training.trainer import check_batch_size, check_split, name_of
+from modelhub.training.trainer import check_batch_size, check_flag, check_split, name_of
 
 
 @dataclass
@@ -58,7 +58,7 @@ def fit(
     Raises DataError, ConfigError, NoGradients (numpy), ResumeError, TrainingError (a loss that is not a number).
     """
     _, plan = task.trainer.plan(
-        epochs, steps, grad_accum, checkpoint_dir, resume, save_steps, callbacks, seed
+        epochs, steps, grad_accum, checkpoint_dir, resume, save_steps, callbacks, seed, verbose
     )  # fmt: skip
     name, held_out = name_of(data), validation_data
     if validation_split:
@@ -105,6 +105,7 @@ def batches(
     if not isinstance(length, int) or not 2 <= length <= context:
         raise InputError(f"sequence_length must be 2 to {context}, the model's context; got {length!r}")
     check_batch_size(batch_size)
+    check_flag("packing", options["packing"])
     objective = task.trainer.objective()
     if objective.fields != TextObjective.fields:  # only whoever made the objective knows how rows become its batches
         return ReadyRows(data, objective.fields, objective.size)

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import inspect
 import logging
+import math
 import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from modelhub.core import custom, head, optim
 from modelhub.core.leaves import count
 from modelhub.core.lora import MARK
 from modelhub.core.tree import Params
-from modelhub.errors import ConfigError, InputError
+from modelhub.errors import ConfigError, InputError, NotFinite
 from modelhub.hub.provenance import TrainingRun
 from modelhub.model.placement import own
 from modelhub.model.weights import OPTIMIZER, PARAMS, Change
@@ -181,9 +182,10 @@ class Trainer:
     def plan(
         self, epochs: int, steps: int | None, grad_accum: int, checkpoint_dir: str | os.PathLike[str] | None,
         resume: str | bool, save_steps: int | None, callbacks: Sequence[Callback], seed: int,
-        learning_rate: float | None = None,
+        verbose: bool, learning_rate: float | None = None,
     ) -> tuple[Compiled, Plan]:  # fmt: skip
         """What `fit` needs before it looks at data; mistakes are told here. learning_rate: if nothing was compiled."""
+        check_flag("verbose", verbose)
         xp = self.task.backbone.xp
         xp.value_and_grad(lambda variables: (variables, None))  # numpy says now that it cannot
         if self.compiled is None:
@@ -211,8 +213,16 @@ class Trainer:
         return self.task.objective(**self.compiled.objective if self.compiled else {})
 
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
-        """The objective's means over batches."""
-        return self.engine(self.objective()).evaluate(batches)
+        """The objective's means over batches. Raises NotFinite for a loss that is no number."""
+        found = self.engine(self.objective()).evaluate(batches)
+        if not math.isfinite(found["loss"]):
+            narrow = 'or numbers too large for float16 (take dtype="float32" or "bfloat16"), '
+            raise NotFinite(
+                f"the loss over this data is {found['loss']}, which says nothing: there are weights that are NaN or "
+                f"infinite, {narrow if self.task.dtype == 'float16' else ''}or a loss of your own makes such values. "
+                "Is the file damaged? Load the model anew, or download it again"
+            )
+        return found
 
     def run(
         self, train: BatchSource, validation: BatchSource | None, plan: Plan, objective: Objective,
@@ -313,6 +323,11 @@ class Trainer:
 def check_split(validation_split: float, validation_data: Any) -> None:
     if validation_data is not None or not 0.0 < validation_split < 1.0:
         raise InputError("give validation_data, or a validation_split between 0 and 1, not both")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if value not in (True, False):  # 1 and 0 as well, as in Keras
+        raise InputError(f"{name} must be True or False, got {value!r}")
 
 
 def check_batch_size(batch_size: int) -> None:

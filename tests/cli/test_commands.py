@@ -52,6 +52,22 @@ def test_chat(preset, tmp_path):
     assert [m["role"] for m in messages] == ["system", "user", "assistant"]
 
 
+def test_chat_for_programs(preset):
+    done = run("chat", preset, "--json", "--backend", "numpy", "--max-new-tokens", "4", stdin="Hello\n/reset\nAgain\n")
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    plain = run("chat", preset, "--backend", "numpy", "--max-new-tokens", "4", stdin="Hello\n")
+    assert len(answers) == 2 and answers[0]["text"] + "\n" == plain.stdout and answers[0]["backend"] == "numpy"
+    assert [answer["preset"] for answer in answers] == [preset] * 2 and answers[0]["new_tokens"] <= 4
+    assert "tokens" not in done.stderr and "a new conversation" in done.stderr
+
+
+@pytest.mark.parametrize("command", [(), ("generate",), ("cache",), ("cache", "rm"), ("finetune",)])
+def test_flags_show_no_type_in_help(command):
+    told = run(*command, "--help").stdout
+    assert "--help" in told and "<bool>" not in told
+    assert command != ("generate",) or "<int>" in told
+
+
 def test_doctor():
     report = json.loads(run("doctor", "--json").stdout)
     rows = {row["name"]: row for row in report["backends"]}

@@ -212,6 +212,20 @@ def test_pull_prints_the_place(run, tiny_preset):
     assert os.path.isfile(os.path.join(run("pull", "gemma3_tiny")[1].strip(), "config.json"))
 
 
+def test_pull_for_programs(run, tiny_preset):
+    found = json.loads(run("pull", tiny_preset, "--json")[1])
+    size = sum(os.path.getsize(os.path.join(tiny_preset, name)) for name in os.listdir(tiny_preset))
+    assert found == {"name": str(tiny_preset), "revision": None, "path": str(tiny_preset), "bytes_on_disk": size}
+
+
+def test_pull_that_is_stopped_says_how_it_goes_on(run, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modelhub.hub.preset.resolve", stopped)
+    assert run("pull", "smollm2_135m_instruct_q4") == (130, "", "stopped; the same command fetches what is missing\n")
+
+
 def test_a_family_of_another_package(run, package, tiny_preset, tmp_path):
     from modelhub import CausalLM
     from modelhub.errors import ConfigError

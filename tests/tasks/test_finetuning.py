@@ -225,6 +225,8 @@ BAD_FIT = {
     "template": ({"template": "{question}"}, "the template must have"),
     "chat without a template": ({"template": "chat"}, "needs a chat template, and the preset has none"),
     "seed": ({"seed": -1}, "seed must be"),
+    "verbose": ({"verbose": 7}, "verbose must be True or False, got 7"),
+    "packing": ({"packing": "no"}, "packing must be True or False, got 'no'"),
     "callback": ({"callbacks": [print]}, "callbacks"),
     "callback class": ({"callbacks": optim.AdamW}, "callbacks"),
 }  # fmt: skip
@@ -265,6 +267,12 @@ def test_data_that_cannot_be(lm, case):
         lm.fit(data, **QUIET)
     with pytest.raises(ModelhubError, match=message):
         lm.evaluate(data)
+
+
+def test_a_preprocessor_that_cannot_be(lm):
+    with pytest.raises(InputError, match="cannot be None: set lm.preprocessor.sequence_length. Token ids need nothing"):
+        lm.preprocessor = None
+    assert lm.preprocessor.sequence_length
 
 
 BAD_COMPILE = {

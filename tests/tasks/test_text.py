@@ -10,7 +10,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from modelhub import CausalLM
+from modelhub import CausalLM, ImageClassifier
 from modelhub.core.backends import installed
 from modelhub.errors import InputError, NotFinite
 from modelhub.processing.chat_template import ChatTemplate
@@ -181,6 +181,21 @@ def test_logits_that_are_not_finite_are_never_decoded(tiny_preset, backend, valu
             lm.generate("The river", 4, num_beams=beams)
     lm.generation_config = {"remove_invalid_values": True}
     assert isinstance(lm.generate("The river", 4), str)
+
+
+@pytest.mark.parametrize("backend", installed())
+def test_evaluate_says_that_weights_are_no_numbers(tiny_preset, backend):
+    lm = CausalLM.from_preset(str(tiny_preset), backend=backend, device="cpu")
+    lm.params = {name: lm.backbone.xp.array(np.full(x.shape, np.nan, np.float32)) for name, x in lm.params.items()}
+    with pytest.raises(NotFinite, match="the loss over this data is nan, .*weights that are NaN.*download it again"):
+        lm.evaluate(["The river runs past the old mill."])
+    clf = ImageClassifier.from_config(
+        3, image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        backend=backend, device="cpu",
+    )  # fmt: skip
+    clf.params = {name: clf.backbone.xp.array(np.full(x.shape, np.nan, np.float32)) for name, x in clf.params.items()}
+    with pytest.raises(NotFinite, match="the loss over this data is nan"):
+        clf.evaluate((np.zeros((2, 8, 8, 3), np.uint8), [0, 1]))
 
 
 def test_float16_is_named_where_it_may_be_the_reason(tiny_preset):

@@ -16,7 +16,9 @@ from movable import (
     PAIRS,
     PIXELS,
     PROMPT,
+    QUIET,
     ROUND,
+    TEXTS,
     address,
     addresses,
     assert_same,
@@ -27,10 +29,11 @@ from movable import (
     one_layer,
     values,
 )  # fmt: skip
+from safetensors import safe_open
 
 from modelhub import Backbone, CausalLM
 from modelhub.core.backends import get_backend, installed
-from modelhub.errors import BackendNotInstalled, ConfigError, DeviceError, UnknownBackend
+from modelhub.errors import BackendNotInstalled, ConfigError, DeviceError, InputError, UnknownBackend
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,39 @@ def test_bfloat16(tiny_preset):
         assert {lm.backbone.xp.dtype(x) for x in lm.params.values()} == {"bfloat16", "float32"}
         assert_same(values(lm), before)
         assert np.abs(lm.logits(IDS) - logits).max() < 0.02 * np.abs(logits).max()
+
+
+@pytest.mark.parametrize("backend", installed())
+def test_another_dtype(tiny_preset, backend, tmp_path):
+    lm, other = load(tiny_preset, backend, lora=True), load(tiny_preset, backend, "bfloat16", lora=True)
+    table = "model.embed_tokens.weight"
+    assert lm.to(dtype="bf16") is lm and lm.dtype == "bfloat16"
+    assert {lm.backbone.xp.dtype(x) for x in lm.params.values()} == {"bfloat16", "float32"}
+    assert_same(values(lm), values(other))
+    np.testing.assert_array_equal(lm.logits(IDS), other.logits(IDS))
+    assert lm.generate(PROMPT, 4) == other.generate(PROMPT, 4)
+    lm.merge_lora()
+    lm.to(dtype="float32")
+    assert {lm.backbone.xp.dtype(x) for x in lm.params.values()} == {"float32"}
+    lm.unmerge_lora()
+    assert_same(values(lm), values(other))  # what was rounded stays so
+    lm.set_adapter(None)
+    lm.to(dtype="float16").save_to_preset(tmp_path / "half")
+    with safe_open(tmp_path / "half" / "model.safetensors", "np") as file:
+        assert file.get_slice(table).get_dtype() == "F16"
+    with pytest.raises(InputError, match="dtype must be one of float32, bfloat16, float16, got 'int8'"):
+        lm.to(dtype="int8")
+
+
+def test_dtype_and_backend_at_once(tiny_preset):
+    lm = load(tiny_preset, "torch")
+    lm.fit(TEXTS[:2], steps=1, **QUIET)
+    assert lm.optimizer_state and lm.to("jax", dtype="bfloat16").optimizer_state is None
+    assert (lm.backend, lm.dtype) == ("jax", "bfloat16")
+    lm.fit(TEXTS[:2], steps=1, **QUIET)
+    with pytest.raises(UnknownBackend):
+        lm.to("abacus", dtype="float32")
+    assert lm.dtype == "bfloat16"
 
 
 def test_images():
