@@ -3,8 +3,8 @@
 A new task is a class and a TaskKind, registered: `kind = register_kind(TaskKind(...))`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from modelhub.errors import InputError
@@ -36,7 +36,8 @@ class TaskKind:
     reads: TEXT, IMAGES, or both. forward: the pass that exports hold and `output` what it gives, as files call it.
     head: VOCABULARY, CLASSES, or None for hidden states and what is made of them. unit: what speeds and losses count.
     pipeline: the Hugging Face Hub's tag. auto_class, processor: transformers' classes. peft: PEFT's task type.
-    variable, usage: code of the card; chat: that of a model with a chat template.
+    variable, usage: code of the card; chat: that of a model with a chat template; of_problem: of a config's
+    problem_type.
     """
 
     name: str
@@ -54,6 +55,7 @@ class TaskKind:
     variable: str
     usage: Usage
     chat: Usage | None = None
+    of_problem: Mapping[str, Usage] = field(default_factory=dict)
     module: str = "modelhub"
 
 
@@ -165,6 +167,12 @@ CAUSAL_LM = register_kind(
     )
 )
 
+
+def _pictures(*shown: str) -> Usage:
+    given = 'inputs = processor(Image.open("cat.jpg"), return_tensors="pt")'
+    return Usage('print(clf.predict(["cat.jpg"], top=5))', (given, *shown), imports=("from PIL import Image",))
+
+
 IMAGE_CLASSIFICATION = register_kind(
     TaskKind(
         name="image-classification",
@@ -180,14 +188,14 @@ IMAGE_CLASSIFICATION = register_kind(
         processor="AutoImageProcessor",
         peft=None,
         variable="clf",
-        usage=Usage(
-            'print(clf.predict(["cat.jpg"], top=5))',
-            (
-                'inputs = processor(Image.open("cat.jpg"), return_tensors="pt")',
-                "print(model.config.id2label[int(model(**inputs).logits.argmax())])",
+        usage=_pictures("print(model.config.id2label[int(model(**inputs).logits.argmax())])"),
+        of_problem={
+            "multi_label_classification": _pictures(
+                "shares = model(**inputs).logits[0].sigmoid().tolist()",
+                "print({model.config.id2label[i]: share for i, share in enumerate(shares)})",
             ),
-            imports=("from PIL import Image",),
-        ),
+            "regression": _pictures("print(model(**inputs).logits[0].tolist())"),
+        },
     )
 )
 

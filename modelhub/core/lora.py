@@ -108,6 +108,11 @@ def choose(skeleton: Module, targets: str | Sequence[str] | None) -> list[str]:
             for name in everything
             if f".{name}".endswith(f".{target}") or (name not in tied and fnmatch.fnmatchcase(name, target))
         }
+        if not matches and f".{TABLE}".endswith(f".{target}"):
+            raise ConfigError(
+                f"LoRA: target {target!r} is the table of embeddings, which can be trained whole beside LoRA on other "
+                f"layers, modules_to_save=[{target!r}], but has no low-rank update here"
+            )
         if not matches:
             raise ConfigError(
                 f"LoRA: target {target!r} matches no linear layer of this model. There are {', '.join(endings)}; full "

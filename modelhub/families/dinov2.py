@@ -15,11 +15,12 @@ from modelhub.families.config import names as names
 from modelhub.families.image import EPSILON, HuggingFace, ImageConfig
 from modelhub.families.image import adapter_names as adapter_names
 
-# In memory transformers 5 also has SwiGLU's weights_in in two parts.
 _IN_MEMORY = {
     "attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key",
     "attention.v_proj": "attention.attention.value", "attention.o_proj": "attention.output.dense",
+    "mlp.down_proj": "mlp.weights_out",
 }  # fmt: skip
+_APART = {"mlp.weights_in": ("mlp.gate_proj", "mlp.up_proj")}
 _SCALE = Value("a number above 0 and below 10000", lambda x: type(x) in (int, float) and 0 < x < 1e4)
 _COUNT = Value("a whole number from 0 to 9999", lambda x: type(x) is int and 0 <= x < 1e4)
 
@@ -40,7 +41,7 @@ class Config(ImageConfig):
         "dinov2": Kind("Dinov2", {"patch_size": 14}, lacks=("num_register_tokens",)),
         "dinov2_with_registers": Kind("Dinov2WithRegisters", {"num_register_tokens": 4}, lacks=("use_mask_token",)),
     }
-    FORMATS: ClassVar = {"hf": DINOv2HF("encoder.layer", _IN_MEMORY)}
+    FORMATS: ClassVar = {"hf": DINOv2HF("encoder.layer", _IN_MEMORY, _APART)}
 
     layer_norm_eps: float = key(EPSILON, 1e-6)
     pooling: str = key(TEXT, "cls_mean")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from modelhub.core import vision
@@ -147,12 +148,14 @@ def _both(value: Any) -> tuple[int, int]:
 class HuggingFace:
     """The format "hf" of image encoders: config.json, and weights under our names. See config.Format.
 
-    layers: what transformers 5 calls them in memory, in_memory: {what it calls their parts: ours}. In files both have
-    the names of transformers 4 still, which are ours.
+    layers: what transformers 5 calls them in memory, in_memory: {what it calls their parts: ours}, apart: {ours: the
+    several that it has}. In files both have the names of transformers 4 still, which are ours.
     """
 
-    def __init__(self, layers: str, in_memory: Mapping[str, str]):
-        self.layers, self.in_memory = layers, in_memory
+    def __init__(
+        self, layers: str, in_memory: Mapping[str, str], apart: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    ):  # fmt: skip
+        self.layers, self.in_memory, self.apart = layers, in_memory, apart
 
     def read(self, cls: type[ImageConfig], data: Mapping[str, Any]) -> dict[str, Any]:
         """The fields, of config.json. There is a head if its `architectures` say so."""
@@ -216,7 +219,8 @@ class HuggingFace:
         prefix = f"{config.model_type}."
         with_head, bare = self._in_memory(prefix, "")
         older = Rule("encoder.{}", f"{prefix}encoder.{{}}")
-        return NameMap(with_head if config.num_labels else (*bare, older), (*with_head, *bare, older))
+        rules = with_head if config.num_labels else (*bare, older)
+        return NameMap(rules, (*with_head, *bare, older), parts=self.apart)
 
     def _in_memory(self, prefix: str, rest: str) -> tuple[tuple[Rule, ...], tuple[Rule, ...]]:
         """Rules for the parts of the layers, with the prefix and without."""

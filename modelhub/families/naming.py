@@ -2,8 +2,8 @@
 
 import functools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -50,11 +50,14 @@ class NameMap:
 
     aliases: further spellings that are read but never written.
     ignored: patterns of tensors that the family does not use (the image tower of a text model).
+    parts: {end of our name of a layer: ends of theirs}, of layers of adapters that are one here and several there, in
+    the order of their rows.
     """
 
     rules: tuple[Rule, ...] = ()
     aliases: tuple[Rule, ...] = ()
     ignored: tuple[str, ...] = ()
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def to_ours(self, name: str) -> tuple[str, Via] | None:
         """Our name for theirs, and what happens to the values; None for an ignored tensor."""

@@ -122,6 +122,8 @@ class HuggingFace:
         # null switches these off; only an absent key means the default.
         values |= {key: None for key in cls.optional() & known if key in data and data[key] is None}
         cls.check_values(values, where)
+        if data.get("num_key_value_heads", 0) is None:  # then the default is not meant, but one for each head
+            values.pop("num_key_value_heads", None)
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
         return values | self.ropes(name, data, where) | {"model_type": name, "extra": extra}

@@ -25,7 +25,7 @@ log = logging.getLogger("modelhub")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_MARK = ".lora."
+MARK = ".lora."
 # Older files have the adapter's name inside, and DoRA's vector with or without .weight; some writers omit the prefix.
 _TENSOR = re.compile(
     rf"(?:{re.escape(_PREFIX)})?(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
@@ -96,7 +96,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
         copies = set()
         for name, match in theirs.items():
             part = entire.get(name)
-            found, ours = tensors, f"{match[1]}{_MARK}{match[2]}" if match else ""
+            found, ours = tensors, f"{match[1]}{MARK}{match[2]}" if match else ""
             if part:
                 found, ours = whole, f"{part[1]}.{part[3]}"
             if ours in found:
@@ -186,7 +186,7 @@ def strangers(folder: Path) -> list[str]:
 
 
 def _peft_name(name: str) -> str:
-    module, _, kind = name.rpartition(_MARK)
+    module, _, kind = name.rpartition(MARK)
     return f"{_PREFIX}{module}.{kind}" + ("" if kind == "lora_magnitude_vector" else ".weight")
 
 
@@ -368,7 +368,7 @@ def _guarded_matches(path: Path, rules: list[str], modules: list[str]) -> list[i
 
 
 def _modules(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(name.rpartition(_MARK)[0] for name in names))
+    return list(dict.fromkeys(name.rpartition(MARK)[0] for name in names))
 
 
 def _misfits(files: AdapterFiles) -> list[str]:
@@ -380,7 +380,7 @@ def _misfits(files: AdapterFiles) -> list[str]:
     ]
     for module in _modules(files.tensors):
         a, b, magnitude = (
-            files.tensors[name].shape if (name := f"{module}{_MARK}{kind}") in files.tensors else None
+            files.tensors[name].shape if (name := f"{module}{MARK}{kind}") in files.tensors else None
             for kind in ("lora_A", "lora_B", "lora_magnitude_vector")
         )
         rank = files.rank_pattern.get(module, files.rank)

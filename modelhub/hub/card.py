@@ -34,7 +34,7 @@ class CardFacts:
     published; None: a folder. curve: name of a picture in the folder. licence_files: names of texts in it.
     provenance: of an adapter, base and base_model are the weights that it goes on. layers: (pattern, name) of layers of
     the user's own, attention: the name of such a function, own_family: whether model_type is one's too: of all these
-    nothing but the names is in the folder. classes: of an adapter's own head.
+    nothing but the names is in the folder. classes: of an adapter's own head. problem_type: the config's.
     """
 
     title: str
@@ -55,6 +55,7 @@ class CardFacts:
     attention: str | None = None
     own_family: bool = False
     classes: int = 0
+    problem_type: str | None = None
 
     @property
     def kind(self) -> TaskKind:
@@ -62,7 +63,8 @@ class CardFacts:
 
     @property
     def usage(self) -> Usage:
-        return self.kind.chat if self.has_chat_template and self.kind.chat else self.kind.usage
+        usage = self.kind.of_problem.get(self.problem_type or "", self.kind.usage)
+        return self.kind.chat if self.has_chat_template and self.kind.chat else usage
 
     @property
     def own(self) -> list[tuple[str, str]]:
@@ -299,6 +301,8 @@ def _with_modelhub(facts: CardFacts, where: str, base: str) -> list[str]:
         asked += f", attention={literal(facts.attention)}"
     if facts.classes:
         asked += f", num_classes={facts.classes}"
+        if facts.problem_type and facts.problem_type in kind.of_problem:  # a new head is for a single label
+            asked += f", problem_type={literal(facts.problem_type)}"
     load = [f"{kind.variable} = {kind.class_name}.from_preset({base if facts.adapter else where}{asked})"]
     if facts.adapter:
         load.append(f"{kind.variable}.load_adapter({where})")

@@ -16,6 +16,7 @@ from modelhub.core.tree import Params, flatten
 from modelhub.errors import CheckpointError, InputError
 from modelhub.families import family_of
 from modelhub.families.naming import NameMap
+from modelhub.hub.adapter_parts import joined, spelled, split
 from modelhub.hub.adapters import AdapterFiles, read_adapter, write_adapter
 from modelhub.hub.preset import as_address, resolve_adapter
 from modelhub.hub.provenance import Provenance, TrainingRun, read_provenance, write_provenance
@@ -225,14 +226,15 @@ class AdapterSet(Mapping[str, Adapter]):
             return name.removeprefix("model.") if kind.auto_class == "AutoModel" else name  # it has no head beside it
 
         theirs = {module: theirs_of(module) for module in lora.linears(lora.with_own_head(weights.layout.base))}
-        endings = {module: name.rpartition(".")[2] for module, name in theirs.items()}
-        targets = sorted({endings[module] for module in adapter.modules})
+        full = {module: spelled(name, names.parts) for module, name in theirs.items()}
+        short = {module: {name.rpartition(".")[2] for name in found} for module, found in full.items()}
+        targets = sorted({name for module in adapter.modules for name in short[module]})
         # PEFT looks for short names in the parts of a model that are not here, too.
         alone = weights.origin.identity is None or weights.origin.part_of is None
-        if not alone or [module for module in theirs if endings[module] in targets] != adapter.modules:
-            targets = [theirs[module] for module in adapter.modules]
+        if not alone or [module for module in theirs if short[module] & {*targets}] != adapter.modules:
+            targets = [name for module in adapter.modules for name in full[module]]
         whole = {name: _renamed_parameter(name, theirs_of) for name in adapter.whole}
-        saved = {name.rpartition(".")[0] for name in whole.values()}
+        saved = {found for name in whole.values() for found in spelled(name.rpartition(".")[0], names.parts)}
         files = AdapterFiles(
             rank=config.rank,
             alpha=config.rank if config.alpha is None else config.alpha,
@@ -260,7 +262,7 @@ class AdapterSet(Mapping[str, Adapter]):
             if beside is not None:
                 beside(work)
 
-        write_adapter(Path(folder).expanduser(), files, companions)
+        write_adapter(Path(folder).expanduser(), split(files, names.parts), companions)
 
     def load_adapter(
         self, folder: str | os.PathLike[str], name: str | None = None, *, revision: str | None = None,
@@ -327,7 +329,7 @@ class AdapterSet(Mapping[str, Adapter]):
         def of_parameter(key: str) -> str:
             return key.rpartition(".")[0]
 
-        return dataclasses.replace(
+        files = dataclasses.replace(
             files,
             rank_pattern=renamed(files.rank_pattern, str),
             alpha_pattern=renamed(files.alpha_pattern, str),
@@ -335,6 +337,7 @@ class AdapterSet(Mapping[str, Adapter]):
             whole=renamed(files.whole, of_parameter),
             copies=frozenset(renamed(dict.fromkeys(files.copies), of_parameter)),
         )
+        return joined(files, names.parts)
 
     def _without_copies(self, files: AdapterFiles, params: Params) -> dict[str, np.ndarray]:
         """The whole parameters of an adapter, but for those that say what the base model says."""

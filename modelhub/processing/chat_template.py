@@ -1,6 +1,7 @@
 """Chat templates as Hugging Face presets carry them: Jinja2, from strangers, so rendered in a guarded process."""
 
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -11,6 +12,8 @@ from typing import Any
 
 from modelhub.errors import ChatTemplateError
 from modelhub.processing.tools import tool_schemas
+
+log = logging.getLogger("modelhub")
 
 LONGEST = 1_000_000  # characters of a template; known ones have 20,000
 _GIVEN = {"messages", "add_generation_prompt", "tools"}  # what is there without being asked for
@@ -23,6 +26,7 @@ class ChatTemplate:
     def __init__(self, source: str, *, special_tokens: Mapping[str, str]):
         self.source = source
         self.special_tokens = dict(special_tokens)
+        self._told = False
 
     def render(
         self,
@@ -46,8 +50,9 @@ class ChatTemplate:
         """
         _check(messages)
         options = dict(options or {})
-        if tools is not None:
-            variables["tools"] = tool_schemas(tools) or None
+        if tools is not None and (schemas := tool_schemas(tools)):
+            variables["tools"] = schemas
+            self._check_place_for_tools()
         if unknown := [name for name in options if name not in self.options]:
             raise ChatTemplateError(
                 f"the preset's chat template does not read {', '.join(map(str, unknown))}, which would change nothing; "
@@ -75,6 +80,14 @@ class ChatTemplate:
     def options(self) -> tuple[str, ...]:
         """The names of the keyword arguments that are the template's own."""
         return tuple(n for n in self.variables if n not in _GIVEN and n not in self.special_tokens)
+
+    def _check_place_for_tools(self) -> None:
+        if "tools" not in self.variables and not self._told:
+            self._told = True
+            log.warning(
+                "the preset's chat template has no place for tools: the model is not told which there are in a "
+                "conversation, and learns calls without them"
+            )
 
     def _ask(self, request: str, timeout: float) -> dict[str, Any]:
         if len(self.source) > LONGEST:

@@ -204,7 +204,8 @@ def _facts(task: Any, adapter: bool, **facts: Any) -> CardFacts:
         provenance=_provenance_of(task, adapter), parameters=sum(map(count, counted)), adapter=adapter,
         has_chat_template=task.chats, layers=tuple(backbone.layers.items()), attention=own_attention(backbone),
         own_family=backbone.config.model_type in custom.names("family"),
-        classes=len(task.adapter_labels) if adapter else 0, **facts,
+        classes=len(task.adapter_labels) if adapter else 0, problem_type=getattr(task.config, "problem_type", None),
+        **facts,
     )  # fmt: skip
 
 

@@ -72,6 +72,14 @@ class TestQwen(TextSuite):
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_no_number_of_key_heads(kind):
+    data = {"num_attention_heads": 8, "num_key_value_heads": None}
+    theirs = transformers.AutoConfig.for_model(kind, **data)
+    assert family_of(kind).Config.from_hf({"model_type": kind} | data).num_key_value_heads == 8
+    assert theirs.num_key_value_heads == 8
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_defaults_are_those_of_transformers(kind):
     theirs = transformers.AutoConfig.for_model(kind)
     ours = family_of(kind).Config.from_hf({"model_type": kind})

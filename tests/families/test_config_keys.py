@@ -1,5 +1,6 @@
 """Keys of config.json that modelhub does not read: the harmless are kept, what changes the maths is refused by name."""
 
+import contextlib
 import inspect
 import json
 import logging
@@ -7,6 +8,7 @@ import re
 
 import pytest
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from tiny_families import CONFIGS, write_preset
 
 from modelhub import CausalLM
@@ -44,6 +46,15 @@ def test_every_attribute_of_a_transformers_config_is_known():
     names = set(vars(config))
     old = {"pruned_heads", "tie_encoder_decoder", "torchscript", "use_bfloat16", "temperature", "sep_token_id"}
     assert sorted(key for key in names | old if not _HARMLESS.fullmatch(key) and key not in _MATTERS) == []
+
+
+@pytest.mark.parametrize("kind", sorted({*CLASSES} - {"vit", "deit", "dinov2", "dinov2_with_registers"}))
+def test_no_number_of_key_heads_means_as_many_as_query_heads(kind):
+    """As in transformers 4 for all, and in 5 for those that still take null."""
+    data = {"model_type": kind, "num_attention_heads": 6, "hidden_size": 96, "num_key_value_heads": None}
+    assert family_of(kind).Config.from_hf(data).num_key_value_heads == 6
+    with contextlib.suppress(StrictDataclassFieldValidationError):
+        assert getattr(transformers, CLASSES[kind]).config_class.from_dict(data).num_key_value_heads == 6
 
 
 FOREIGN = {

@@ -175,3 +175,11 @@ def test_what_the_template_does_not_read_is_said():
         template.render(MESSAGES, options={"messages": []})
     with pytest.raises(ChatTemplateError, match="not valid Jinja"):
         ChatTemplate("{% if %}", special_tokens={}).render(MESSAGES, options={"x": 1})
+
+
+def test_tools_without_a_place_are_said_once(caplog):
+    template = ChatTemplate("{% for message in messages %}{{ message.content }}{% endfor %}", special_tokens={})
+    assert template.render(MESSAGES) == template.render(MESSAGES, tools=[]) == "Is it raining?" and not caplog.text
+    for _ in range(3):
+        assert template.render(MESSAGES, tools=TOOLS) == "Is it raining?"
+    assert caplog.text.count("has no place for tools") == 1

@@ -351,6 +351,18 @@ class TestSaving:
         assert "is not saved: give it again as attention=" in caplog.text
         assert "modelhub_attention" not in (tmp_path / "saved/config.json").read_text()
 
+    def test_an_adapter_says_which_attention_it_was_trained_with(self, tiny_preset, tmp_path, caplog):
+        lm = load(tiny_preset, attention="test halved")
+        lm.enable_lora(rank=2)
+        lm.save_adapter(tmp_path / "adapter")
+        load(tiny_preset, attention="test halved").load_adapter(tmp_path / "adapter")
+        assert "was trained with" not in caplog.text
+        for attention, has in ((None, "the usual one"), ("test softmax", "'test softmax'")):
+            caplog.clear()
+            load(tiny_preset, attention=attention).load_adapter(tmp_path / "adapter")
+            assert f"trained with the attention function 'test halved', and this model has {has}" in caplog.text
+            assert "with attention='test halved'" in caplog.text
+
     def test_the_card_sends_nobody_to_transformers(self, saved, tiny_preset, tmp_path, monkeypatch):
         card = (saved[0] / "README.md").read_text()
         assert "library_name: modelhub" in card and "the layer `test two-layer head`" in card

@@ -237,6 +237,7 @@ class TestWrongInput:
             ({"rank": 17}, r"rank 17 is larger than .* layers, the first model.layers.0.self_attn.v_proj \(16 x 32\)"),
             ({"alpha": 0}, "alpha must be above 0"),
             ({"alpha": math.nan}, "alpha must be above 0"),
+            ({"targets": ["embed_tokens"]}, r"the table of embeddings.*modules_to_save=\['embed_tokens'\]"),
             ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
             ({"dropout": -0.1}, "dropout must be"),
             ({"targets": ["q_proj", "query"]}, "'query' matches no linear layer.*down_proj, gate_proj, k_proj, o_proj"),

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from modelhub import Backbone, CausalLM
+from modelhub.errors import CheckpointError
 from modelhub.hub.adapters import CONFIG, WEIGHTS
 
 IDS = np.array([[2, 40, 50, 60, 7, 8]])
@@ -172,6 +173,9 @@ def test_checkpoints_of_models_that_see(multimodal, spelling, tmp_path):
     assert_close(CausalLM.from_preset(tmp_path, backend="numpy").logits(IDS), wanted)
 
 
+DINOV2 = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+}  # fmt: skip
 BARE = {
     "llama": lambda: transformers.LlamaModel(transformers.LlamaConfig(
         vocab_size=320, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -179,8 +183,7 @@ BARE = {
     "gemma": lambda: transformers.Gemma3TextModel(transformers.Gemma3TextConfig(**TEXT)),
     "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**VISION | {"num_hidden_layers": 2})),
     "deit": lambda: transformers.DeiTModel(transformers.DeiTConfig(**VISION | {"num_hidden_layers": 2})),
-    "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)),
+    "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**DINOV2)),
 }  # fmt: skip
 
 
@@ -210,3 +213,104 @@ def test_models_without_a_head(name, tmp_path):
     if image:
         base = transformers.AutoModel.from_pretrained(tmp_path / "base")
         assert_close(hidden(peft.PeftModel.from_pretrained(base, tmp_path / "ours")), wanted)
+
+
+SWIGLU = {
+    "both": {"target_modules": ["gate_proj", "up_proj", "down_proj", "q_proj"]},
+    "one": {"target_modules": ["up_proj"]},
+    "ranks of their own": {
+        "target_modules": ["gate_proj", "up_proj"], "rank_pattern": {"layer.0.mlp.up_proj": 5},
+        "alpha_pattern": {"layer.1.mlp.gate_proj": 7}, "use_rslora": True,
+    },
+    "dora": {"target_modules": ["gate_proj", "up_proj"], "use_dora": True},
+    "whole": {"target_modules": ["q_proj"], "modules_to_save": ["gate_proj", "up_proj"]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[transformers.Dinov2Model, transformers.Dinov2ForImageClassification])
+def swiglu(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swiglu")
+    config = transformers.Dinov2Config(**DINOV2, use_swiglu_ffn=True)
+    randomised(request.param(config)).save_pretrained(folder)
+    return request.param, folder
+
+
+def encoded(model):
+    x = torch.tensor(np.random.default_rng(0).normal(size=(2, 3, 28, 28)).astype(np.float32))
+    with torch.no_grad():
+        found = model.eval()(x, output_hidden_states=True)
+    return found[0].numpy()
+
+
+def encoded_here(backbone):
+    x = np.random.default_rng(0).normal(size=(2, 3, 28, 28)).astype(np.float32)
+    hidden = backbone(x)
+    return backbone.module.logits(backbone.xp, hidden) if backbone.config.num_labels else hidden
+
+
+@pytest.mark.parametrize("case", SWIGLU)
+def test_swiglu_whose_gate_and_input_are_apart_in_peft(swiglu, case, tmp_path):
+    cls, folder = swiglu
+    model = randomised(peft.get_peft_model(cls.from_pretrained(folder), peft.LoraConfig(r=2, **SWIGLU[case])), 0.4)
+    wanted = encoded(model)
+    model.save_pretrained(tmp_path / "theirs")
+    backbone = Backbone.from_preset(str(folder), backend="numpy")
+    before = encoded_here(backbone)
+    backbone.load_adapter(tmp_path / "theirs")
+    found = encoded_here(backbone)
+    assert_close(found, wanted)
+    assert np.abs(found - before).max() > 0.01 * np.abs(before).max()
+    backbone.save_adapter(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(cls.from_pretrained(folder), tmp_path / "ours")
+    assert_close(encoded(again), wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"targets": ["weights_in"]}], ids=str)
+def test_swiglu_is_written_as_peft_has_it(swiglu, options, tmp_path):
+    cls, folder = swiglu
+    backbone = Backbone.from_preset(str(folder), backend="numpy")
+    backbone.enable_lora(3, **{"targets": "all-linear"} | options)
+    draw, own = np.random.default_rng(3), backbone.trainable_names()
+    backbone.params = backbone.params | {
+        n: np.float32(x + draw.normal(0, 0.1, x.shape)) for n, x in backbone.params.items() if n in own
+    }
+    wanted = encoded_here(backbone)
+    backbone.save_adapter(tmp_path / "ours")
+    targets = json.loads((tmp_path / "ours" / CONFIG).read_text())["target_modules"]
+    assert {"gate_proj", "up_proj"} <= {*targets} and "weights_in" not in targets
+    assert_close(encoded(peft.PeftModel.from_pretrained(cls.from_pretrained(folder), tmp_path / "ours")), wanted)
+    again = Backbone.from_preset(str(folder), backend="numpy")
+    again.load_adapter(tmp_path / "ours")
+    assert again.adapters["ours"].params.keys() == {n: 0 for n in own}.keys()
+    assert_close(encoded_here(again), wanted)
+
+
+def test_half_of_what_cannot_be_halved(tmp_path):
+    randomised(transformers.Dinov2Model(transformers.Dinov2Config(**DINOV2, use_swiglu_ffn=True))).save_pretrained(
+        tmp_path / "base"
+    )
+    for options in ({"use_dora": True}, {"target_modules": ["q_proj"], "modules_to_save": ["up_proj"]}):
+        config = peft.LoraConfig(r=2, **{"target_modules": ["up_proj"]} | options)
+        peft.get_peft_model(transformers.Dinov2Model.from_pretrained(tmp_path / "base"), config).save_pretrained(
+            tmp_path / "theirs"
+        )
+        backbone = Backbone.from_preset(str(tmp_path / "base"), backend="numpy")
+        with pytest.raises(
+            CheckpointError, match="a part of .*weights_in as a whole.*Merge it into its base with PEFT"
+        ):
+            backbone.load_adapter(tmp_path / "theirs")
+
+
+def test_parts_that_do_not_fit_each_other(tmp_path):
+    base = transformers.Dinov2Model(transformers.Dinov2Config(**DINOV2, use_swiglu_ffn=True))
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["gate_proj", "up_proj"])
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "theirs")
+    tensors = load_file(tmp_path / "theirs" / WEIGHTS)
+    backbone = Backbone.from_preset(str(tmp_path / "base"), backend="numpy")
+    for kind, shape, says in (("lora_A", (2, 5), "do not fit each other"), ("lora_B", (9, 2), "another base model")):
+        name = f"base_model.model.encoder.layer.0.mlp.up_proj.{kind}.weight"
+        assert name in tensors
+        save_file(tensors | {name: np.zeros(shape, np.float32)}, tmp_path / "theirs" / WEIGHTS)
+        with pytest.raises(CheckpointError, match=says):
+            backbone.load_adapter(tmp_path / "theirs")

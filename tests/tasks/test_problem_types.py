@@ -1,5 +1,8 @@
 """problem_type decides activation, loss and metrics: everything against transformers and its pipeline."""
 
+import ast
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +63,38 @@ def load(folder, name="torch", **options):
 
 def theirs(folder):
     return transformers.AutoModelForImageClassification.from_pretrained(folder)
+
+
+def test_the_cards_code_shows_what_the_model_means(presets, tmp_path, capsys):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)).save(tmp_path / "cat.jpg")
+    for case, folder in presets.items():
+        clf = load(folder)
+        clf.save_to_preset(tmp_path / case)
+        card = (tmp_path / case / "README.md").read_text()
+        ours, theirs = (
+            code.replace("path/to/this/folder", str(tmp_path / case)).replace("cat.jpg", str(tmp_path / "cat.jpg"))
+            for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        )
+        exec(ours, {})
+        shown = dict(ast.literal_eval(capsys.readouterr().out)[0])
+        exec(theirs, {})
+        said = capsys.readouterr().out.strip()
+        if clf.config.problem_type == REGRESSION:
+            np.testing.assert_allclose(ast.literal_eval(said), [shown[label] for label in clf.labels], atol=1e-4)
+        elif clf.config.problem_type == MULTI:
+            found = ast.literal_eval(said)
+            assert found.keys() == shown.keys()
+            np.testing.assert_allclose([*found.values()], [shown[label] for label in found], atol=1e-4)
+        else:
+            assert said == max(shown, key=shown.get)
+
+
+def test_an_adapters_card_asks_for_a_head_of_its_kind(presets, tmp_path):
+    clf = load(presets["several"], labels=["a", "b", "c"], problem_type=MULTI)
+    clf.enable_lora(rank=2)
+    clf.save_adapter(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert 'num_classes=3, problem_type="multi_label_classification")' in card and ".sigmoid()" in card
 
 
 @pytest.mark.parametrize("name", installed())

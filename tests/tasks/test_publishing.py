@@ -316,6 +316,16 @@ class TestPublish:
         again.load_adapter(hub)
         np.testing.assert_allclose(again.logits(IDS), logits, atol=1e-4)
 
+    @pytest.mark.parametrize("base, revision", [("hf://me/base@" + "a" * 40, "a" * 40), ("hf://me/base", None)])
+    def test_an_adapter_names_the_revision_of_its_base(self, lm, hub, tmp_path, base, revision):
+        """PEFT loads that of the base model which the adapter was trained on."""
+        tuned(lm)
+        lm.backbone.weights.describe(identity=Provenance(base=base, base_model="me/base"))
+        lm.publish(hub, adapter_only=True, licence="mit")
+        [config] = (tmp_path / "hub").rglob("adapter_config.json")
+        told = json.loads(config.read_text())
+        assert (told["base_model_name_or_path"], told["revision"]) == ("me/base", revision)
+
     def test_a_merged_adapter_stays_merged(self, lm, hub):
         tuned(lm).merge_lora()
         logits = lm.logits(IDS)
