@@ -122,7 +122,6 @@ ADVICE = {
     "task_type": "it is known from the model",
     "modules_to_save": "the head of a classifier is trained and saved with the model by itself",
     "init_lora_weights": "A starts from uniform values as in PEFT, B from zeros",
-    "quantize": 'weights are kept in 32 or 16 bits: dtype="bfloat16" takes half of the memory',
     "trust_remote_code": "code of a repository is never run; leave it out",
     "low_cpu_mem_usage": "weights are read one by one anyway; leave it out",
     "safe_serialization": "nothing but safetensors is written; leave it out",
@@ -145,6 +144,9 @@ REMARKS = {
     "lora_config": "There is no LoraConfig: enable_lora takes its values directly.",
     "weighted_metrics": "All rows count alike.",
     "local_files_only": "offline=True uses the cache alone.",
+    "load_in_4bit": 'quantize="int4" is the same.',
+    "load_in_8bit": 'quantize="int8" is the same.',
+    "quantization_config": 'It is "int8", "int4", "keep" or {pattern: one of them}.',
     "device_map": "The whole model is on one device.",
 }  # fmt: skip
 

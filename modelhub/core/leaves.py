@@ -30,7 +30,7 @@ class Packed:
     """
 
     ARRAYS: ClassVar[tuple[str, ...]]
-    scheme: ClassVar[str]
+    scheme: str
     shape: tuple[int, ...]
     dtype: str
 

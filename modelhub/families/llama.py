@@ -60,7 +60,7 @@ def _interleaved(heads: int) -> Via:
     def to_theirs(x: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2)).reshape(x.shape)
 
-    return Via(to_ours, to_theirs)
+    return Via(to_ours, to_theirs, rows_alone=True)
 
 
 @dataclass

@@ -12,15 +12,17 @@ import numpy as np
 class Via:
     """A change of values that goes with a change of name, and its inverse. Both may write to their argument.
 
-    our_shape: what to_ours makes of a shape, so that shapes are checked before anything is read.
+    our_shape: what to_ours makes of a shape, so that shapes are checked before anything is read. rows_alone: only the
+    order of rows changes, so that it can be done with the rows of a quantised file as they are.
     """
 
     to_ours: Callable[[np.ndarray], np.ndarray]
     to_theirs: Callable[[np.ndarray], np.ndarray]
     our_shape: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda shape: shape
+    rows_alone: bool = False
 
 
-KEEP = Via(lambda x: x, lambda x: x)
+KEEP = Via(lambda x: x, lambda x: x, rows_alone=True)
 
 
 def _add(amount: float) -> Callable[[np.ndarray], np.ndarray]:

@@ -126,6 +126,15 @@ class GGUFFile(Checkpoint):
             )
         return self._dequantised(info, offset, target)
 
+    def blocks(self, name: str) -> np.ndarray:
+        """The rows of a matrix as they are in the file: uint8 (N, bytes of a row's blocks), owned by the caller."""
+        info = find(self.tensors, name, self._file.path)
+        elements, nbytes = _BLOCKS[info.dtype]
+        out = empty((math.prod(info.shape[:-1]), info.shape[-1] // elements * nbytes), "uint8")
+        offset, flat = self._offsets[name], out.reshape(-1)
+        in_spans(lambda at, stop: self._file.read_into(offset + at, flat[at:stop]), flat.size, SPAN)
+        return out
+
     def close(self) -> None:
         self._file.close()
 

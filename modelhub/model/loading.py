@@ -22,7 +22,7 @@ from modelhub.errors import CheckpointError, ConfigError, InputError, ModelhubEr
 from modelhub.families import family_of
 from modelhub.families.config import check_kinds, unknown_keys
 from modelhub.families.kerashub import BACKBONES, backbone_of
-from modelhub.families.naming import KEEP, NameMap
+from modelhub.families.naming import NameMap
 from modelhub.habits import dtype_name
 from modelhub.hub.checkpoint import Checkpoint, open_folder
 from modelhub.hub.gguf import GGUFFile, open_gguf
@@ -33,6 +33,7 @@ from modelhub.hub.provenance import Provenance
 from modelhub.kinds import IMAGES
 from modelhub.model.options import LoadOptions, resolve_preset
 from modelhub.model.origin import RANDOM, origin_of
+from modelhub.model.quantizing import Quantizer, is_matrix
 from modelhub.model.weights import Weights
 from modelhub.processing.tokenizer import Tokenizer
 from modelhub.progress import bar
@@ -395,17 +396,21 @@ def load_weights(source: Source, xp: Backend, options: LoadOptions) -> Weights:
         xp = custom.with_attention(xp, source.attention)
     source, before = with_layers(source, options.get("layers"), xp)
     dtype = choose_dtype(options.get("dtype"), xp, source)
-    params = load_params(source, xp, dtype, seed) if read else random_params(source.model, xp, dtype, seed)
+    quantize = options.get("quantize")
+    if read:
+        params = load_params(source, xp, dtype, seed, quantize)
+    else:
+        params = random_params(source.model, xp, dtype, seed, quantize)
     try_layers(source, xp, params, before)
     origin = dataclasses.replace(origin_of(source.preset, source.told) if read else RANDOM, part_of=source.part_of)
     if source.new_layers:  # as they are now they are nowhere else; a new head goes with the adapters
         origin = dataclasses.replace(origin, identity=None)
-    if read and not source.new_layers and not source.new_parts:
+    if read and not source.new_layers and not source.new_parts and quantize is None:
         origin = dataclasses.replace(origin, untouched=source.preset.path)
     return Weights(source.model, params, xp, source.config, dtype, origin, source.layers, source.new_layers)
 
 
-def load_params(source: Source, xp: Backend, dtype: str, seed: int = 0) -> Params:
+def load_params(source: Source, xp: Backend, dtype: str, seed: int = 0, quantize: Any = None) -> Params:
     """All weights, read one tensor at a time; nothing is read before all names and shapes are checked.
 
     Parameters of new layers that the files do not have, or have in another shape, start from (seed, name), and so do
@@ -431,13 +436,12 @@ def load_params(source: Source, xp: Backend, dtype: str, seed: int = 0) -> Param
         new |= _new_params(source, {name: spec for name, spec in wanted.items() if name not in new}, plan, shapes)
         check(source.model, shapes | {name: spec.shape for name, spec in new.items()}, where)
 
-        def read(theirs: str, via: Any) -> np.ndarray:
-            if via is KEEP:
-                return checkpoint.read(theirs, dtype)
-            return via.to_ours(checkpoint.read(theirs, "float32")).astype(dtype, copy=False)
-
+        quantizer = Quantizer(quantize, {n: s.shape for n, s in wanted.items() if is_matrix(n, s)})
         progress = bar(plan.items(), desc=f"loading {source.preset.name}", unit="tensor")
-        params = {ours: xp.put(read(theirs, via)) for ours, (theirs, via) in progress}
+        params = {
+            ours: quantizer.from_file(xp, ours, checkpoint, theirs, via, dtype) for ours, (theirs, via) in progress
+        }
+        quantizer.tell(source.preset.name)
     except (MemoryError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOMEM:
             raise
@@ -455,7 +459,8 @@ def load_params(source: Source, xp: Backend, dtype: str, seed: int = 0) -> Param
         if name == _HEAD and not name.startswith(anew) and table is not None and tuple(table.shape) == spec.shape:
             params[name] = xp.copy(table)  # the head was tied to it
         else:
-            params[name] = xp.put(initial_value(name, spec, seed).astype(dtype, copy=False))
+            value = initial_value(name, spec, seed).astype(dtype, copy=False)
+            params[name] = quantizer.leaf(xp, name, value, dtype)
     return params
 
 
@@ -479,7 +484,11 @@ def _new_params(
     return new
 
 
-def random_params(model: Module, xp: Backend, dtype: str, seed: int) -> Params:
+def random_params(model: Module, xp: Backend, dtype: str, seed: int, quantize: Any = None) -> Params:
     """Start values drawn from (seed, name): equal on every backend."""
     specs: Mapping[str, Any] = flatten(model)
-    return {name: xp.put(initial_value(name, spec, seed).astype(dtype, copy=False)) for name, spec in specs.items()}
+    quantizer = Quantizer(quantize, {name: spec.shape for name, spec in specs.items() if is_matrix(name, spec)})
+    return {
+        name: quantizer.leaf(xp, name, initial_value(name, spec, seed).astype(dtype, copy=False), dtype)
+        for name, spec in specs.items()
+    }

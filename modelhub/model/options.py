@@ -40,6 +40,9 @@ class LoadOptions(SourceOptions, total=False):
     layers: {pattern: name of a registered layer}, see modelhub.register: these take the places that the pattern
         means: dotted names ("model.layers.0.mlp"), ends of them ("mlp"), patterns ("model.layers.*.mlp").
         Parameters that the checkpoint has under the same name and shape are loaded, the others drawn from `seed`.
+    quantize: "int8" or "int4": the matrices in so many bits, with a scale for each 32 columns; {pattern: scheme}, as in
+        {"*": "int4", "lm_head": "int8"}, the last that means a matrix counts; "keep": what a quantised file has as it
+        is. None: floats.
     strict: refuse a config.json with keys that modelhub does not know, and a checkpoint without the head that it should
         have; otherwise a warning names them.
     """
@@ -51,6 +54,7 @@ class LoadOptions(SourceOptions, total=False):
     attention: Callable | str | None
     layers: Mapping[str, str] | None
     seed: int
+    quantize: str | Mapping[str, str | None] | None
     strict: bool
 
 

@@ -42,6 +42,7 @@ class Change(Enum):
     OVERWRITTEN = _Means(OWN, DROP, DROP), "by the user"
     LOADED = _Means(DROP, DROP, DROP), "by load_params"
     RELOADED = _Means(KEEP, DROP, DROP), "by load_params, which left the base weights as they were"
+    QUANTIZED = _Means(KEEP, DROP, DROP), "rounded to fewer bits: still the same model for an adapter"
     MERGED = _Means(DROP, DROP, DROP), "for good: the adapter is forgotten"
 
     @property

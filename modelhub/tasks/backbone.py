@@ -15,7 +15,7 @@ from modelhub.errors import InputError
 from modelhub.habits import Habits
 from modelhub.hub.provenance import Provenance
 from modelhub.kinds import BACKBONE, IMAGES
-from modelhub.model import placement
+from modelhub.model import placement, quantizing
 from modelhub.model.adapters import AdapterSet
 from modelhub.model.delegate import attribute, delegate
 from modelhub.model.loading import Source, load_weights, open_source
@@ -116,6 +116,7 @@ class Backbone(Habits):
 
     # --- where the arrays are -----------------------------------------------------------------------------------
 
+    quantize = delegate("weights", quantizing.quantize)
     own = delegate("weights", placement.own)
     owned = delegate("weights", placement.owned)
 

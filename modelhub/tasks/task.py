@@ -110,6 +110,7 @@ class Task(Habits):
         return f"{type(self).__name__}({self.described()})"
 
     load_params = delegate("backbone", Backbone.load_params)
+    quantize = delegate("backbone", Backbone.quantize)
     enable_lora = delegate("backbone.adapters", AdapterSet.enable_lora)
     set_adapter = delegate("backbone.adapters", AdapterSet.set_adapter)
     merge_lora = delegate("backbone.adapters", AdapterSet.merge_lora)

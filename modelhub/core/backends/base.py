@@ -29,6 +29,7 @@ from modelhub.errors import ConfigError, DeviceError, MixedBackends
 
 Array = Any
 Shape = Sequence[int]
+Parts = tuple[Array, Array | None, Array | None]  # of a matrix: values or codes; scales and minima of quantised ones
 
 
 class Backend:
@@ -454,6 +455,76 @@ class Backend:
         """As `slice_rows`, of a matrix that is an array or a packed leaf: a plain array."""
         return weight.rows(self, start, size) if isinstance(weight, Packed) else self.slice_rows(weight, start, size)
 
+    # --- quantised weights: leaves of modelhub.core.quantized -----------------------------------------------
+
+    def kernels(self) -> Any:
+        """The library of native products (modelhub.core.kernels), None where it cannot be used."""
+        return None
+
+    def kernel_linear(self, x: Array, kind: int, arrays: Parts, outputs: int) -> Array:
+        """x (R, K) float32 times a matrix of that kind, transposed: (R, outputs). For backends that have `kernels`."""
+        raise NotImplementedError
+
+    def kernel_rows(self, leaf: Any, start: Array, size: int) -> Array:
+        """Rows of a quantised matrix as float32 (size, K). For backends that have `kernels`."""
+        raise NotImplementedError
+
+    def kernel_take(self, leaf: Any, ids: Array) -> Array:
+        """Those at ids (...) as float32 (..., K). For backends that have `kernels`."""
+        raise NotImplementedError
+
+    def without_gradient(self, product: Callable, back: Callable, x: Array, leaf: Any) -> Array:
+        """product(x, leaf), whose gradient by x is back(gradient, leaf) and by the leaf nothing.
+
+        Each backend that trains: what `product` widens is not kept for the backward pass.
+        """
+        return product(x, leaf)
+
+    def packed_rows(self, leaf: Any, start: Array, size: int) -> Array:
+        """Rows start ... start + size - 1 of a quantised matrix, float32; start an int or an int32 scalar array."""
+        return leaf.plain_window(self, start, size) if self.kernels() is None else self.kernel_rows(leaf, start, size)
+
+    def packed_take(self, leaf: Any, ids: Array) -> Array:
+        """Rows of a quantised matrix at ids (...), float32 (..., K)."""
+        return leaf.plain_take(self, ids) if self.kernels() is None else self.kernel_take(leaf, ids)
+
+    def packed_linear(self, x: Array, leaf: Any) -> Array:
+        """x (..., K) times a quantised matrix (N, K), transposed: (..., N) in the dtype of x.
+
+        With few rows integers are multiplied, and x is rounded to 8 bits; else the matrix is widened by blocks.
+        """
+        outputs, width = leaf.shape
+        *shape, _ = self.shape(x)
+        flat = self.reshape(x, (-1, width))
+        rows = self.shape(flat)[0]
+        if self.training:
+            y = self.without_gradient(self._widened_product, self._widened_back, flat, leaf)
+        elif self.kernels() is not None and isinstance(rows, int) and rows <= self.few_packed_rows:
+            y = self.kernel_linear(self.cast(flat, "float32"), leaf.kind, leaf.parts, outputs)
+            y = self.cast(y, self.dtype(x))
+        else:
+            y = self._widened_product(flat, leaf)
+        return self.reshape(y, (*shape, outputs))
+
+    few_packed_rows = 64
+
+    def _widened_product(self, x: Array, leaf: Any) -> Array:
+        """x (R, K) times the matrix, a block of its rows after the other: in floats it never exists as a whole."""
+        dtype = self.dtype(x)
+        return self.concat(
+            [self._linear(x, self.cast(self.packed_rows(leaf, *block), dtype), None) for block in _blocks(leaf)], -1
+        )
+
+    def _widened_back(self, gradient: Array, leaf: Any) -> Array:
+        """gradient (R, N) times the matrix: (R, K), in the same way; summed in float32."""
+        dtype = self.dtype(gradient)
+        total = None
+        for start, size in _blocks(leaf):
+            rows = self.cast(self.packed_rows(leaf, start, size), dtype)
+            part = self.cast(self.matmul(gradient[:, start : start + size], rows), "float32")
+            total = part if total is None else total + part
+        return self.cast(total, dtype)
+
     def logsumexp(self, x: Array, axis: int = -1, keepdims: bool = False) -> Array:
         peak = self.max(x, axis=axis, keepdims=True)
         total = self.log(self.sum(self.exp(x - peak), axis=axis, keepdims=True)) + peak
@@ -570,6 +641,13 @@ class Backend:
             scores = self.reshape(scores, (batch, kv_heads, group * time, length))
         weights = self.dropout(self.cast(self.softmax(scores), self.dtype(q)), dropout, salt)
         return self.reshape(self.matmul(weights, v), (batch, heads, time, width))
+
+
+def _blocks(leaf: Any) -> list[tuple[int, int]]:
+    """(first row, rows) of blocks of a quantised matrix, of some 8 MB in float32 each."""
+    outputs, width = leaf.shape
+    size = max(16, (1 << 21) // width // 16 * 16)
+    return [(start, min(size, outputs - start)) for start in range(0, outputs, size)]
 
 
 def _mixed(x: Array) -> Array:

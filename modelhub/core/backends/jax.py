@@ -1,6 +1,7 @@
 """JAX: every step is one jitted XLA program, with the caches donated."""
 
 import contextlib
+import functools
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from modelhub.core import leaves
-from modelhub.core.backends.base import Array, Backend, Shape, bound, host_copy, of_arrays
+from modelhub.core import kernels, leaves
+from modelhub.core.backends.base import Array, Backend, Parts, Shape, bound, host_copy, of_arrays
 
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"  # RFC 8878
 _PRODUCT = "product"  # the name of what is kept for the backward pass
@@ -30,6 +31,25 @@ leaves.follow(
         kind, lambda leaf: leaf.taken_apart(), lambda others, arrays: kind.put_together(arrays, others)
     )
 )
+
+
+@functools.cache
+def _library() -> Any:
+    """The native products, made known to XLA; None where there are none."""
+    found = kernels.library()
+    for name, handler in found.xla_handlers().items() if found else ():
+        jax.ffi.register_ffi_target(f"modelhub_{name}", handler, platform="cpu")
+    return found
+
+
+def _native(name: str, shape: Shape, *args: Array) -> Array:
+    """A native product as a part of an XLA program. Its inputs come row by row, as XLA lays out what it is not told."""
+    return jax.ffi.ffi_call(
+        f"modelhub_{name}", jax.ShapeDtypeStruct(tuple(shape), jnp.float32), vmap_method="sequential"
+    )(*args)
+
+
+_KINDS = {number: name for name, number in {**kernels.FLOATS, **kernels.SCHEMES}.items()}
 
 
 def _use_compilation_cache() -> None:
@@ -338,20 +358,40 @@ class JaxBackend(Backend):
     def matmul(self, x: Array, y: Array) -> Array:
         return jnp.matmul(x, y)
 
+    def kernels(self) -> Any:
+        # Functions that are called in programs of the user's own, or exported, have no native parts: they could be
+        # differentiated, or run elsewhere.
+        return _library() if self._device is not None and self.device == "cpu" else None
+
+    def kernel_linear(self, x: Array, kind: int, arrays: Parts, outputs: int) -> Array:
+        return _native(
+            f"linear_{_KINDS[kind]}", (x.shape[0], outputs), x, *(part for part in arrays if part is not None)
+        )
+
+    def kernel_rows(self, leaf: Any, start: Array, size: int) -> Array:
+        start = jnp.asarray(start, "int32")
+        return _native(f"widen_{leaf.scheme}", (size, leaf.shape[1]), start, *leaf.arrays.values())
+
+    def kernel_take(self, leaf: Any, ids: Array) -> Array:
+        return _native(f"take_{leaf.scheme}", (*ids.shape, leaf.shape[1]), ids, *leaf.arrays.values())
+
+    def without_gradient(self, product: Callable, back: Callable, x: Array, leaf: Any) -> Array:
+        run = jax.custom_vjp(product)
+        run.defvjp(lambda x, leaf: (product(x, leaf), leaf), lambda leaf, upstream: (back(upstream, leaf), None))
+        return run(x, leaf)
+
     def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
         outputs, width = weight.shape
         rows = x.size // width
-        few = isinstance(rows, int) and 1 < rows <= 16  # jax.export's symbolic sizes have no truth
-        if self.device != "cpu" or not few or outputs % 2:
-            y = super()._linear(x, weight, bias)
-            # The second half of a LoRA is cheaper to compute again than to keep.
-            return checkpoint_name(y, _PRODUCT) if self.training and width > _THIN else y
-        # Few rows on CPU: XLA is a quarter faster on two halves of the weights (docs/decisions.md has the figures).
-        halves = jnp.reshape(weight, (2, outputs // 2, width))
-        both = jnp.broadcast_to(jnp.reshape(x, (rows, width)), (2, rows, width))
-        y = jax.lax.dot_general(halves, both, (((2,), (2,)), ((0,), (0,))))  # 2, N / 2, rows
-        y = jnp.reshape(jnp.moveaxis(y, 2, 0), (*x.shape[:-1], outputs))
-        return y if bias is None else self.plus(y, bias)
+        few = isinstance(rows, int) and rows <= kernels.FEW  # jax.export's symbolic sizes have no truth
+        if few and not self.training and weight.dtype.name in kernels.FLOATS and self.kernels() is not None:
+            flat = jnp.reshape(x, (rows, width)).astype(jnp.float32)
+            y = self.kernel_linear(flat, kernels.FLOATS[weight.dtype.name], (weight, None, None), outputs)
+            y = jnp.reshape(y.astype(x.dtype), (*x.shape[:-1], outputs))
+            return y if bias is None else self.plus(y, bias)
+        y = super()._linear(x, weight, bias)
+        # The second half of a LoRA is cheaper to compute again than to keep.
+        return checkpoint_name(y, _PRODUCT) if self.training and width > _THIN else y
 
     def einsum(self, equation: str, *operands: Array) -> Array:
         return jnp.einsum(equation, *operands)

@@ -9,7 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from modelhub.core.backends.base import Array, Backend, Shape, bound_once, host_copy
+from modelhub.core import kernels
+from modelhub.core.backends.base import Array, Backend, Parts, Shape, bound_once, host_copy
 from modelhub.errors import NoGradients
 
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -243,6 +244,33 @@ class NumpyBackend(Backend):
 
     def einsum(self, equation: str, *operands: Array) -> Array:
         return np.einsum(equation, *map(_wide, operands), optimize=True).astype(operands[0].dtype, copy=False)
+
+    def kernels(self) -> Any:
+        return kernels.library()
+
+    def kernel_linear(self, x: Array, kind: int, arrays: Parts, outputs: int) -> Array:
+        codes, scales, minima = arrays
+        x = np.ascontiguousarray(x)
+        rows, width = x.shape
+        y = np.empty((rows, outputs), np.float32)
+        self.kernels().linear(kind, codes, scales, minima, x, y, rows, outputs, width, kernels.threads(), 0)
+        return y
+
+    def kernel_rows(self, leaf: Any, start: Array, size: int) -> Array:
+        codes, scales, minima = leaf.parts
+        outputs, width = leaf.shape
+        y = np.empty((size, width), np.float32)
+        threads = kernels.threads()
+        self.kernels().widen(leaf.kind, codes, scales, minima, y, int(start), size, outputs, width, threads, 0)
+        return y
+
+    def kernel_take(self, leaf: Any, ids: Array) -> Array:
+        codes, scales, minima = leaf.parts
+        ids = np.ascontiguousarray(ids, np.int32)
+        outputs, width = leaf.shape
+        y = np.empty((*ids.shape, width), np.float32)
+        self.kernels().take(leaf.kind, codes, scales, minima, ids, y, ids.size, outputs, width)
+        return y
 
     def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
         rows = x.reshape(-1, x.shape[-1])

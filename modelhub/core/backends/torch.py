@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from modelhub.core.backends.base import Array, Backend, Shape, bound_once, host_copy
+from modelhub.core import kernels
+from modelhub.core.backends.base import Array, Backend, Parts, Shape, bound_once, host_copy
 from modelhub.errors import ConfigError, InputError
 
 _DTYPES = {
@@ -54,6 +55,23 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x = None if weight is None else _product(gradient, weight.t())
         return of_x, None if x is None else _product(gradient.t(), x.t())
+
+
+def _addresses(parts: Parts) -> list[int | None]:
+    return [None if part is None else part.data_ptr() for part in parts]
+
+
+class _Frozen(torch.autograd.Function):
+    """A product with a matrix that is not trained, and that the backward pass widens again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Array, leaf: Any, product: Callable, back: Callable) -> Array:
+        ctx.leaf, ctx.back = leaf, back
+        return product(x, leaf)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Array) -> tuple[Array | None, ...]:
+        return ctx.back(gradient, ctx.leaf), None, None, None
 
 
 class TorchOptimizer:
@@ -409,35 +427,64 @@ class TorchBackend(Backend):
     def einsum(self, equation: str, *operands: Array) -> Array:
         return torch.einsum(equation, *operands)
 
+    def kernels(self) -> Any:
+        # Nobody knows the kernels' names but we: programs that are compiled or exported go without.
+        if not self._on_cpu or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return None
+        return kernels.library()
+
+    def kernel_linear(self, x: Array, kind: int, arrays: Parts, outputs: int) -> Array:
+        x = x.contiguous()
+        rows, width = x.shape
+        y = x.new_empty((rows, outputs))
+        self.kernels().linear(
+            kind, *_addresses(arrays), x.data_ptr(), y.data_ptr(), rows, outputs, width, torch.get_num_threads(),
+            kernels.openmp(),
+        )  # fmt: skip
+        return y
+
+    def kernel_rows(self, leaf: Any, start: Array, size: int) -> Array:
+        outputs, width = leaf.shape
+        y = torch.empty((size, width))
+        self.kernels().widen(
+            leaf.kind, *_addresses(leaf.parts), y.data_ptr(), int(start), size, outputs, width,
+            torch.get_num_threads(), kernels.openmp(),
+        )  # fmt: skip
+        return y
+
+    def kernel_take(self, leaf: Any, ids: Array) -> Array:
+        outputs, width = leaf.shape
+        ids = ids.to(torch.int32).contiguous()
+        y = torch.empty((*ids.shape, width))
+        self.kernels().take(
+            leaf.kind, *_addresses(leaf.parts), ids.data_ptr(), y.data_ptr(), ids.numel(), outputs,
+            width,
+        )  # fmt: skip
+        return y
+
+    def without_gradient(self, product: Callable, back: Callable, x: Array, leaf: Any) -> Array:
+        return _Frozen.apply(x, leaf, product, back)
+
     def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
-        same = weight.dtype == x.dtype == torch.float32
-        if not self._on_cpu or not same or torch.compiler.is_compiling():
+        if not self._on_cpu or x.dtype != weight.dtype or torch.compiler.is_compiling():
             return F.linear(x, weight, bias)
-        rows = x.numel() // x.shape[-1]
-        if rows > 4 and self._suits_onednn(weight, weight):
-            y = self._onednn(x.reshape(rows, -1), weight).reshape(*x.shape[:-1], -1)
-            return y if bias is None else y + bias
-        if rows > 16 or (torch.is_grad_enabled() and x.requires_grad):
-            return F.linear(x, weight, bias)
-        # Few rows on CPU: F.linear reads the weights on one thread, at a quarter of the memory's speed
-        # (docs/decisions.md has the figures).
         outputs, width = weight.shape
-        x2 = x.reshape(rows, width)
-        if rows == 1:
-            block = 1024 if outputs > 16384 else 64
-            if outputs % block:
-                y = torch.mm(weight, x2.t().expand(width, 2))[:, :1].t()
-            else:
-                blocks = outputs // block
-                y = torch.bmm(weight.reshape(blocks, block, width), x2.t().expand(blocks, width, 1))
-        elif outputs % 64 or outputs > 16384:
-            y = torch.mm(weight, x2.t()).t()
+        rows = x.numel() // width
+        if rows <= kernels.FEW and self._suits_kernels(x, weight):
+            y = self.kernel_linear(
+                x.reshape(rows, width).float(), kernels.FLOATS[_NAMES[x.dtype]], (weight, None, None), outputs
+            )
+        elif x.dtype == torch.float32 and rows > 4 and self._suits_onednn(weight, weight):
+            y = self._onednn(x.reshape(rows, width), weight)
         else:
-            blocks = outputs // 64
-            y = torch.bmm(x2.expand(blocks, rows, width), weight.reshape(blocks, 64, width).transpose(1, 2))
-            y = y.transpose(0, 1)
-        y = y.reshape(*x.shape[:-1], outputs)
+            return F.linear(x, weight, bias)
+        y = y.reshape(*x.shape[:-1], outputs).to(x.dtype)
         return y if bias is None else y + bias
+
+    def _suits_kernels(self, x: Array, weight: Array) -> bool:
+        wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        known = _NAMES[weight.dtype] in kernels.FLOATS and weight.is_contiguous()
+        return known and not wanted and self.kernels() is not None
 
     def softmax(self, x: Array, axis: int = -1) -> Array:
         return torch.softmax(x, axis, dtype=torch.float32).to(x.dtype)

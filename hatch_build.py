@@ -1,0 +1,111 @@
+"""Compiles the native kernels (modelhub/core/kernels) with the system's C compiler, when modelhub is built or installed
+from source. Without a compiler the package is whole all the same: the frameworks' own products are used.
+
+MODELHUB_KERNELS=off leaves them out, =require makes it an error that they cannot be built. CC: the compiler, with
+options if need be ("zig cc -target x86_64-linux-gnu.2.17"); MODELHUB_BUILD_MACHINE: what it compiles for, if not this
+machine: "x86_64" or "aarch64".
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ImportError:  # only pip's build environment has it
+    BuildHookInterface = object  # type: ignore[assignment,misc]
+
+KERNELS = "modelhub/core/kernels"
+_AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
+SETS = {  # the instruction sets that src/rows.c and src/round.c are compiled for, and how
+    "x86_64": {
+        "sse": "-msse4.2 -mssse3",
+        "avx2": "-mavx2 -mfma -mf16c",
+        "avxvnni": "-mavx2 -mfma -mf16c -mavxvnni",
+        "avx512": _AVX512,
+        "avx512vnni": f"{_AVX512} -mavx512vnni",
+    },
+    "aarch64": {"neon": "", "dotprod": "-march=armv8.2-a+dotprod"},
+}
+OPTIONS = "-O3 -std=gnu11 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast -Wall -Wextra -Wno-psabi"
+
+
+def compiler() -> list[str] | None:
+    """The command, without arguments but those of $CC."""
+    if given := shlex.split(os.environ.get("CC", "")):
+        return given
+    return next(([name] for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+
+
+def build(root: Path, target: Path, options: str = OPTIONS) -> None:
+    """Compile the kernels into `target`, all instruction sets of the machine's kind in one library.
+
+    Raises OSError without a compiler, or for a kind of machine that there are no kernels for;
+    subprocess.CalledProcessError, whose stderr says what the compiler says.
+    """
+    machine = os.environ.get("MODELHUB_BUILD_MACHINE") or platform.machine().lower()
+    sets = SETS.get({"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine))
+    if (cc := compiler()) is None:
+        raise OSError("no C compiler was found (cc, gcc, clang or $CC)")
+    if sets is None:
+        raise OSError(f"there are no kernels for {machine}")
+    units = {
+        f"{file}_{name}": (file, f"{flags} -DISA={name}") for name, flags in sets.items() for file in ("rows", "round")
+    }
+    units |= {name: (name, "") for name in ("dispatch", "pool", "pack", "xla")}
+    units["module"] = ("module", f"-I{sysconfig.get_paths()['include']}")
+    source = root / KERNELS / "src"
+    with tempfile.TemporaryDirectory() as work:
+        objects = [str(Path(work, f"{unit}.o")) for unit in units]
+        running = [
+            subprocess.Popen(
+                [*cc, *options.split(), *flags.split(), "-c", str(source / f"{file}.c"), "-o", made],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )  # fmt: skip
+            for (file, flags), made in zip(units.values(), objects, strict=True)
+        ]
+        for process in running:
+            said, _ = process.communicate()
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, shlex.join(process.args), stderr=said)
+        extra = ["-undefined", "dynamic_lookup"] if "apple" in f"{cc}" or platform.system() == "Darwin" else []
+        link = [*cc, "-shared", *extra, "-o", str(target), *objects, "-lpthread", "-lm"]
+        subprocess.run(link, check=True, capture_output=True, text=True)
+
+
+class KernelsHook(BuildHookInterface):
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        wanted = os.environ.get("MODELHUB_KERNELS", "")
+        target = Path(self.root, KERNELS, "_kernels.abi3.so")
+        if wanted == "off" or self.target_name != "wheel":
+            return
+        try:
+            build(Path(self.root), target)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if wanted == "require":
+                raise
+            target.unlink(missing_ok=True)
+            said = getattr(error, "stderr", None) or error
+            self.app.display_warning(
+                f"modelhub's native kernels were not built: {said}\nmodelhub works without them, through the products "
+                "of numpy, JAX, PyTorch and TensorFlow; quantised models are slower then. Install a C compiler and "
+                "install modelhub again to have them"
+            )
+            return
+        from packaging.tags import platform_tags
+
+        build_data["pure_python"] = False
+        build_data["tag"] = f"cp311-abi3-{os.environ.get('MODELHUB_BUILD_PLATFORM') or next(platform_tags())}"
+
+
+if __name__ == "__main__":  # for who works on the kernels: into the checkout
+    here = Path(__file__).resolve().parent
+    build(here, here / KERNELS / "_kernels.abi3.so")

@@ -1,0 +1,43 @@
+/* Products with few rows, y[R,N] = x[R,K] . W[N,K]^T, of float and of quantised weights; see ../__init__.py. */
+#ifndef MHK_H
+#define MHK_H
+#include <stdint.h>
+
+#define MHK_ABI 1 /* raised with every change of what is below; ../__init__.py checks it */
+
+/* Floats are row-major. Quantised weights are in tiles of 16 rows and groups of 32 columns, (N + 15) / 16 x K / 32 of
+ * them, the groups of a tile one after the other:
+ *   codes   8 bits: [8][16 rows][4 columns], signed; 4 bits: [4][16 rows][4 columns], the low halves columns 0 to 15 of
+ *           the group, the high ones 16 to 31, and 8 more than what they mean unless there are minima
+ *   scales  [16 rows] float16; INT8H: [2][16 rows], one for each 16 columns
+ *   minima  [16 rows] float16 (the kinds in M): a weight is scale * code + minimum
+ */
+enum { MHK_F32, MHK_BF16, MHK_F16, MHK_INT8, MHK_INT8M, MHK_INT8H, MHK_INT4, MHK_INT4M, MHK_KINDS };
+enum { MHK_TILE = 16, MHK_GROUP = 32 };
+
+typedef struct {
+    int kind;
+    const void *codes;
+    const uint16_t *scales, *minima;
+    long n, k;
+} mhk_matrix;
+
+/* All return 0, or -1 for arguments that do not fit together, -2 without memory. threads: at most so many;
+ * openmp: those of the OpenMP in the process, if mhk_use_openmp was given one, in place of the own pool. */
+int mhk_linear(const mhk_matrix *w, const float *x, float *y, long rows, int threads, int openmp);
+int mhk_widen(const mhk_matrix *w, long first, long count, float *out, int threads, int openmp); /* rows as floats */
+int mhk_take(const mhk_matrix *w, const int32_t *ids, long count, float *out); /* ids outside: the nearest row */
+
+/* Packs `count` rows of floats, at most 16, into one tile: codes, scales and minima by least squared error. */
+int mhk_pack(int kind, const float *rows, long count, long k, const float *importance, void *codes, uint16_t *scales,
+             uint16_t *minima);
+/* The same of blocks of a GGUF file, `row_bytes` apart; nothing is rounded but scales and minima, to float16. */
+int mhk_pack_gguf(int type, const uint8_t *rows, long row_bytes, long count, long k, void *codes, uint16_t *scales,
+                  uint16_t *minima);
+
+const char *mhk_isa(void);          /* the instruction set in use; "" on processors below all that there are */
+int mhk_set_isa(const char *name);  /* -1: not on this processor */
+int mhk_threads(void);              /* what XLA and TensorFlow use */
+void mhk_set_threads(int threads);
+void mhk_use_openmp(void *gomp_parallel);
+#endif

@@ -1,0 +1,170 @@
+/* The Python module: for the stable ABI of Python 3.11 and later. An array is given as an object with a buffer, or as its
+ * address; shapes are the caller's to have right, which ../__init__.py sees to. */
+#define Py_LIMITED_API 0x030B0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "mhk.h"
+
+typedef struct {
+    Py_buffer view;
+    void *at;
+    int held;
+} array;
+
+static int get(PyObject *object, void *p) { /* a converter of PyArg_ParseTuple */
+    array *a = p;
+    if (!object) { /* clean up */
+        if (a->held) PyBuffer_Release(&a->view);
+        a->held = 0;
+        return 1;
+    }
+    if (object == Py_None) return 1;
+    if (PyLong_Check(object)) {
+        a->at = PyLong_AsVoidPtr(object);
+        return a->at || !PyErr_Occurred();
+    }
+    if (PyObject_GetBuffer(object, &a->view, PyBUF_SIMPLE)) return 0;
+    a->held = 1;
+    a->at = a->view.buf;
+    return Py_CLEANUP_SUPPORTED;
+}
+static void release(array *arrays, int n) {
+    for (int i = 0; i < n; i++) get(0, arrays + i);
+}
+static PyObject *result(int code) {
+    if (!code) Py_RETURN_NONE;
+    if (code == -2) return PyErr_NoMemory();
+    PyErr_SetString(PyExc_ValueError, "kernels: the arguments do not fit together, or there are none for this processor");
+    return 0;
+}
+
+enum { W, S, M, X, Y };
+
+static PyObject *linear(PyObject *module, PyObject *args) {
+    array a[5] = {{.at = 0}};
+    int kind, threads, openmp, code;
+    long rows, n, k;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iO&O&O&O&O&lllii", &kind, get, a + W, get, a + S, get, a + M, get, a + X, get, a + Y, &rows,
+                          &n, &k, &threads, &openmp))
+        return 0;
+    const mhk_matrix w = {kind, a[W].at, a[S].at, a[M].at, n, k};
+    Py_BEGIN_ALLOW_THREADS
+    code = mhk_linear(&w, a[X].at, a[Y].at, rows, threads, openmp);
+    Py_END_ALLOW_THREADS
+    release(a, 5);
+    return result(code);
+}
+static PyObject *widen(PyObject *module, PyObject *args) {
+    array a[5] = {{.at = 0}};
+    int kind, threads, openmp, code;
+    long first, count, n, k;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iO&O&O&O&llllii", &kind, get, a + W, get, a + S, get, a + M, get, a + Y, &first, &count, &n,
+                          &k, &threads, &openmp))
+        return 0;
+    const mhk_matrix w = {kind, a[W].at, a[S].at, a[M].at, n, k};
+    Py_BEGIN_ALLOW_THREADS
+    code = mhk_widen(&w, first, count, a[Y].at, threads, openmp);
+    Py_END_ALLOW_THREADS
+    release(a, 5);
+    return result(code);
+}
+static PyObject *take(PyObject *module, PyObject *args) {
+    array a[5] = {{.at = 0}};
+    int kind, code;
+    long count, n, k;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iO&O&O&O&O&lll", &kind, get, a + W, get, a + S, get, a + M, get, a + X, get, a + Y, &count,
+                          &n, &k))
+        return 0;
+    const mhk_matrix w = {kind, a[W].at, a[S].at, a[M].at, n, k};
+    Py_BEGIN_ALLOW_THREADS
+    code = mhk_take(&w, a[X].at, count, a[Y].at);
+    Py_END_ALLOW_THREADS
+    release(a, 5);
+    return result(code);
+}
+static PyObject *pack(PyObject *module, PyObject *args) {
+    array a[5] = {{.at = 0}};
+    int kind, code;
+    long count, k;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iO&llO&O&O&O&", &kind, get, a + X, &count, &k, get, a + Y, get, a + W, get, a + S, get,
+                          a + M))
+        return 0;
+    Py_BEGIN_ALLOW_THREADS
+    code = mhk_pack(kind, a[X].at, count, k, a[Y].at, a[W].at, a[S].at, a[M].at);
+    Py_END_ALLOW_THREADS
+    release(a, 5);
+    return result(code);
+}
+static PyObject *pack_gguf(PyObject *module, PyObject *args) {
+    array a[5] = {{.at = 0}};
+    int type, code;
+    long row_bytes, count, k;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iO&lllO&O&O&", &type, get, a + X, &row_bytes, &count, &k, get, a + W, get, a + S, get,
+                          a + M))
+        return 0;
+    Py_BEGIN_ALLOW_THREADS
+    code = mhk_pack_gguf(type, a[X].at, row_bytes, count, k, a[W].at, a[S].at, a[M].at);
+    Py_END_ALLOW_THREADS
+    release(a, 5);
+    return result(code);
+}
+static PyObject *isa(PyObject *module, PyObject *args) {
+    const char *name = 0;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "|s", &name)) return 0;
+    if (name && mhk_set_isa(name)) Py_RETURN_NONE;
+    return PyUnicode_FromString(mhk_isa());
+}
+static PyObject *set_threads(PyObject *module, PyObject *args) {
+    int threads;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "i", &threads)) return 0;
+    mhk_set_threads(threads);
+    Py_RETURN_NONE;
+}
+static PyObject *use_openmp(PyObject *module, PyObject *args) {
+    array a = {.at = 0};
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&", get, &a)) return 0;
+    mhk_use_openmp(a.at);
+    Py_RETURN_NONE;
+}
+
+extern void *const mhk_xla_handlers[];
+extern const char *const mhk_xla_names[];
+static PyObject *xla_handlers(PyObject *module, PyObject *args) {
+    PyObject *found = PyDict_New();
+    (void)module, (void)args;
+    for (int i = 0; found && mhk_xla_names[i]; i++) {
+        PyObject *capsule = PyCapsule_New(mhk_xla_handlers[i], 0, 0);
+        int failed = !capsule || PyDict_SetItemString(found, mhk_xla_names[i], capsule);
+        Py_XDECREF(capsule);
+        if (failed) Py_CLEAR(found);
+    }
+    return found;
+}
+
+static PyMethodDef methods[] = {
+    {"linear", linear, METH_VARARGS, "linear(kind, codes, scales, minima, x, y, rows, n, k, threads, openmp)"},
+    {"widen", widen, METH_VARARGS, "widen(kind, codes, scales, minima, out, first, count, n, k, threads, openmp)"},
+    {"take", take, METH_VARARGS, "take(kind, codes, scales, minima, ids, out, count, n, k)"},
+    {"pack", pack, METH_VARARGS, "pack(kind, rows, count, k, importance, codes, scales, minima): one tile"},
+    {"pack_gguf", pack_gguf, METH_VARARGS, "pack_gguf(type, rows, row_bytes, count, k, codes, scales, minima): one tile"},
+    {"isa", isa, METH_VARARGS, "isa(): the instruction set in use; isa(name): use it, None if it is not there"},
+    {"set_threads", set_threads, METH_VARARGS, "set_threads(n): what XLA and TensorFlow use"},
+    {"use_openmp", use_openmp, METH_VARARGS, "use_openmp(address of GOMP_parallel)"},
+    {"xla_handlers", xla_handlers, METH_NOARGS, "xla_handlers(): {name: capsule}, XLA's FFI"},
+    {0},
+};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", 0, -1, methods, 0, 0, 0, 0};
+PyMODINIT_FUNC PyInit__kernels(void) {
+    PyObject *module = PyModule_Create(&definition);
+    if (module && PyModule_AddIntConstant(module, "ABI", MHK_ABI)) Py_CLEAR(module);
+    return module;
+}

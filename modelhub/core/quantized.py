@@ -1,0 +1,318 @@
+"""Quantised weights: codes of 4 or 8 bits, a scale for each group of 32 columns, in tiles that kernels read in order.
+
+| scheme | a weight is | bits | holds exactly |
+|---|---|---|---|
+| int8 | scale * code, code -127 ... 127 | 8.5 | GGUF's Q8_0 and Q5_0 |
+| int8m | scale * code + minimum, code 0 ... 127 | 9 | Q5_1, Q5_K |
+| int8h | scale * code, a scale for each 16 columns | 9 | Q6_K |
+| int4 | scale * code, code -8 ... 7 | 4.5 | Q4_0 |
+| int4m | scale * code + minimum, code 0 ... 15 | 5 | Q4_1, Q4_K |
+
+Scales and minima are float16. With few rows of x the kernels round x to 8 bits, a scale for each 32 columns, and
+multiply integers (relative error of a product 0.5% to 0.8%); with many, and in training, weights are widened by blocks.
+Rounding: of the scales and minima that are tried, those with the least squared error, as in llama.cpp's ggml-quants.c.
+"""
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from modelhub.core import kernels
+from modelhub.core.leaves import Packed, size
+from modelhub.errors import ConfigError
+
+Array = Any
+TILE, GROUP = 16, 32  # rows of a tile, columns of a group
+SCHEMES = tuple(kernels.SCHEMES)
+ASKED = ("int8", "int4")  # what people ask for
+_RANGES = {"int8": (-127, 127), "int8m": (0, 127), "int8h": (-127, 127), "int4": (-8, 7), "int4m": (0, 15)}
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles(Packed):
+    """A quantised matrix (N, K), K a multiple of 32, N rounded up to tiles of 16 rows.
+
+    codes: uint8 (N / 16, K / 32, 512), 256 with 4 bits: [8][16 rows][4 columns] of a group; with 4 bits [4][16][4], the
+        low halves columns 0 to 15, the high ones 16 to 31, and 8 more than what is meant unless there are minima.
+    scales: float16 (N / 16, K / 32, 16); int8h: (N / 16, K / 32, 2, 16).
+    """
+
+    ARRAYS: ClassVar[tuple[str, ...]] = ("codes", "scales")
+    codes: Array
+    scales: Array
+    scheme: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @property
+    def parts(self) -> tuple[Array, Array, Array | None]:
+        """codes, scales, and minima where there are any."""
+        return self.codes, self.scales, self.arrays.get("minima")
+
+    @property
+    def kind(self) -> int:
+        """The kernels' number of the scheme."""
+        return kernels.SCHEMES[self.scheme]
+
+    def values(self, xp: Any) -> Array:
+        return xp.cast(xp.packed_rows(self, 0, self.shape[0]), self.dtype)
+
+    def rows(self, xp: Any, start: Array, size: int) -> Array:
+        return xp.cast(xp.packed_rows(self, start, size), self.dtype)
+
+    def linear(self, xp: Any, x: Array, bias: Array | None) -> Array:
+        y = xp.packed_linear(x, self)
+        return y if bias is None else xp.plus(y, bias)
+
+    def embedding(self, xp: Any, ids: Array) -> Array:
+        return xp.cast(xp.packed_take(self, ids), self.dtype)
+
+    def plain_window(self, xp: Any, start: Array, size: int) -> Array:
+        """As `rows`, in float32, of operations that every framework has; of the tiles that are needed alone."""
+        tiles = self.codes.shape[0]
+        count = min(tiles, (size + 2 * TILE - 2) // TILE)
+        first = start // TILE
+        first = min(first, tiles - count) if isinstance(start, int) else xp.minimum(first, tiles - count)
+        part = self.with_arrays({name: xp.slice_rows(x, first, count) for name, x in self.arrays.items()})
+        return xp.slice_rows(part.plain_rows(xp), start - first * TILE, size)
+
+    def plain_take(self, xp: Any, ids: Array) -> Array:
+        """As `embedding`, in float32, of operations that every framework has."""
+        flat = xp.reshape(ids, (-1,))
+        part = self.with_arrays({name: xp.take(x, flat // TILE, axis=0) for name, x in self.arrays.items()})
+        rows = xp.reshape(part.plain_rows(xp), (-1, TILE, self.shape[1]))
+        index = xp.broadcast_to(xp.reshape(flat % TILE, (-1, 1, 1)), (xp.shape(rows)[0], 1, self.shape[1]))
+        return xp.reshape(xp.take_along_axis(rows, index, 1), (*xp.shape(ids), self.shape[1]))
+
+    def plain_rows(self, xp: Any) -> Array:
+        """All rows, those that fill up the last tile too, as float32 (N, K), of operations that every framework has."""
+        tiles, groups, nbytes = self.codes.shape
+        if nbytes == 256:
+            # Bytes of the low halves, then of the high ones: 2, tiles, groups, 4, 16, 4.
+            q = xp.stack([self.codes & 15, self.codes // 16])
+            q = xp.reshape(xp.cast(q, "float32"), (2, tiles, groups, 4, TILE, 4))
+            q = xp.transpose(q, (1, 4, 2, 0, 3, 5))  # tiles, row, group, half, 4, 4
+            q = q - 8.0 if self.scheme == "int4" else q
+        else:
+            q = xp.reshape(xp.cast(self.codes, "float32"), (tiles, groups, 8, TILE, 4))
+            q = xp.transpose(q, (0, 3, 1, 2, 4))
+            q = q - 256.0 * xp.cast(q > 127.0, "float32")  # bytes are signed
+        scales = xp.cast(self.scales, "float32")
+        halves = 2 if self.scheme == "int8h" else 1
+        scales = xp.transpose(xp.reshape(scales, (tiles, groups, halves, TILE)), (0, 3, 1, 2))
+        q = xp.reshape(q, (tiles, TILE, groups, halves, GROUP // halves)) * xp.expand_dims(scales, 4)
+        return xp.reshape(self._shifted(xp, q), (tiles * TILE, groups * GROUP))
+
+    def _shifted(self, xp: Any, q: Array) -> Array:
+        return q
+
+
+@dataclass(frozen=True, eq=False)
+class TilesWithMinima(Tiles):
+    """minima: float16 (N / 16, K / 32, 16)."""
+
+    ARRAYS: ClassVar = ("codes", "scales", "minima")
+    minima: Array = None
+
+    def _shifted(self, xp: Any, q: Array) -> Array:
+        minima = xp.transpose(xp.cast(self.minima, "float32"), (0, 2, 1))  # tiles, row, group
+        return q + xp.expand_dims(xp.expand_dims(minima, 3), 4)
+
+
+def tiles_of(xp: Any, arrays: Mapping[str, np.ndarray], scheme: str, shape: tuple[int, ...], dtype: str) -> Tiles:
+    """The leaf on a backend. arrays: as `pack` returns them; the caller gives them up."""
+    cls = TilesWithMinima if "minima" in arrays else Tiles
+    return cls(**{name: xp.put(x) for name, x in arrays.items()}, scheme=scheme, shape=tuple(shape), dtype=dtype)
+
+
+def fits(shape: tuple[int, ...]) -> bool:
+    """Whether an array of that shape can be packed: a matrix whose rows are whole groups."""
+    return len(shape) == 2 and shape[1] % GROUP == 0
+
+
+def empty_tiles(scheme: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Arrays of a packed matrix, to be filled tile by tile; aligned, as frameworks want what they adopt."""
+    tiles, groups = -(-shape[0] // TILE), shape[1] // GROUP
+    scales = (tiles, groups, 2, TILE) if scheme == "int8h" else (tiles, groups, TILE)
+    found = {
+        "codes": _aligned((tiles, groups, TILE * GROUP // (2 if scheme in ("int4", "int4m") else 1)), "uint8"),
+        "scales": _aligned(scales, "float16"),
+    }
+    return found | ({"minima": _aligned((tiles, groups, TILE), "float16")} if scheme.endswith("m") else {})
+
+
+def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    nbytes = size(shape, dtype)
+    memory = np.empty(nbytes + 64, np.uint8)
+    first = -memory.ctypes.data % 64
+    return memory[first : first + nbytes].view(dtype).reshape(shape)
+
+
+def pack(weight: np.ndarray, scheme: str, importance: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """A float32 matrix (N, K) as the arrays of Tiles.
+
+    importance: (K,) float32, how much an error in each column counts; None: all the same.
+    """
+    weight = np.ascontiguousarray(weight, np.float32)
+    found = empty_tiles(scheme, weight.shape)
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, np.float32)
+    if (library := kernels.library()) is None:
+        for name, x in _tiled(*_rounded(weight, scheme, importance), scheme).items():
+            found[name][...] = x
+        return found
+    width, number = weight.shape[1], kernels.SCHEMES[scheme]
+
+    def work(tile: int) -> None:
+        rows = weight[tile * TILE : (tile + 1) * TILE]
+        minima = found["minima"][tile] if "minima" in found else None
+        library.pack(number, rows, len(rows), width, importance, found["codes"][tile], found["scales"][tile], minima)
+
+    in_threads(work, len(found["codes"]))
+    return found
+
+
+def in_threads(work: Callable[[int], None], count: int) -> None:
+    """work(i) for i in 0 ... count - 1, on as many threads as products have; work lets go of the GIL."""
+    threads = kernels.threads()
+    if threads == 1 or count < 2 * threads:
+        for i in range(count):
+            work(i)
+        return
+
+    def share(first: int) -> None:
+        for i in range(first, count, threads):
+            work(i)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(share, range(threads)))
+
+
+# --- the same in numpy: where there are no kernels, and what they are tested against ----------------------------------
+
+
+def _rounded(
+    weight: np.ndarray, scheme: str, importance: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """codes (N, G, 32), scales (N, G, halves) and minima (N, G) of a matrix, as src/pack.c rounds."""
+    low, high = _RANGES[scheme]
+    halves = 2 if scheme == "int8h" else 1
+    x = weight.reshape(len(weight), -1, GROUP)
+    w = np.ones(x.shape[1:], np.float32) if importance is None else importance.reshape(x.shape[1:])
+    w = np.broadcast_to(w, x.shape)
+    if scheme.endswith("m"):
+        scale, minimum = (part.astype(np.float16) for part in _best_range(x, w, high))
+        wide = scale.astype(np.float32)[..., None]
+        inverse = np.divide(1, wide, out=np.zeros_like(wide), where=wide != 0)
+        q = np.clip(np.rint((x - minimum.astype(np.float32)[..., None]) * inverse), low, high)
+        return q.astype(np.int8), scale[..., None], minimum
+    x, w = (part.reshape(*part.shape[:2], halves, -1) for part in (x, w))
+    scale = _best_scale(x, w, low, high) if scheme == "int4" else np.abs(x).max(-1) / np.float32(127)
+    scale = scale.astype(np.float16)
+    wide = scale.astype(np.float32)[..., None]
+    inverse = np.divide(1, wide, out=np.zeros_like(wide), where=wide != 0)
+    q = np.clip(np.rint(x * inverse), low, high).astype(np.int8)
+    return q.reshape(len(weight), -1, GROUP), scale, None
+
+
+def _best_scale(x: np.ndarray, w: np.ndarray, low: int, high: int) -> np.ndarray:
+    index = np.abs(x).argmax(-1)
+    largest = np.take_along_axis(x, index[..., None], -1)
+    best, most = np.zeros(x.shape[:-1], np.float32), np.full(x.shape[:-1], -1, np.float32)
+    nothing = np.abs(largest) < 1e-30
+    safe = np.where(nothing, 1, largest)
+    for end in (low, high):
+        for step in range(-8, 9):
+            q = np.clip(np.rint(x * (np.float32(end + 0.1 * step) / safe)), low, high)
+            with_x, with_q = (w * x * q).sum(-1), (w * q * q).sum(-1)
+            better = (with_q > 0) & (with_x * with_x > most * with_q)
+            np.copyto(most, with_x * with_x / np.where(with_q > 0, with_q, 1), where=better)
+            np.copyto(best, with_x / np.where(with_q > 0, with_q, 1), where=better)
+    return np.where(nothing[..., 0], np.float32(0), best)
+
+
+def _best_range(x: np.ndarray, w: np.ndarray, high: int) -> tuple[np.ndarray, np.ndarray]:
+    least, span = x.min(-1), x.max(-1) - x.min(-1)
+    scale, minimum, best = span / np.float32(high), least.copy(), np.full(least.shape, np.inf, np.float32)
+    flat = span < 1e-30
+    safe = np.where(flat, 1, span)[..., None]
+    sum_w, sum_x = w.sum(-1), (w * x).sum(-1)
+    for step in range(-5, 16):
+        q = np.clip(np.rint((x - least[..., None]) * (np.float32(high + 0.1 * step) / safe)), 0, high)
+        sum_q, sum_qq, sum_xq = (w * q).sum(-1), (w * q * q).sum(-1), (w * x * q).sum(-1)
+        determinant = sum_w * sum_qq - sum_q * sum_q
+        usable = (determinant > 0) & ~flat
+        determinant = np.where(usable, determinant, 1)
+        s, m = (sum_w * sum_xq - sum_x * sum_q) / determinant, (sum_qq * sum_x - sum_q * sum_xq) / determinant
+        error = (w * (s[..., None] * q + m[..., None] - x) ** 2).sum(-1)
+        better = usable & (error < best)
+        for kept, new in ((best, error), (scale, s), (minimum, m)):
+            np.copyto(kept, new, where=better)
+    return np.where(flat, np.float32(0), scale), minimum
+
+
+def _tiled(codes: np.ndarray, scales: np.ndarray, minima: np.ndarray | None, scheme: str) -> dict[str, np.ndarray]:
+    """codes (N, G, 32) int8, scales (N, G, halves) and minima (N, G) float16 in the order of Tiles."""
+    rows, groups, _ = codes.shape
+    missing = -rows % TILE
+    codes = np.pad(codes, ((0, missing), (0, 0), (0, 0)))
+    tiles = len(codes) // TILE
+    if scheme in ("int4", "int4m"):
+        q = (codes + (8 if scheme == "int4" else 0)).astype(np.uint8)
+        q[rows:] = 0
+        q = q.reshape(tiles, TILE, groups, 2, 4, 4).transpose(3, 0, 2, 4, 1, 5)  # half, tile, group, 4, row, 4
+        q = q[0] | q[1] << 4
+    else:
+        q = codes.view(np.uint8).reshape(tiles, TILE, groups, 8, 4).transpose(0, 2, 3, 1, 4)
+    scales = np.pad(scales, ((0, missing), (0, 0), (0, 0))).reshape(tiles, TILE, groups, -1).transpose(0, 2, 3, 1)
+    found = {"codes": q.reshape(tiles, groups, -1), "scales": scales if scheme == "int8h" else scales[:, :, 0]}
+    if minima is not None:
+        found["minima"] = np.pad(minima, ((0, missing), (0, 0))).reshape(tiles, TILE, groups).transpose(0, 2, 1)
+    return found
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which parameters become what. patterns: (pattern of a module's name, scheme), the last that means a name counts;
+    keep: leave what a file has quantised as it is, as far as there is a scheme for it."""
+
+    patterns: tuple[tuple[str, str], ...]
+    keep: bool = False
+
+    @classmethod
+    def of(cls, asked: Any) -> "Plan | None":
+        """None: floats. Raises ConfigError for what is no scheme."""
+        if asked is None:
+            return None
+        if asked == "keep":
+            return cls((), keep=True)
+        patterns = asked if isinstance(asked, Mapping) else {"*": asked}
+        if not patterns:
+            raise ConfigError('quantize is an empty dict; {"*": "int4"} means every matrix')
+        for pattern, scheme in patterns.items():
+            if scheme not in (*SCHEMES, None) or not isinstance(pattern, str):
+                raise ConfigError(
+                    f"quantize must be one of {', '.join(map(repr, ASKED))}, 'keep' (a quantised file's own kinds), or "
+                    f"{{pattern: one of them}} such as {{'*': 'int4', 'lm_head': 'int8'}}; got {asked!r}"
+                )
+        return cls(tuple(patterns.items()))
+
+    def scheme(self, name: str) -> str | None:
+        """For a parameter's dotted name; None: it stays as it is."""
+        return next((scheme for pattern, scheme in reversed(self.patterns) if _means(pattern, name)), None)
+
+    def means(self, name: str) -> bool:
+        """Whether one of the patterns means a parameter."""
+        return any(_means(pattern, name) for pattern, _ in self.patterns)
+
+
+def _means(pattern: str, name: str) -> bool:
+    module = name.removesuffix(".weight")
+    return f".{module}".endswith(f".{pattern}") or fnmatch.fnmatchcase(module, pattern)

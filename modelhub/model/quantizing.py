@@ -1,0 +1,141 @@
+"""From arrays, and from the blocks of quantised files, to quantised weights: as a model is loaded, and in memory."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from modelhub.core import kernels, leaves
+from modelhub.core.backends.base import Backend
+from modelhub.core.quantized import TILE, Plan, Tiles, empty_tiles, fits, in_threads, pack, tiles_of
+from modelhub.core.tree import flatten
+from modelhub.errors import ConfigError
+from modelhub.families.naming import KEEP, Via
+from modelhub.hub.checkpoint import Checkpoint
+from modelhub.model.weights import PARAMS, Change, Weights
+from modelhub.progress import bar
+
+log = logging.getLogger("modelhub")
+
+# What a GGUF file's types are kept as. The last five have no scheme of their own: their values are rounded.
+EXACT = {"Q8_0": "int8", "Q5_0": "int8", "Q4_0": "int4", "Q4_1": "int4m", "Q4_K": "int4m", "Q5_1": "int8m",
+         "Q5_K": "int8m", "Q6_K": "int8h"}  # fmt: skip
+KEPT = EXACT | {"Q2_K": "int4m", "Q3_K": "int8", "IQ4_NL": "int8", "IQ4_XS": "int8", "MXFP4": "int8"}
+_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}  # ggml's numbers
+
+
+class Quantizer:
+    """Makes leaves of the tensors of a checkpoint as they are read, one at a time.
+
+    asked: what `from_preset(quantize=...)` was given. matrices: {name: shape} of the parameters that can be quantised.
+    Raises ConfigError for a scheme that does not exist, and for a pattern that means no matrix, or one whose rows are
+    not whole groups of 32.
+    """
+
+    def __init__(self, asked: Any, matrices: Mapping[str, tuple[int, ...]]):
+        self.plan = Plan.of(asked)
+        self.rounded: dict[str, list[str]] = {}  # {what happened: names}
+        if self.plan is None:
+            return
+        for pattern, scheme in self.plan.patterns:
+            found = [name for name in matrices if Plan(((pattern, scheme),)).means(name)]
+            if not found:
+                raise ConfigError(f"quantize: {pattern!r} means no matrix of this model; there are {_kinds(matrices)}")
+            odd = [name for name in found if not fits(matrices[name])]
+            if odd and (pattern != "*" or len(odd) == len(found)):
+                raise ConfigError(
+                    f"quantize: the rows of {odd[0]} {matrices[odd[0]]} are not whole groups of 32 columns, so it "
+                    f"cannot be {scheme}; leave it out, or set it to None"
+                )
+            for name in odd:
+                self._note("stay as they are: their rows are not whole groups of 32 columns", name)
+
+    def leaf(self, xp: Backend, name: str, weight: np.ndarray, dtype: str) -> Any:
+        """Of an array in memory, which the caller gives up."""
+        if (scheme := self._scheme(name, weight.shape)) is None:
+            return xp.put(weight)
+        return tiles_of(xp, pack(weight, scheme), scheme, weight.shape, dtype)
+
+    def from_file(self, xp: Backend, name: str, checkpoint: Checkpoint, theirs: str, via: Via, dtype: str) -> Any:
+        """Of a tensor in a file: read, and rounded if that is asked for; or made of its blocks as they are."""
+        info = checkpoint.tensors[theirs]
+        shape = via.our_shape(info.shape)
+        scheme, own = self._scheme(name, shape), KEPT.get(info.dtype)
+        if self.plan is not None and self.plan.keep and fits(shape):
+            scheme = own
+        if scheme is not None and own is not None:
+            if scheme.startswith("int4") and own.startswith("int4"):
+                scheme = own  # four bits of the file's own are not rounded once more; finer ones are
+            if scheme != own or info.dtype not in EXACT:
+                self._note(f"went from {info.dtype} to {scheme}, by rounding", name)
+            elif via.rows_alone and kernels.library() is not None:
+                return _repacked(xp, checkpoint, theirs, via, shape, dtype)
+        if via is KEEP and scheme is None:
+            return xp.put(checkpoint.read(theirs, dtype))
+        weight = via.to_ours(checkpoint.read(theirs, "float32"))
+        if scheme is None:
+            return xp.put(weight.astype(dtype, copy=False))
+        return tiles_of(xp, pack(weight, scheme), scheme, shape, dtype)
+
+    def _scheme(self, name: str, shape: tuple[int, ...]) -> str | None:
+        return self.plan.scheme(name) if self.plan is not None and fits(shape) else None
+
+    def _note(self, what: str, name: str) -> None:
+        self.rounded.setdefault(what, []).append(name)
+
+    def tell(self, where: str) -> None:
+        """Log what is not as one might think."""
+        for what, names in self.rounded.items():
+            log.warning("%s: %d matrices %s (%s)", where, len(names), what, _kinds(names))
+
+
+def _repacked(xp: Backend, file: Any, theirs: str, via: Via, shape: tuple[int, ...], dtype: str) -> Tiles:
+    """The blocks of a GGUF file in the order of tiles; only scales of Q4_K, Q5_K and Q6_K are rounded, to float16."""
+    info = file.tensors[theirs]
+    rows = via.to_ours(file.blocks(theirs))
+    scheme, library = EXACT[info.dtype], kernels.library()
+    found = empty_tiles(scheme, shape)
+
+    def work(tile: int) -> None:
+        part = rows[tile * TILE : (tile + 1) * TILE]
+        minima = found["minima"][tile] if "minima" in found else None
+        library.pack_gguf(
+            _TYPES[info.dtype], part, rows.shape[1], len(part), shape[1], found["codes"][tile], found["scales"][tile],
+            minima,
+        )  # fmt: skip
+
+    in_threads(work, len(found["codes"]))
+    return tiles_of(xp, found, scheme, shape, dtype)
+
+
+def quantize(weights: Weights, scheme: Any) -> None:
+    """Quantise the weights in memory, one matrix after the other, so that no more than one is there twice.
+
+    scheme: "int8", "int4", or {pattern: scheme}; see Plan. Matrices that are quantised already stay as they are.
+    Raises ConfigError: for what is no scheme, and with an adapter merged into the weights.
+    """
+    if scheme == "keep":
+        raise ConfigError('quantize("keep") is for files that are quantised: give it to from_preset')
+    if weights.layout.merged:
+        raise ConfigError("an adapter is merged into the weights: call unmerge_lora() first, or load the merged model")
+    params, xp = dict(weights.params), weights.xp
+    base = flatten(weights.layout.base)
+    matrices = {name: tuple(params[name].shape) for name in base if is_matrix(name, params[name])}
+    quantizer = Quantizer(scheme, {name: shape for name, shape in matrices.items()})
+    for name in bar(matrices, desc="quantizing", unit="tensor"):
+        if not isinstance(params[name], leaves.Packed) and quantizer.plan and quantizer.plan.scheme(name):
+            weight = np.array(xp.get(xp.cast(params[name], "float32")))
+            params[name] = quantizer.leaf(xp, name, weight, weights.dtype)
+    quantizer.tell("quantize")
+    weights.change(Change.QUANTIZED, {PARAMS: params})
+
+
+def is_matrix(name: str, leaf: Any) -> bool:
+    """Whether a parameter is a weight of a Linear or a table: what can be quantised."""
+    return len(leaf.shape) == 2 and name.endswith(".weight")
+
+
+def _kinds(names: Any) -> str:
+    kinds = dict.fromkeys(name.removesuffix(".weight").rpartition(".")[2] for name in names)
+    return ", ".join(list(kinds)[:8])

@@ -1,0 +1,220 @@
+"""The native products: every instruction set of this processor against sums in float64, and how they are found."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from modelhub.core import kernels
+from modelhub.core.backends import get_backend
+from modelhub.core.quantized import SCHEMES, _rounded, _tiled, pack, tiles_of
+
+NATIVE = kernels.library()
+pytestmark = pytest.mark.skipif(NATIVE is None, reason=f"no native kernels: {kernels.problem()}")
+SETS = [name for name in kernels.ISAS if NATIVE is not None and NATIVE.isa(name)]
+if NATIVE is not None:
+    NATIVE.isa(SETS[0])
+
+
+@pytest.fixture(params=SETS)
+def isa(request):
+    assert NATIVE.isa(request.param) == request.param
+    yield request.param
+    NATIVE.isa(SETS[0])
+
+
+def product(kind, arrays, x, outputs, threads=2):
+    """One call; the output has a margin that must stay as it is."""
+    rows, width = x.shape
+    y = np.full(rows * outputs + 8, 7.5, np.float32)
+    codes, scales, minima, *_ = (*arrays, None, None)
+    NATIVE.linear(kind, codes, scales, minima, x, y, rows, outputs, width, threads, 0)
+    assert (y[rows * outputs :] == 7.5).all()
+    return y[: rows * outputs].reshape(rows, outputs)
+
+
+def off(y, wanted):
+    return np.linalg.norm(y - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("dtype", kernels.FLOATS)
+def test_float_weights(isa, dtype):
+    rng = np.random.default_rng(0)
+    for outputs, width in ((37, 197), (100, 64), (1, 5), (260, 1030)):
+        weight = rng.normal(size=(outputs, width)).astype(dtype)
+        stored = weight if dtype == "float32" else weight.view(np.uint16)
+        for rows in range(1, 18):
+            x = rng.normal(size=(rows, width)).astype(np.float32)
+            y = product(kernels.FLOATS[dtype], [stored], x, outputs)
+            assert off(y, x.astype(np.float64) @ weight.astype(np.float64).T) < 1e-6, (outputs, width, rows)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_sums_of_integers_are_exact(isa, scheme):
+    """x is a power of two times integers that fill 8 bits, so that nothing of it is rounded; scales are powers of two."""
+    rng = np.random.default_rng(1)
+    for outputs, width in ((37, 192), (16, 32), (100, 1024)):
+        leaf = any_leaf(scheme, outputs, width, rng)
+        weight = leaf.plain_rows(leaf_xp)[:outputs].astype(np.float64)
+        for rows in range(1, 18):
+            x = rng.integers(-127, 128, (rows, width)).astype(np.float32)
+            x[:, ::32] = 127
+            y = product(leaf.kind, list(leaf.arrays.values()), x / 64, outputs)
+            np.testing.assert_array_equal(y, (x.astype(np.float64) / 64 @ weight.T).astype(np.float32))
+
+
+leaf_xp = get_backend("numpy")
+
+
+def any_leaf(scheme, outputs, width, rng):
+    """Codes over the whole range, scales and minima powers of two."""
+    low, high = {"int8": (-127, 127), "int8m": (0, 127), "int8h": (-127, 127), "int4": (-8, 7), "int4m": (0, 15)}[
+        scheme
+    ]
+    groups, halves = width // 32, 2 if scheme == "int8h" else 1
+    codes = rng.integers(low, high + 1, (outputs, groups, 32)).astype(np.int8)
+    scales = (2.0 ** rng.integers(-3, 1, (outputs, groups, halves))).astype(np.float16)
+    minima = -(2.0 ** rng.integers(-3, 1, (outputs, groups))).astype(np.float16) if scheme.endswith("m") else None
+    arrays = {name: np.ascontiguousarray(x) for name, x in _tiled(codes, scales, minima, scheme).items()}
+    leaf = tiles_of(leaf_xp, arrays, scheme, (outputs, width), "float32")
+    wide = codes.reshape(outputs, groups, halves, -1) * scales.astype(np.float32)[..., None]
+    wide = wide.reshape(outputs, groups, 32) + (0 if minima is None else minima.astype(np.float32)[..., None])
+    np.testing.assert_array_equal(leaf.plain_rows(leaf_xp)[:outputs], wide.reshape(outputs, width))
+    return leaf
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rows_as_floats(isa, scheme):
+    leaf = any_leaf(scheme, 37, 96, np.random.default_rng(2))
+    wanted = leaf.plain_rows(leaf_xp)
+    for first, count in ((0, 37), (5, 1), (16, 21)):
+        np.testing.assert_array_equal(leaf_xp.kernel_rows(leaf, first, count), wanted[first : first + count])
+    ids = np.array([[36, 0], [17, 17]], np.int32)
+    np.testing.assert_array_equal(leaf_xp.kernel_take(leaf, ids), wanted[ids])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rounding_equals_numpys(isa, scheme, weighted):
+    rng = np.random.default_rng(3)
+    weight = rng.normal(size=(37, 128)).astype(np.float32) * rng.gamma(1, size=(37, 1)).astype(np.float32)
+    weight[3, :32], weight[4] = 0, 1e-20
+    importance = rng.gamma(0.5, size=128).astype(np.float32) if weighted else None
+    found = pack(weight, scheme, importance)
+    wanted = _tiled(*_rounded(weight, scheme, importance), scheme)
+    assert found.keys() == wanted.keys()
+    for name, x in found.items():  # two candidates may be equally good
+        assert (x.astype(np.float32) != wanted[name].astype(np.float32)).mean() < 0.03, name
+    values = tiles_of(leaf_xp, found, scheme, weight.shape, "float32").plain_rows(leaf_xp)[:37]
+    same = tiles_of(leaf_xp, {n: np.ascontiguousarray(x) for n, x in wanted.items()}, scheme, weight.shape, "float32")
+    count = np.ones(128) if importance is None else importance
+    errors = [np.sqrt((count * (v - weight) ** 2).sum()) for v in (values, same.plain_rows(leaf_xp)[:37])]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+    assert (values[3, :32] == 0).all() and np.isfinite(values).all()
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int4m"])
+def test_rounding_is_better_than_llama_cpps(scheme):
+    gguf = pytest.importorskip("gguf")
+    weight = np.random.default_rng(4).normal(size=(64, 256)).astype(np.float32)
+    theirs = gguf.GGMLQuantizationType["Q4_0" if scheme == "int4" else "Q4_1"]
+    wanted = gguf.quants.dequantize(gguf.quants.quantize(weight, theirs), theirs)
+    found = tiles_of(leaf_xp, pack(weight, scheme), scheme, weight.shape, "float32").values(leaf_xp)
+    assert off(found, weight) < 0.95 * off(wanted, weight)
+
+
+def test_what_is_not_finite_stays_so(isa):
+    leaf = any_leaf("int8", 16, 64, np.random.default_rng(5))
+    for bad in (np.nan, np.inf, -np.inf):
+        x = np.ones((2, 64), np.float32)
+        x[0, 40] = bad
+        y = product(leaf.kind, list(leaf.arrays.values()), x, 16)
+        assert not np.isfinite(y[0]).any() and np.isfinite(y[1]).all()
+    assert (product(leaf.kind, list(leaf.arrays.values()), np.full((1, 64), 1e-38, np.float32), 16) == 0).all()
+
+
+def test_arguments_that_do_not_fit():
+    x, y = np.ones((1, 40), np.float32), np.empty((1, 16), np.float32)
+    with pytest.raises(ValueError, match="do not fit"):
+        NATIVE.linear(3, y, y, None, x, y, 1, 16, 40, 1, 0)
+    with pytest.raises(ValueError, match="do not fit"):
+        NATIVE.linear(99, y, y, None, x, y, 1, 16, 40, 1, 0)
+    with pytest.raises((BufferError, ValueError)):
+        NATIVE.linear(0, x[:, ::2], None, None, x, y, 1, 16, 20, 1, 0)
+
+
+def test_threads_at_once():
+    """Whoever finds the pool busy works alone, and gets the same."""
+    rng = np.random.default_rng(6)
+    leaf = any_leaf("int4", 2000, 640, rng)
+    x = rng.normal(size=(1, 640)).astype(np.float32)
+    arrays = list(leaf.arrays.values())
+    wanted, wrong = product(leaf.kind, arrays, x, 2000), []
+
+    def work():
+        for _ in range(200):
+            if (product(leaf.kind, arrays, x, 2000) != wanted).any():
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_after_a_fork():
+    """A child has none of the pool's threads, and starts its own."""
+    leaf = any_leaf("int8", 2000, 640, np.random.default_rng(7))
+    x = np.ones((1, 640), np.float32)
+    wanted = product(leaf.kind, list(leaf.arrays.values()), x, 2000)
+    pid = os.fork()
+    if pid == 0:
+        same = all((product(leaf.kind, list(leaf.arrays.values()), x, 2000) == wanted).all() for _ in range(20))
+        os._exit(0 if same else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert (product(leaf.kind, list(leaf.arrays.values()), x, 2000) == wanted).all()
+
+
+def says(code, **env):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MODELHUB_")} | env
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
+
+
+SHOW = "from modelhub.core import kernels as k; x = k.library(); print(x and x.isa(), k.problem(), k.threads())"
+
+
+def test_the_environment_decides():
+    assert says(SHOW).startswith(SETS[0])
+    assert says(SHOW, MODELHUB_ISA=SETS[-1]).startswith(SETS[-1])
+    assert says(SHOW, MODELHUB_KERNELS="off").startswith("None MODELHUB_KERNELS=off")
+    assert says(SHOW, OMP_NUM_THREADS="1").endswith(" 1")
+    assert "MODELHUB_ISA must be one of" in says(SHOW, MODELHUB_ISA="mmx")
+    assert 'must be "off" or "require"' in says(SHOW, MODELHUB_KERNELS="maybe")
+    other = next(name for name in kernels.ISAS if name not in SETS)
+    assert "this processor does not have it" in says(SHOW, MODELHUB_ISA=other)
+
+
+def test_a_library_of_another_version():
+    code = "import modelhub.core.kernels._kernels as n; n.ABI = 99\n" + SHOW
+    assert "another version (ABI 99" in says(code)
+    assert "ConfigError: MODELHUB_KERNELS=require: the library is of another version" in says(
+        code, MODELHUB_KERNELS="require"
+    )
+
+
+def test_half_precision_weights_are_what_numpy_makes_of_them(isa):
+    """All bit patterns that are finite, the smallest ones too."""
+    for dtype in ("float16", ml_dtypes.bfloat16):
+        bits = np.arange(65536, dtype=np.uint16)
+        values = bits.view(dtype).astype(np.float32)
+        bits = bits[np.isfinite(values)]
+        kind = kernels.FLOATS[np.dtype(dtype).name]
+        y = product(kind, [bits.reshape(-1, 1)], np.ones((1, 1), np.float32), len(bits))
+        np.testing.assert_array_equal(y[0], bits.view(dtype).astype(np.float32))
