@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ _DTYPES = {
     "int8": torch.int8,
     "bool": torch.bool,
 }
+_PACKAGE = os.path.dirname(torch.__file__)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # oneDNN's float32 product, which torch itself takes only for bfloat16: on processors that MKL does not favour it is
 # twice as fast (docs/decisions.md has the figures). Weights may be strided in any way.
@@ -439,7 +441,7 @@ class TorchBackend(Backend):
         y = x.new_empty((rows, outputs))
         self.kernels().linear(
             kind, *_addresses(arrays), x.data_ptr(), y.data_ptr(), rows, outputs, width, torch.get_num_threads(),
-            kernels.openmp(),
+            kernels.openmp(_PACKAGE),
         )  # fmt: skip
         return y
 
@@ -448,7 +450,7 @@ class TorchBackend(Backend):
         y = torch.empty((size, width))
         self.kernels().widen(
             leaf.kind, *_addresses(leaf.parts), y.data_ptr(), int(start), size, outputs, width,
-            torch.get_num_threads(), kernels.openmp(),
+            torch.get_num_threads(), kernels.openmp(_PACKAGE),
         )  # fmt: skip
         return y
 

@@ -83,8 +83,9 @@ def threads() -> int:
 
 
 @functools.cache
-def openmp() -> bool:
-    """Let calls that ask for it run on the threads of torch's OpenMP; False where torch has another or none.
+def openmp(package: str) -> bool:
+    """Let calls that ask for it run on the threads of the OpenMP of a package (its folder); False if it has another or
+    none.
 
     Two pools in one process take each other's cores: a step of torch's then takes twice the time (docs/decisions.md).
     """
@@ -92,7 +93,7 @@ def openmp() -> bool:
         return False
     with open("/proc/self/maps") as maps:
         paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "libgomp" in line}
-    for path in sorted(paths, key=lambda path: "torch" not in path):
+    for path in sorted(paths, key=lambda path: not path.startswith(package)):
         try:
             function = ctypes.CDLL(path).GOMP_parallel
         except (OSError, AttributeError):
