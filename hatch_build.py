@@ -58,7 +58,7 @@ def build(root: Path, target: Path, options: str = OPTIONS) -> None:
     units = {
         f"{file}_{name}": (file, f"{flags} -DISA={name}") for name, flags in sets.items() for file in ("rows", "round")
     }
-    units |= {name: (name, "") for name in ("dispatch", "pool", "pack", "xla")}
+    units |= {name: (name, "") for name in ("dispatch", "pool", "pack", "xla", "tf")}
     units["module"] = ("module", f"-I{sysconfig.get_paths()['include']}")
     source = root / KERNELS / "src"
     with tempfile.TemporaryDirectory() as work:

@@ -1,7 +1,9 @@
 """TensorFlow: one XLA program for what runs often enough to pay for its compilation; the rest eagerly."""
 
 import contextlib
+import ctypes
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +14,8 @@ os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 import numpy as np
 
-from modelhub.core.backends.base import Array, Backend, Shape, bound, bound_once, host_copy, of_arrays
+from modelhub.core import kernels
+from modelhub.core.backends.base import Array, Backend, Parts, Shape, bound, bound_once, host_copy, of_arrays
 from modelhub.core.tree import bind, flatten
 
 
@@ -99,6 +102,60 @@ def _fused(name: str, *options: Any) -> _Fused:
     plain = TensorflowBackend()
     method = getattr(Backend, name)
     return _Fused(lambda *arrays: method(plain, *arrays, *options))
+
+
+# --- native products (modelhub.core.kernels), as custom calls of XLA's ---
+
+_REGISTRY = "_ZN3xla24CustomCallTargetRegistry"  # xla::CustomCallTargetRegistry, as its C++ compiler spells it
+_TEXT = "RKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE"  # const std::string&
+
+
+class _StdString(ctypes.Structure):
+    """libstdc++'s std::string, whose text is somewhere else."""
+
+    _fields_ = (("text", ctypes.c_char_p), ("size", ctypes.c_size_t), ("room", ctypes.c_char * 16))
+
+    @classmethod
+    def of(cls, text: bytes) -> Any:
+        return ctypes.byref(cls(text, len(text)))
+
+
+@functools.cache
+def _library() -> Any:
+    """The native products, made known to TensorFlow's XLA; None where there are none, or it has no place for them.
+
+    TensorFlow has no Python function for that; the registry's own functions, in its library, are called. Where they are
+    named otherwise, as on other systems, XLA's own products are used.
+    """
+    if (found := kernels.library()) is None:
+        return None
+    try:
+        from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+
+        in_xla = ctypes.CDLL(os.path.join(os.path.dirname(tf.__file__), "libtensorflow_cc.so.2"))
+        registry = getattr(in_xla, f"{_REGISTRY}6GlobalEv")
+        register = getattr(in_xla, f"{_REGISTRY}8RegisterE{_TEXT}PvS8_")
+        assert gen_xla_ops.xla_custom_call_v2
+    except (ImportError, AttributeError, OSError):
+        return None
+    registry.restype = ctypes.c_void_p
+    register(ctypes.c_void_p(registry()), _StdString.of(b"modelhub"), ctypes.c_void_p(found.TF_CALL),
+             _StdString.of(b"Host"))  # fmt: skip
+    return found
+
+
+@functools.lru_cache(4096)
+def _native(what: str, kind: int, rows: int, outputs: int, width: int, shape: tuple[int, ...]) -> Callable:
+    """A native product as a program of XLA's, which may be a part of another; see kernels/src/tf.c."""
+    from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+
+    def run(*args: Array) -> Array:
+        return gen_xla_ops.xla_custom_call_v2(
+            operands=args, call_target_name="modelhub", backend_config=f"{what} {kind} {rows} {outputs} {width}",
+            has_side_effect=False, result_dtypes=[tf.float32], result_shapes=[tf.TensorShape(shape)],
+        )[0]  # fmt: skip
+
+    return tf.function(run, jit_compile=True, autograph=False)
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
@@ -436,7 +493,43 @@ class TensorflowBackend(Backend):
             return super()._attention(q, k, v, mask, scale, softcap, dropout, salt)
         return _fused("attention", scale, softcap)(q, k, v, mask)
 
+    def kernels(self) -> Any:
+        # Functions that are called in programs of the user's own, or exported, have no native parts.
+        return _library() if self._device and self.device == "cpu" else None
+
+    def kernel_linear(self, x: Array, kind: int, arrays: Parts, outputs: int) -> Array:
+        rows, width = x.shape
+        there = [part for part in arrays if part is not None]
+        return _native("linear", kind, rows, outputs, width, (rows, outputs))(x, *there)
+
+    def kernel_rows(self, leaf: Any, start: Array, size: int) -> Array:
+        outputs, width = leaf.shape
+        start = tf.convert_to_tensor(start, tf.int32)
+        return _native("widen", leaf.kind, size, outputs, width, (size, width))(start, *leaf.arrays.values())
+
+    def kernel_take(self, leaf: Any, ids: Array) -> Array:
+        outputs, width = leaf.shape
+        if None in ids.shape:
+            return leaf.plain_take(self, ids)
+        count = math.prod(ids.shape)
+        return _native("take", leaf.kind, count, outputs, width, (*ids.shape, width))(ids, *leaf.arrays.values())
+
+    def without_gradient(self, product: Callable, back: Callable, x: Array, leaf: Any) -> Array:
+        @tf.custom_gradient
+        def run(x: Array) -> tuple[Array, Callable]:
+            return product(x, leaf), lambda upstream: back(upstream, leaf)
+
+        return run(x)
+
     def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
-        y = tf.matmul(tf.reshape(x, (-1, x.shape[-1])), weight, transpose_b=True)
-        y = tf.reshape(y, (*self.shape(x)[:-1], weight.shape[0]))
+        flat = tf.reshape(x, (-1, x.shape[-1]))
+        outputs, rows = weight.shape[0], flat.shape[0]
+        few = rows is not None and rows <= kernels.FEW and weight.dtype.name in kernels.FLOATS
+        if few and not self.training and isinstance(weight, tf.Tensor) and self.kernels() is not None:
+            parts = (weight, None, None)
+            y = self.kernel_linear(tf.cast(flat, tf.float32), kernels.FLOATS[weight.dtype.name], parts, outputs)
+            y = tf.cast(y, x.dtype)
+        else:
+            y = tf.matmul(flat, weight, transpose_b=True)
+        y = tf.reshape(y, (*self.shape(x)[:-1], outputs))
         return y if bias is None else self.plus(y, bias)

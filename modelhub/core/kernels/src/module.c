@@ -136,6 +136,7 @@ static PyObject *use_openmp(PyObject *module, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+extern void mhk_tf_call(void *, const void **, const char *, size_t, void *);
 extern void *const mhk_xla_handlers[];
 extern const char *const mhk_xla_names[];
 static PyObject *xla_handlers(PyObject *module, PyObject *args) {
@@ -165,6 +166,9 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", 0, -1, methods, 0, 0, 0, 0};
 PyMODINIT_FUNC PyInit__kernels(void) {
     PyObject *module = PyModule_Create(&definition);
-    if (module && PyModule_AddIntConstant(module, "ABI", MHK_ABI)) Py_CLEAR(module);
+    PyObject *call = module ? PyLong_FromVoidPtr((void *)mhk_tf_call) : 0;
+    if (!call || PyModule_AddObjectRef(module, "TF_CALL", call) || PyModule_AddIntConstant(module, "ABI", MHK_ABI))
+        Py_CLEAR(module);
+    Py_XDECREF(call);
     return module;
 }

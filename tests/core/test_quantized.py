@@ -1,0 +1,127 @@
+"""Quantised matrices on every backend: with the native kernels, and with the frameworks' own forms alone."""
+
+import numpy as np
+import pytest
+
+from modelhub.core import kernels, leaves
+from modelhub.core.backends import get_backend, installed
+from modelhub.core.quantized import SCHEMES, Plan, Tiles, pack, tiles_of
+from modelhub.errors import ConfigError
+
+OUTPUTS, WIDTH = 100, 192
+BITS = {"int8": 8.5, "int8m": 9, "int8h": 9, "int4": 4.5, "int4m": 5}
+TRAINERS = [name for name in installed() if name != "numpy"]
+
+
+@pytest.fixture(params=["native", "plain"])
+def form(request, monkeypatch):
+    """The error of a product with few rows: x is rounded to 8 bits where integers are multiplied."""
+    if request.param == "plain":
+        for name in installed():
+            monkeypatch.setattr(type(get_backend(name, "cpu")), "kernels", lambda self: None)
+        return 1e-6
+    if kernels.library() is None:
+        pytest.skip(f"no native kernels: {kernels.problem()}")
+    return 1e-2
+
+
+def matrix(name, scheme, outputs=OUTPUTS, width=WIDTH):
+    """A leaf, and its values as numpy works them out."""
+    xp, plain = get_backend(name, "cpu"), get_backend("numpy")
+    weight = np.random.default_rng(0).normal(size=(outputs, width)).astype(np.float32)
+    arrays = pack(weight, scheme)
+    values = tiles_of(plain, arrays, scheme, weight.shape, "float32").plain_rows(plain)[:outputs]
+    assert np.linalg.norm(values - weight) / np.linalg.norm(weight) < (0.1 if scheme.startswith("int4") else 0.01)
+    return xp, tiles_of(xp, {name: x.copy() for name, x in arrays.items()}, scheme, weight.shape, "float32"), values
+
+
+def off(y, wanted):
+    return np.linalg.norm(y - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", installed())
+def test_values_rows_and_products(name, scheme, form):
+    xp, leaf, values = matrix(name, scheme)
+    assert leaves.shape_of(leaf) == (OUTPUTS, WIDTH) and leaves.dtype_of(leaf) == "float32"
+    assert leaves.nbytes(leaf) == 112 * WIDTH * BITS[scheme] / 8  # seven tiles of 16 rows
+    np.testing.assert_allclose(xp.get(leaf), values, atol=1e-6)
+    for start, size in ((0, 16), (5, 30), (84, 16), (3, 97)):
+        for first in (start, xp.array(start, "int32")):
+            np.testing.assert_allclose(xp.get(leaf.rows(xp, first, size)), values[start : start + size], atol=1e-6)
+    ids = np.array([[0, 99, 3], [17, 17, 50]], np.int32)
+    np.testing.assert_allclose(xp.get(xp.embedding(leaf, xp.array(ids))), values[ids], atol=1e-6)
+    rng = np.random.default_rng(1)
+    bias = rng.normal(size=OUTPUTS).astype(np.float32)
+    for rows in (1, 3, 9, 40):
+        x = rng.normal(size=(2, rows, WIDTH)).astype(np.float32)
+        assert off(xp.get(xp.linear(xp.array(x), leaf)), x @ values.T) < form
+        assert off(xp.get(xp.linear(xp.array(x), leaf, xp.array(bias))), x @ values.T + bias) < form
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4m"])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_in_compiled_programs(name, scheme, form):
+    xp, leaf, values = matrix(name, scheme)
+    x = np.random.default_rng(1).normal(size=(2, WIDTH)).astype(np.float32)
+    for training in (False, True):
+        run = xp.compile(lambda params, x: xp.linear(x, params["w"]), training=training)
+        assert off(xp.get(run({"w": leaf}, xp.array(x))), x @ values.T) < form
+    half = dtype16(leaf)
+    y = xp.get(xp.linear(xp.array(x, "bfloat16"), half)).astype(np.float32)
+    assert xp.dtype(xp.linear(xp.array(x, "bfloat16"), half)) == "bfloat16" and off(y, x @ values.T) < 1.5e-2
+
+
+def dtype16(leaf):
+    return leaves.cast(None, leaf, "bfloat16")
+
+
+@pytest.mark.parametrize("scheme", ["int8h", "int4"])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_gradients_go_through_them(name, scheme, form):
+    """By x as of the values, in float32 and in bfloat16; x is not rounded then."""
+    xp, leaf, values = matrix(name, scheme)
+    xp = xp.for_training()
+    x = np.random.default_rng(2).normal(size=(12, WIDTH)).astype(np.float32)
+    upstream = np.random.default_rng(3).normal(size=(12, OUTPUTS)).astype(np.float32)
+
+    def loss(variables, w, upstream):
+        y = xp.linear(variables["x"], w)
+        return xp.sum(xp.cast(y, "float32") * upstream), y
+
+    run = xp.compile(lambda *args: xp.value_and_grad(loss)(*args), training=True)
+    for dtype, exact in (("float32", 1e-6), ("bfloat16", 1e-2)):
+        (_, y), found = run({"x": xp.array(x, dtype)}, leaves.cast(None, leaf, dtype), xp.array(upstream))
+        assert off(xp.get(y).astype(np.float32), x @ values.T) < exact
+        assert off(xp.get(found["x"]).astype(np.float32), upstream @ values) < exact
+
+
+@pytest.mark.parametrize("name", installed())
+def test_in_blocks(name, monkeypatch):
+    """A matrix that is wider than one block."""
+    from modelhub.core.backends import base
+
+    blocks = base._blocks
+    monkeypatch.setattr(base, "_blocks", lambda leaf: [(0, 48), (48, 48), (96, 4)])
+    xp, leaf, values = matrix(name, "int4")
+    assert [size for _, size in blocks(leaf)] == [100]
+    x = np.random.default_rng(2).normal(size=(80, WIDTH)).astype(np.float32)
+    assert off(xp.get(xp.linear(xp.array(x), leaf)), x @ values.T) < 1e-6
+
+
+def test_what_patterns_mean():
+    plan = Plan.of({"*": "int4", "lm_head": "int8", "model.layers.1?.mlp.*": None})
+    assert plan.scheme("model.layers.3.mlp.up_proj.weight") == "int4"
+    assert plan.scheme("model.layers.13.mlp.up_proj.weight") is None
+    assert plan.scheme("lm_head.weight") == "int8"
+    assert Plan.of(None) is None and Plan.of("keep").keep
+    for wrong in ("int5", 4, {"*": "q4_0"}, {}, {"*": 4}):
+        with pytest.raises(ConfigError, match="quantize"):
+            Plan.of(wrong)
+
+
+def test_a_row_more_than_a_tile():
+    xp, leaf, values = matrix("numpy", "int4m", 17, 32)
+    assert isinstance(leaf, Tiles) and leaf.codes.shape == (2, 1, 256)
+    x = np.ones((1, 32), np.float32)
+    assert off(xp.linear(x, leaf), x @ values.T) < 1e-2
