@@ -160,7 +160,7 @@ class Config(TextConfig):
     FORMATS: ClassVar = {
         "hf": GemmaHF(aliases=(*_OLDER, _DEEPER), ignored=_IGNORED),
         "gguf": GemmaGGUF(),
-        "keras": kerashub.GEMMA,
+        "keras": kerashub.GemmaKeras(),
     }
 
     hidden_activation: str = key(TEXT, "gelu_pytorch_tanh")

@@ -23,13 +23,17 @@ class GGUFLike(Protocol):
     def read(self, name: str, dtype: str = "float32") -> np.ndarray: ...
 
 
-# What all architectures have, and what says nothing to models whose rope is neither "yarn" nor cut.
-_KEYS = {
-    "vocab_size", "context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count",
-    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.causal",
-    "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
-    "rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length", "rope.scaling.finetuned",
-    "tensor_data_layout", "mm.tokens_per_image",
+# Sizes that all architectures have, of which the last three may be left out.
+_SIZES = {
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count", "max_position_embeddings": "context_length",
+    "num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length", "vocab_size": "vocab_size",
+}  # fmt: skip
+# What else they have, and what says nothing to models whose rope is neither "yarn" nor cut.
+_OTHERS = {
+    "attention.value_length", "attention.causal", "attention.layer_norm_rms_epsilon", "rope.dimension_count",
+    "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
+    "rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout", "mm.tokens_per_image",
 }  # fmt: skip
 # llama.cpp's names of what most decoders have (gguf-py's tensor_mapping.py says the same).
 BLOCK = {
@@ -116,7 +120,7 @@ class GGUF:
         def get(key: str, default: Any = None) -> Any:
             return metadata.get(f"{arch}.{key}", default)
 
-        needed = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count", "context_length")
+        needed = [*_SIZES.values()][:5]
         if missing := [f"{arch}.{key}" for key in needed if get(key) is None]:
             raise ConfigError(f"GGUF metadata lacks {', '.join(missing)}; the file is incomplete")
         check_sizes({f"{arch}.{key}": get(key) for key in needed}, "GGUF metadata")
@@ -127,7 +131,7 @@ class GGUF:
         check_kinds({ours: get(theirs) for ours, theirs in same.items()}, f"GGUF metadata of {arch}")
         ids = {f"{name}_token_id": metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
         check_kinds(ids, "GGUF metadata of the tokenizer")
-        heads, tokens = get("attention.head_count"), metadata.get("tokenizer.ggml.tokens")
+        tokens = metadata.get("tokenizer.ggml.tokens")
         if not isinstance(tokens, list | None):
             found = reprlib.repr(tokens)
             raise ConfigError(f"GGUF metadata: tokenizer.ggml.tokens must be a list of texts, found {found}")
@@ -140,16 +144,14 @@ class GGUF:
         rope = read_rope("GGUF metadata", get("rope.freq_base", 10_000.0), entry)
         if "rope_freqs.weight" in file.tensors:
             rope = _llama3_rope(rope, file.read("rope_freqs.weight"))
-        values = {
+        sizes = {field: get(key) for field, key in _SIZES.items()}
+        heads = sizes["num_attention_heads"]
+        told = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads}
+        told |= {field: size for field, size in sizes.items() if size is not None}
+        told["vocab_size"] = sizes["vocab_size"] if tokens is None else len(tokens)
+        values = told | {
             "model_type": model_type,
-            "vocab_size": get("vocab_size") if tokens is None else len(tokens),
-            "hidden_size": get("embedding_length"),
-            "intermediate_size": get("feed_forward_length"),
-            "num_hidden_layers": get("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": get("attention.head_count_kv", heads),
-            "head_dim": get("attention.key_length", get("embedding_length") // heads),
-            "max_position_embeddings": metadata.get(CONTEXT, get("context_length")),
+            "max_position_embeddings": metadata.get(CONTEXT, told["max_position_embeddings"]),
             # GGUF keeps float32, in which 1e-6 is 9.99999997e-07; taken as the decimal it came from.
             "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon', 1e-6):.6g}"),
             "rope": rope,
@@ -157,7 +159,8 @@ class GGUF:
             "extra": {key: value for key, value in ids.items() if value is not None},
         }
         check_sizes({key: values[key] for key in cls.sizes() & values.keys()}, "GGUF metadata")
-        _check_keys(metadata, arch, _KEYS.union(self.own_keys(kind).values()), values["head_dim"])
+        known = {*_SIZES.values(), *_OTHERS, *self.own_keys(kind).values()}
+        _check_keys(metadata, arch, known, values["head_dim"])
         values |= self.fields(kind, file, values)
         cls.check_values(values, f"GGUF metadata of {arch}")
         return values
@@ -173,15 +176,7 @@ class GGUF:
                 f"this model cannot be a GGUF file, since llama.cpp's {arch} has {'; '.join(problems)}. Save it as a "
                 "Hugging Face folder instead"
             )
-        values: dict[str, Any] = {
-            "vocab_size": config.vocab_size,
-            "context_length": config.max_position_embeddings,
-            "embedding_length": config.hidden_size,
-            "feed_forward_length": config.intermediate_size,
-            "block_count": config.num_hidden_layers,
-            "attention.head_count": config.num_attention_heads,
-            "attention.head_count_kv": config.num_key_value_heads,
-            "attention.key_length": config.head_dim,
+        values: dict[str, Any] = {key: getattr(config, field) for field, key in _SIZES.items()} | {
             "attention.value_length": config.head_dim,
             "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
             "rope.dimension_count": config.head_dim,

@@ -4,8 +4,8 @@ Format and meaning: keras_hub/src/models of https://github.com/keras-team/keras-
 leave out (the context's length, rope bases, the activation) follows the models that it publishes.
 """
 
-from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Any
+from collections.abc import Container, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -20,34 +20,10 @@ BACKBONES = {
     "GemmaBackbone": "gemma", "Gemma3Backbone": "gemma3_text", "LlamaBackbone": "llama", "Llama3Backbone": "llama",
     "MistralBackbone": "mistral", "ViTBackbone": "vit",
 }  # fmt: skip
-_SIZES = {
-    "vocabulary_size": "vocab_size", "hidden_dim": "hidden_size", "intermediate_dim": "intermediate_size",
-    "num_layers": "num_hidden_layers", "num_query_heads": "num_attention_heads",
-    "num_key_value_heads": "num_key_value_heads",
-}  # fmt: skip
-_VIT_SIZES = {
-    "hidden_dim": "hidden_size", "mlp_dim": "intermediate_size", "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-}  # fmt: skip
 _HARMLESS = {"layer_norm_epsilon", "name", "trainable", "dropout"}
 _DTYPES = {
     "float32": "float32", "bfloat16": "bfloat16", "float16": "float16",
     "mixed_bfloat16": "float32", "mixed_float16": "float32",
-}  # fmt: skip
-
-_GEMMA_KEYS = {
-    "head_dim", "query_head_dim_normalize", "use_post_ffw_norm", "use_post_attention_norm", "attention_logit_soft_cap",
-    "final_logit_soft_cap", "use_sliding_window_attention", "sliding_window_size", "use_query_key_norm",
-    "local_rope_scaling_factor", "global_rope_scaling_factor", "image_size", "vision_encoder",
-}  # fmt: skip
-_LLAMA_KEYS = {
-    "rope_max_wavelength", "rope_position_scaling_factor", "rope_frequency_adjustment_factor", "rope_low_freq_factor",
-    "rope_high_freq_factor", "rope_pretraining_sequence_length", "rope_scaling_factor", "tie_word_embeddings",
-}  # fmt: skip
-_MISTRAL_KEYS = {"rope_max_wavelength", "rope_scaling_factor", "sliding_window", "head_dim"}
-_VIT_KEYS = {
-    "image_shape", "patch_size", "dropout_rate", "attention_dropout", "use_mha_bias", "use_mlp_bias", "use_patch_bias",
-    "use_class_token",
 }  # fmt: skip
 _CLASSIFIER_KEYS = {"backbone", "preprocessor", "num_classes", "pooling", "activation", "intermediate_dim"}
 _LLAMA3_ROPE = {
@@ -58,177 +34,6 @@ _CONTEXT = {
     "GemmaBackbone": 8192, "Gemma3Backbone": 131_072, "LlamaBackbone": 4096, "Llama3Backbone": 8192,
     "MistralBackbone": 32_768,
 }  # fmt: skip
-
-
-def backbone_of(data: Mapping[str, Any]) -> str:
-    """The class that a config.json names. Raises ConfigError for one that modelhub does not read."""
-    name = str(data.get("registered_name")).rpartition(">")[2]  # "keras_hub>GemmaBackbone", earlier "keras_nlp>..."
-    if name not in BACKBONES:
-        raise ConfigError(
-            f"this is a KerasHub preset of the class {name[:80]!r}; modelhub reads {', '.join(BACKBONES)}"
-        )
-    return name
-
-
-Stored = tuple[Mapping[str, Any], Container[str] | None]  # config.json, and the names in the weights, if known
-
-
-def _read_gemma(data: Mapping[str, Any], tensors: Container[str] | None) -> dict[str, Any]:
-    """The fields of Gemma's Config from the config.json of a GemmaBackbone (Gemma 1, 2) or Gemma3Backbone."""
-    name = backbone_of(data)
-    where = f"{name} config"
-    values, given = _read_decoder(data, _GEMMA_KEYS, where)
-    is_gemma3 = name == "Gemma3Backbone"
-    sandwich = is_gemma3 or bool(given.get("use_post_ffw_norm"))
-    kind = BACKBONES[name] if is_gemma3 or not sandwich else "gemma2"
-    for key in ("use_post_ffw_norm", "use_post_attention_norm"):
-        require({key: False} | given, key, (sandwich,), where)
-    require(given, "use_query_key_norm", (True,), where)
-    require(given, "layer_norm_epsilon", (1e-6,), where)  # the blocks have this one, whatever the config says
-    check_sizes({"head_dim": given.get("head_dim")}, where)
-    values |= {"model_type": kind, "head_dim": given["head_dim"]}
-    if not is_gemma3:
-        values["intermediate_size"] //= 2  # there it counts the gate as well
-    if kind != "gemma":
-        # keras-hub 0.32 takes query_head_dim_normalize and does not hand it on; Gemma 2 27B was trained without it.
-        mean_width = values["hidden_size"] // values["num_attention_heads"]
-        values["query_pre_attn_scalar"] = (
-            given["head_dim"] if given.get("query_head_dim_normalize", True) else mean_width
-        )
-    every = (6 if is_gemma3 else 2) if given.get("use_sliding_window_attention") else 1  # every n-th layer is global
-    values["layer_types"] = layer_types(values["num_hidden_layers"], every)
-    optional = {
-        "attn_logit_softcapping": given.get("attention_logit_soft_cap"),
-        "final_logit_softcapping": given.get("final_logit_soft_cap"),
-        "sliding_window": given.get("sliding_window_size") if every > 1 else None,
-    }
-    if kind == "gemma" and any(optional.values()):
-        raise ConfigError(f"{where}: soft caps and sliding windows are supported with use_post_ffw_norm=true (Gemma 2)")
-    if is_gemma3:
-        values["rope"] = read_rope(where, 1_000_000.0, _linear(given.get("global_rope_scaling_factor")))
-        values["local_rope"] = read_rope(where, 10_000.0, _linear(given.get("local_rope_scaling_factor")))
-    return values | optional
-
-
-def _read_llama(data: Mapping[str, Any], tensors: Container[str] | None) -> dict[str, Any]:
-    """The fields of Llama's Config from the config.json of a LlamaBackbone, Llama3Backbone or MistralBackbone.
-
-    tensors: the names in the weights; keras-hub 0.32 does not save whether the head is the embedding.
-    """
-    name = backbone_of(data)
-    where = f"{name} config"
-    is_mistral = name == "MistralBackbone"
-    values, given = _read_decoder(data, _MISTRAL_KEYS if is_mistral else _LLAMA_KEYS, where)
-    head_dim = given.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
-    check_sizes({"head_dim": head_dim}, where)
-    require(given, "rope_position_scaling_factor", (1,), where)  # keras-hub 0.32 takes it and does not use it
-    rope = _linear(given.get("rope_scaling_factor"))
-    if llama3 := {ours: given[key] for key, ours in _LLAMA3_ROPE.items() if given.get(key) is not None}:
-        rope = {"rope_type": "llama3"} | llama3
-    values |= {
-        "model_type": BACKBONES[name],
-        "head_dim": head_dim,
-        "sliding_window": given.get("sliding_window", 512) if is_mistral else None,
-        "rope": read_rope(where, given.get("rope_max_wavelength") or 10_000.0, rope),
-        "max_position_embeddings": 131_072 if llama3 else values["max_position_embeddings"],
-        "tie_word_embeddings": given.get("tie_word_embeddings") is True if tensors is None else _HEAD not in tensors,
-    }
-    return values
-
-
-def _read_vit(data: Mapping[str, Any], tensors: Container[str] | None) -> dict[str, Any]:
-    """The fields of ViT's Config from the config.json of a ViTBackbone.
-
-    data["task"]: the preset's task.json, for the head. Its classes have no names there.
-    """
-    where = "ViTBackbone config"
-    values, given = _read(data, _VIT_SIZES, _VIT_KEYS, where)
-    for key in ("use_mha_bias", "use_mlp_bias", "use_patch_bias"):
-        require(given, key, (True,), where)
-    shape = given.get("image_shape")
-    if not isinstance(shape, list) or len(shape) != 3:
-        raise ConfigError(f"{where}: image_shape must be [height, width, channels], found {str(shape)[:80]}")
-    values |= {"model_type": "vit", "image_size": shape[:2], "num_channels": shape[2]}
-    optional = {
-        "patch_size": "patch_size", "dropout_rate": "hidden_dropout_prob",
-        "attention_dropout": "attention_probs_dropout_prob", "use_class_token": "class_token",
-    }  # fmt: skip
-    values |= {ours: given[theirs] for theirs, ours in optional.items() if theirs in given}
-    values |= {"layer_norm_eps": given.get("layer_norm_epsilon", 1e-6)}
-    class_token = values.get("class_token", True)
-    values["pooling"] = "cls" if class_token else "mean"
-    return values | _read_classifier(data.get("task"), class_token)
-
-
-def _read_classifier(data: Any, class_token: bool) -> dict[str, Any]:
-    """From a task.json, or None for a backbone alone."""
-    if data is None:
-        return {}
-    where, head = "task.json", data.get("config")
-    name = str(data.get("registered_name")).rpartition(">")[2]
-    if name != "ViTImageClassifier" or not isinstance(head, dict):
-        raise ConfigError(f"{where} is of the class {name[:80]!r}; modelhub reads ViTImageClassifier")
-    refuse_unknown({key: value for key, value in head.items() if key != "dtype"}, _CLASSIFIER_KEYS | _HARMLESS, where)
-    # Of the probabilities of softmax or sigmoid, the logits are what they are given.
-    require(head, "activation", ("linear", "softmax", "sigmoid"), where)
-    if head.get("intermediate_dim") is not None:
-        raise ConfigError(
-            f"{where}: intermediate_dim={head['intermediate_dim']!r} is a second layer in the head, which ViTs here do "
-            "not have. Remove task.json to load the backbone alone"
-        )
-    if head.get("pooling", "token") != (pooling := "token" if class_token else "gap"):
-        raise ConfigError(
-            f"{where}: pooling={head['pooling']!r} is not supported, only {pooling!r} for a backbone with "
-            f"use_class_token={class_token}: the mean here is of patches, without the class token"
-        )
-    values = {"num_labels": head.get("num_classes"), "classifier_dropout": head.get("dropout", 0.0)}
-    return values | ({"problem_type": MULTI_LABEL} if head.get("activation") == "sigmoid" else {})
-
-
-def _read_decoder(data: Mapping[str, Any], known: Iterable[str], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`_read`, and what else all decoders have."""
-    values, given = _read(data, _SIZES, known, where)
-    values["rms_norm_eps"] = given.get("layer_norm_epsilon", 1e-6)
-    values["max_position_embeddings"] = _CONTEXT[backbone_of(data)]
-    return values, given
-
-
-def _read(
-    data: Mapping[str, Any], sizes: Mapping[str, str], known: Iterable[str], where: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Under our names the sizes and the dtype; and all arguments as they are.
-
-    known: the class's own arguments. Raises ConfigError for unknown and missing ones, and for quantised weights.
-    """
-    given = data.get("config")
-    if not isinstance(given, dict):
-        raise ConfigError(f"{where}: expected the class's arguments as an object, found {type(given).__name__}")
-    dtype = _stored_dtype(given.get("dtype"), where)
-    refuse_unknown({key: value for key, value in given.items() if key != "dtype"}, {*sizes, *_HARMLESS, *known}, where)
-    if missing := [key for key in sizes if given.get(key) is None]:
-        raise ConfigError(f"{where} lacks {', '.join(missing)}; the file is incomplete")
-    values = {ours: given[theirs] for theirs, ours in sizes.items()}
-    check_sizes(values, where)
-    return values | {"extra": {"dtype": dtype} if dtype else {}}, given
-
-
-def _stored_dtype(policy: Any, where: str) -> str | None:
-    """From a Keras dtype policy; None: an older config, which has none."""
-    if isinstance(policy, Mapping):
-        kind, arguments = policy.get("class_name"), policy.get("config")
-        policy = arguments.get("name") if kind == "DTypePolicy" and isinstance(arguments, Mapping) else kind
-    if policy is None:
-        return None
-    if not isinstance(policy, str) or policy not in _DTYPES:
-        raise ConfigError(
-            f"{where}: the weights are quantised (dtype {str(policy)[:80]}), and modelhub reads KerasHub presets of "
-            f"the dtypes {', '.join(_DTYPES)}. Take the preset that is not quantised"
-        )
-    return _DTYPES[policy]
-
-
-def _linear(factor: Any) -> dict[str, Any]:
-    return {} if factor in (None, 1) else {"rope_type": "linear", "factor": factor}
 
 
 _HEAD = "layers/reversible_embedding/vars/1"
@@ -267,75 +72,304 @@ _IGNORED = (
 )
 
 
-def _gemma_names(config: Any) -> NameMap:
-    """The names of a preset of GemmaBackbone or Gemma3Backbone. config: Gemma's Config."""
-    block = _GEMMA_BLOCK | (_GEMMA_NORMS if config.model_type == "gemma" else _GEMMA_NORMS_2)
-    layer = "gemma3_decoder_block" if config.model_type == "gemma3_text" else "gemma_decoder_block"
-    return _names(config, layer, block, "rms_normalization", heads_first=True)
+def backbone_of(data: Mapping[str, Any]) -> str:
+    """The class that a config.json names. Raises ConfigError for one that modelhub does not read."""
+    name = str(data.get("registered_name")).rpartition(">")[2]  # "keras_hub>GemmaBackbone", earlier "keras_nlp>..."
+    if name not in BACKBONES:
+        raise ConfigError(
+            f"this is a KerasHub preset of the class {name[:80]!r}; modelhub reads {', '.join(BACKBONES)}"
+        )
+    return name
 
 
-def _llama_names(config: Any) -> NameMap:
-    """The names of a preset of LlamaBackbone, Llama3Backbone or MistralBackbone. config: Llama's Config."""
-    norm = "llama_layer_norm" if config.model_type == "llama" else "mistral_layer_normalization"
-    return _names(config, f"{config.model_type}_transformer_decoder", _LLAMA_BLOCK, norm, heads_first=False)
+class Given(NamedTuple):
+    """name: of the class. tensors: the names in the weights, if known."""
+
+    name: str
+    where: str
+    arguments: Mapping[str, Any]
+    task: Any
+    tensors: Container[str] | None
 
 
-def _names(config: Any, layer: str, block: Mapping[str, str], norm: str, heads_first: bool) -> NameMap:
+class KerasHub:
+    """The format "keras", see config.Format; it is read only.
+
+    sizes: {argument of the class: field} that must be given, same: that may be. only: {argument: the values whose maths
+    we have}.
+    """
+
+    sizes: ClassVar[Mapping[str, str]] = {}
+    same: ClassVar[Mapping[str, str]] = {}
+    only: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    def read(self, cls: Any, stored: tuple[Mapping[str, Any], Container[str] | None]) -> dict[str, Any]:
+        """The fields, of config.json and the names in the weights, if known.
+
+        Raises ConfigError for arguments that are unknown or missing, and for quantised weights.
+        """
+        data, tensors = stored
+        name, given = backbone_of(data), data.get("config")
+        where = f"{name} config"
+        if not isinstance(given, dict):
+            raise ConfigError(f"{where}: expected the class's arguments as an object, found {type(given).__name__}")
+        dtype = _stored_dtype(given.get("dtype"), where)
+        told = {key: value for key, value in given.items() if key != "dtype"}
+        refuse_unknown(told, {*self.sizes, *self.same, *self.only, *self.others(name), *_HARMLESS}, where)
+        if missing := [key for key in self.sizes if given.get(key) is None]:
+            raise ConfigError(f"{where} lacks {', '.join(missing)}; the file is incomplete")
+        values = {ours: given[theirs] for theirs, ours in self.sizes.items()}
+        check_sizes(values, where)
+        for key, allowed in self.only.items():
+            require(given, key, allowed, where)
+        values |= {ours: given[theirs] for theirs, ours in self.same.items() if theirs in given}
+        values |= {"model_type": BACKBONES[name], "extra": {"dtype": dtype} if dtype else {}}
+        values |= self.fields(Given(name, where, given, data.get("task"), tensors), values)
+        cls.check_values(values, where)
+        return values
+
+    def others(self, name: str) -> set[str]:
+        """Arguments that `fields` looks at. name: of the class."""
+        return set()
+
+    def fields(self, given: Given, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What is not told by one argument each. values: what is."""
+        return {}
+
+    def write(self, config: Any) -> Any:
+        raise ConfigError("KerasHub presets are read, not written. Save the model as a Hugging Face folder instead")
+
+
+class _Decoder(KerasHub):
     """heads_first: the kernels of queries, keys and values are (heads, in, head_dim), else (in, heads, head_dim)."""
-    d, f, h, v = config.hidden_size, config.intermediate_size, config.head_dim, config.vocab_size
-    n, k = config.num_attention_heads, config.num_key_value_heads
 
-    def projection(heads: int) -> Via:
-        if heads_first:
-            return _kernel((heads, d, h), (0, 2, 1), (heads * h, d))
-        return _kernel((d, heads, h), (1, 2, 0), (heads * h, d))
-
-    kernels = {
-        "self_attn.q_proj": projection(n), "self_attn.k_proj": projection(k), "self_attn.v_proj": projection(k),
-        "self_attn.o_proj": _kernel((n, h, d), (2, 0, 1), (d, n * h)),
-        "mlp.gate_proj": _kernel((d, f), (1, 0), (f, d)), "mlp.up_proj": _kernel((d, f), (1, 0), (f, d)),
-        "mlp.down_proj": _kernel((f, d), (1, 0), (d, f)),
+    sizes = {
+        "vocabulary_size": "vocab_size", "hidden_dim": "hidden_size", "intermediate_dim": "intermediate_size",
+        "num_layers": "num_hidden_layers", "num_query_heads": "num_attention_heads",
+        "num_key_value_heads": "num_key_value_heads",
     }  # fmt: skip
-    rules = [
-        Rule("layers/reversible_embedding/vars/0", "model.embed_tokens.weight"),
-        Rule(_HEAD, "lm_head.weight", _kernel((d, v), (1, 0), (v, d))),
-        Rule(f"layers/{norm}/vars/0", "model.norm.weight"),
-    ]
-    for theirs, ours in block.items():
-        rules += _in_layers(f"layers/{layer}", f"{theirs}/vars/0", "model.layers", f"{ours}.weight", kernels.get(ours))
-    return NameMap(tuple(rules), ignored=_IGNORED)
+    heads_first: ClassVar[bool] = False
+
+    def parts(self, config: Any) -> tuple[str, Mapping[str, str], str]:
+        """What is called how in the weights: the layers, their parts, and the last norm."""
+        raise NotImplementedError
+
+    def names(self, config: Any) -> NameMap:
+        d, f, h, v = config.hidden_size, config.intermediate_size, config.head_dim, config.vocab_size
+        n, k = config.num_attention_heads, config.num_key_value_heads
+
+        def projection(heads: int) -> Via:
+            if self.heads_first:
+                return _kernel((heads, d, h), (0, 2, 1), (heads * h, d))
+            return _kernel((d, heads, h), (1, 2, 0), (heads * h, d))
+
+        kernels = {
+            "self_attn.q_proj": projection(n), "self_attn.k_proj": projection(k), "self_attn.v_proj": projection(k),
+            "self_attn.o_proj": _kernel((n, h, d), (2, 0, 1), (d, n * h)),
+            "mlp.gate_proj": _kernel((d, f), (1, 0), (f, d)), "mlp.up_proj": _kernel((d, f), (1, 0), (f, d)),
+            "mlp.down_proj": _kernel((f, d), (1, 0), (d, f)),
+        }  # fmt: skip
+        layer, block, norm = self.parts(config)
+        rules = [
+            Rule("layers/reversible_embedding/vars/0", "model.embed_tokens.weight"),
+            Rule(_HEAD, "lm_head.weight", _kernel((d, v), (1, 0), (v, d))),
+            Rule(f"layers/{norm}/vars/0", "model.norm.weight"),
+        ]
+        for theirs, ours in block.items():
+            via = kernels.get(ours)
+            rules += _in_layers(f"layers/{layer}", f"{theirs}/vars/0", "model.layers", f"{ours}.weight", via)
+        return NameMap(tuple(rules), ignored=_IGNORED)
 
 
-def _vit_names(config: Any) -> NameMap:
-    """The names of a preset of ViTBackbone, with those of its task's weights after "task/". config: ViT's Config."""
-    d, f, n, c = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_channels
-    h, tokens = d // n, config.grid[0] * config.grid[1] + config.class_token
-    projection, bias = _kernel((d, n, h), (1, 2, 0), (d, d)), _kernel((n, h), (0, 1), (d,))
-    vias = {f"attention.attention.{name}": (projection, bias) for name in ("query", "key", "value")} | {
-        "attention.output.dense": (_kernel((n, h, d), (2, 0, 1), (d, d)), KEEP),
-        "intermediate.dense": (_kernel((d, f), (1, 0), (f, d)), KEEP),
-        "output.dense": (_kernel((f, d), (1, 0), (d, f)), KEEP),
-    }
-    start, embeddings = "layers/vi_t_patching_and_embedding", "vit.embeddings"
-    patches, positions = (*config.patch, c, d), (tokens, d)
-    head = _kernel((d, config.num_labels), (1, 0), (config.num_labels, d))
-    rules = [
-        Rule(f"{start}/vars/0", f"{embeddings}.cls_token"),
-        Rule(f"{start}/position_embedding/vars/0", f"{embeddings}.position_embeddings",
-             _kernel(positions, (0, 1), (1, *positions))),
-        Rule(f"{start}/patch_embedding/vars/0", f"{embeddings}.patch_embeddings.projection.weight",
-             _kernel(patches, (3, 2, 0, 1), (d, c, *config.patch))),
-        Rule(f"{start}/patch_embedding/vars/1", f"{embeddings}.patch_embeddings.projection.bias"),
-        Rule("layers/vi_t_encoder/layer_norm/vars/0", "vit.layernorm.weight"),
-        Rule("layers/vi_t_encoder/layer_norm/vars/1", "vit.layernorm.bias"),
-        Rule("task/layers/dense/vars/0", "classifier.weight", head),
-        Rule("task/layers/dense/vars/1", "classifier.bias"),
-    ]  # fmt: skip
-    layer = "layers/vi_t_encoder/encoder_layers/vi_t_encoder_block"
-    for theirs, ours in _VIT_BLOCK.items():
-        for index, (part, via) in enumerate(zip(("weight", "bias"), vias.get(ours, (KEEP, KEEP)), strict=True)):
-            rules += _in_layers(layer, f"{theirs}/vars/{index}", "vit.encoder.layer", f"{ours}.{part}", via)
-    return NameMap(tuple(rules), ignored=_IGNORED)
+class GemmaKeras(_Decoder):
+    """GemmaBackbone (Gemma 1, 2) and Gemma3Backbone."""
+
+    same = {
+        "head_dim": "head_dim", "attention_logit_soft_cap": "attn_logit_softcapping",
+        "final_logit_soft_cap": "final_logit_softcapping",
+    }  # fmt: skip
+    # The blocks have this epsilon, whatever the config says.
+    only = {"use_query_key_norm": (True,), "layer_norm_epsilon": (1e-6,)}
+    heads_first = True
+
+    def others(self, name: str) -> set[str]:
+        return {
+            "query_head_dim_normalize", "use_post_ffw_norm", "use_post_attention_norm", "use_sliding_window_attention",
+            "sliding_window_size", "local_rope_scaling_factor", "global_rope_scaling_factor", "image_size",
+            "vision_encoder",
+        }  # fmt: skip
+
+    def fields(self, given: Given, values: Mapping[str, Any]) -> dict[str, Any]:
+        name, where, told, *_ = given
+        is_gemma3 = name == "Gemma3Backbone"
+        sandwich = is_gemma3 or bool(told.get("use_post_ffw_norm"))
+        kind = "gemma2" if sandwich and not is_gemma3 else values["model_type"]
+        for key in ("use_post_ffw_norm", "use_post_attention_norm"):
+            require({key: False} | dict(told), key, (sandwich,), where)
+        check_sizes({"head_dim": told.get("head_dim")}, where)
+        every = (6 if is_gemma3 else 2) if told.get("use_sliding_window_attention") else 1  # every n-th is global
+        found = {
+            "model_type": kind,
+            "max_position_embeddings": _CONTEXT[name],
+            "layer_types": layer_types(values["num_hidden_layers"], every),
+            "sliding_window": told.get("sliding_window_size") if every > 1 else None,
+        }
+        if not is_gemma3:
+            found["intermediate_size"] = values["intermediate_size"] // 2  # there it counts the gate as well
+        if kind == "gemma":
+            if any((values | found).get(key) for key in (*[*self.same.values()][1:], "sliding_window")):
+                raise ConfigError(
+                    f"{where}: soft caps and sliding windows are supported with use_post_ffw_norm=true (Gemma 2)"
+                )
+        else:
+            # keras-hub 0.32 takes query_head_dim_normalize and does not hand it on; Gemma 2 27B was trained without it.
+            mean_width = values["hidden_size"] // values["num_attention_heads"]
+            by_head = told.get("query_head_dim_normalize", True)
+            found["query_pre_attn_scalar"] = told["head_dim"] if by_head else mean_width
+        if is_gemma3:
+            for rope, key, theta in (("rope", "global", 1_000_000.0), ("local_rope", "local", 10_000.0)):
+                found[rope] = read_rope(where, theta, _linear(told.get(f"{key}_rope_scaling_factor")))
+        return found
+
+    def parts(self, config: Any) -> tuple[str, Mapping[str, str], str]:
+        layer = "gemma3_decoder_block" if config.model_type == "gemma3_text" else "gemma_decoder_block"
+        block = _GEMMA_BLOCK | (_GEMMA_NORMS if config.model_type == "gemma" else _GEMMA_NORMS_2)
+        return layer, block, "rms_normalization"
+
+
+class LlamaKeras(_Decoder):
+    """LlamaBackbone, Llama3Backbone and MistralBackbone."""
+
+    same = {"layer_norm_epsilon": "rms_norm_eps"}
+    only = {"rope_position_scaling_factor": (1,)}  # keras-hub 0.32 takes it and does not use it
+
+    def others(self, name: str) -> set[str]:
+        own = {"sliding_window", "head_dim"} if name == "MistralBackbone" else {"tie_word_embeddings", *_LLAMA3_ROPE}
+        return {"rope_max_wavelength", "rope_scaling_factor"} | own
+
+    def fields(self, given: Given, values: Mapping[str, Any]) -> dict[str, Any]:
+        name, where, told, _, tensors = given
+        head_dim = told.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+        check_sizes({"head_dim": head_dim}, where)
+        rope = _linear(told.get("rope_scaling_factor"))
+        if llama3 := {ours: told[key] for key, ours in _LLAMA3_ROPE.items() if told.get(key) is not None}:
+            rope = {"rope_type": "llama3"} | llama3
+        # keras-hub 0.32 does not save whether the head is the embedding.
+        tied = told.get("tie_word_embeddings") is True if tensors is None else _HEAD not in tensors
+        return {
+            "head_dim": head_dim,
+            "sliding_window": told.get("sliding_window", 512) if name == "MistralBackbone" else None,
+            "rope": read_rope(where, told.get("rope_max_wavelength") or 10_000.0, rope),
+            "max_position_embeddings": 131_072 if llama3 else _CONTEXT[name],
+            "tie_word_embeddings": tied,
+        }
+
+    def parts(self, config: Any) -> tuple[str, Mapping[str, str], str]:
+        norm = "llama_layer_norm" if config.model_type == "llama" else "mistral_layer_normalization"
+        return f"{config.model_type}_transformer_decoder", _LLAMA_BLOCK, norm
+
+
+class ViTKeras(KerasHub):
+    """ViTBackbone, and the head that the preset's task.json tells, whose classes have no names there."""
+
+    sizes = {
+        "hidden_dim": "hidden_size", "mlp_dim": "intermediate_size", "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+    }  # fmt: skip
+    same = {
+        "patch_size": "patch_size", "dropout_rate": "hidden_dropout_prob", "use_class_token": "class_token",
+        "attention_dropout": "attention_probs_dropout_prob",
+    }  # fmt: skip
+    only = dict.fromkeys(("use_mha_bias", "use_mlp_bias", "use_patch_bias"), (True,))
+
+    def others(self, name: str) -> set[str]:
+        return {"image_shape"}
+
+    def fields(self, given: Given, values: Mapping[str, Any]) -> dict[str, Any]:
+        shape, class_token = given.arguments.get("image_shape"), values.get("class_token", True)
+        if not isinstance(shape, list) or len(shape) != 3:
+            raise ConfigError(f"{given.where}: image_shape must be [height, width, channels], found {str(shape)[:80]}")
+        return {
+            "image_size": shape[:2],
+            "num_channels": shape[2],
+            "layer_norm_eps": given.arguments.get("layer_norm_epsilon", 1e-6),
+            "pooling": "cls" if class_token else "mean",
+        } | _classifier(given.task, class_token)
+
+    def names(self, config: Any) -> NameMap:
+        """With those of the task's weights after "task/"."""
+        d, f, n, c = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_channels
+        h, tokens = d // n, config.grid[0] * config.grid[1] + config.class_token
+        projection, bias = _kernel((d, n, h), (1, 2, 0), (d, d)), _kernel((n, h), (0, 1), (d,))
+        vias = {f"attention.attention.{name}": (projection, bias) for name in ("query", "key", "value")} | {
+            "attention.output.dense": (_kernel((n, h, d), (2, 0, 1), (d, d)), KEEP),
+            "intermediate.dense": (_kernel((d, f), (1, 0), (f, d)), KEEP),
+            "output.dense": (_kernel((f, d), (1, 0), (d, f)), KEEP),
+        }
+        start, embeddings = "layers/vi_t_patching_and_embedding", "vit.embeddings"
+        patches, positions = (*config.patch, c, d), (tokens, d)
+        head = _kernel((d, config.num_labels), (1, 0), (config.num_labels, d))
+        rules = [
+            Rule(f"{start}/vars/0", f"{embeddings}.cls_token"),
+            Rule(f"{start}/position_embedding/vars/0", f"{embeddings}.position_embeddings",
+                 _kernel(positions, (0, 1), (1, *positions))),
+            Rule(f"{start}/patch_embedding/vars/0", f"{embeddings}.patch_embeddings.projection.weight",
+                 _kernel(patches, (3, 2, 0, 1), (d, c, *config.patch))),
+            Rule(f"{start}/patch_embedding/vars/1", f"{embeddings}.patch_embeddings.projection.bias"),
+            Rule("layers/vi_t_encoder/layer_norm/vars/0", "vit.layernorm.weight"),
+            Rule("layers/vi_t_encoder/layer_norm/vars/1", "vit.layernorm.bias"),
+            Rule("task/layers/dense/vars/0", "classifier.weight", head),
+            Rule("task/layers/dense/vars/1", "classifier.bias"),
+        ]  # fmt: skip
+        layer = "layers/vi_t_encoder/encoder_layers/vi_t_encoder_block"
+        for theirs, ours in _VIT_BLOCK.items():
+            for index, (part, via) in enumerate(zip(("weight", "bias"), vias.get(ours, (KEEP, KEEP)), strict=True)):
+                rules += _in_layers(layer, f"{theirs}/vars/{index}", "vit.encoder.layer", f"{ours}.{part}", via)
+        return NameMap(tuple(rules), ignored=_IGNORED)
+
+
+def _classifier(data: Any, class_token: bool) -> dict[str, Any]:
+    """From a task.json, or None for a backbone alone."""
+    if data is None:
+        return {}
+    where, head = "task.json", data.get("config")
+    name = str(data.get("registered_name")).rpartition(">")[2]
+    if name != "ViTImageClassifier" or not isinstance(head, dict):
+        raise ConfigError(f"{where} is of the class {name[:80]!r}; modelhub reads ViTImageClassifier")
+    refuse_unknown({key: value for key, value in head.items() if key != "dtype"}, _CLASSIFIER_KEYS | _HARMLESS, where)
+    # Of the probabilities of softmax or sigmoid, the logits are what they are given.
+    require(head, "activation", ("linear", "softmax", "sigmoid"), where)
+    if head.get("intermediate_dim") is not None:
+        raise ConfigError(
+            f"{where}: intermediate_dim={head['intermediate_dim']!r} is a second layer in the head, which ViTs here do "
+            "not have. Remove task.json to load the backbone alone"
+        )
+    if head.get("pooling", "token") != (pooling := "token" if class_token else "gap"):
+        raise ConfigError(
+            f"{where}: pooling={head['pooling']!r} is not supported, only {pooling!r} for a backbone with "
+            f"use_class_token={class_token}: the mean here is of patches, without the class token"
+        )
+    values = {"num_labels": head.get("num_classes"), "classifier_dropout": head.get("dropout", 0.0)}
+    return values | ({"problem_type": MULTI_LABEL} if head.get("activation") == "sigmoid" else {})
+
+
+def _stored_dtype(policy: Any, where: str) -> str | None:
+    """From a Keras dtype policy; None: an older config, which has none."""
+    if isinstance(policy, Mapping):
+        kind, arguments = policy.get("class_name"), policy.get("config")
+        policy = arguments.get("name") if kind == "DTypePolicy" and isinstance(arguments, Mapping) else kind
+    if policy is None:
+        return None
+    if not isinstance(policy, str) or policy not in _DTYPES:
+        raise ConfigError(
+            f"{where}: the weights are quantised (dtype {str(policy)[:80]}), and modelhub reads KerasHub presets of "
+            f"the dtypes {', '.join(_DTYPES)}. Take the preset that is not quantised"
+        )
+    return _DTYPES[policy]
+
+
+def _linear(factor: Any) -> dict[str, Any]:
+    return {} if factor in (None, 1) else {"rope_type": "linear", "factor": factor}
 
 
 def _in_layers(layer: str, theirs: str, layers: str, ours: str, via: Via | None) -> list[Rule]:
@@ -354,27 +388,3 @@ def _kernel(theirs: tuple[int, ...], axes: tuple[int, ...], ours: tuple[int, ...
         lambda x: np.ascontiguousarray(x.reshape(permuted).transpose(np.argsort(axes))),
         lambda shape: ours if shape == theirs else (1, 1, 1, *shape),  # never taken for ours
     )
-
-
-class _KerasHub:
-    """The format "keras", see config.Format; it is read only."""
-
-    def __init__(
-        self,
-        read: Callable[[Mapping[str, Any], Container[str] | None], dict[str, Any]],
-        names: Callable[[Any], NameMap],
-    ):
-        self._read, self.names = read, names
-
-    def read(self, cls: Any, stored: Stored) -> dict[str, Any]:
-        values = self._read(*stored)
-        cls.check_values(values, f"{backbone_of(stored[0])} config")
-        return values
-
-    def write(self, config: Any) -> Any:
-        raise ConfigError("KerasHub presets are read, not written. Save the model as a Hugging Face folder instead")
-
-
-GEMMA = _KerasHub(_read_gemma, _gemma_names)
-LLAMA = _KerasHub(_read_llama, _llama_names)
-VIT = _KerasHub(_read_vit, _vit_names)

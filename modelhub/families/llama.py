@@ -74,7 +74,7 @@ class Config(TextConfig):
         # SmolLM2's configs have these; transformers reads neither.
         "hf": HuggingFace(only={"rope_interleaved": (False,), "is_llama_config": (True, False)}),
         "gguf": LlamaGGUF(),
-        "keras": kerashub.LLAMA,
+        "keras": kerashub.LlamaKeras(),
     }
 
     hidden_act: str = key(TEXT, "silu")

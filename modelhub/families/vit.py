@@ -41,7 +41,7 @@ class Config(ImageConfig):
         name: Kind(architecture, {}, lacks=("distillation_head",))  # `architectures` says it
         for name, architecture in {"vit": "ViT", "deit": "DeiT"}.items()
     }
-    FORMATS: ClassVar = {"hf": ViTHF("layers", _IN_MEMORY), "keras": kerashub.VIT}
+    FORMATS: ClassVar = {"hf": ViTHF("layers", _IN_MEMORY), "keras": kerashub.ViTKeras()}
 
     intermediate_size: int = key(SIZE, 3072)
     distillation_head: bool = key(FLAG, False)
