@@ -60,4 +60,4 @@ def presets() -> Iterator[str]:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.3g} million"
+    return f"{count / 1e9:.1f} billion" if count >= 0.9995e9 else f"{count / 1e6:.3g} million"
