@@ -132,7 +132,7 @@ class KerasHub:
         """Arguments that `fields` looks at. name: of the class."""
         return set()
 
-    def fields(self, given: Given, values: Mapping[str, Any]) -> dict[str, Any]:
+    def fields(self, given: Given, values: dict[str, Any]) -> dict[str, Any]:
         """What is not told by one argument each. values: what is."""
         return {}
 
@@ -199,7 +199,7 @@ class GemmaKeras(_Decoder):
             "vision_encoder",
         }  # fmt: skip
 
-    def fields(self, given: Given, values: Mapping[str, Any]) -> dict[str, Any]:
+    def fields(self, given: Given, values: dict[str, Any]) -> dict[str, Any]:
         name, where, told, *_ = given
         is_gemma3 = name == "Gemma3Backbone"
         sandwich = is_gemma3 or bool(told.get("use_post_ffw_norm"))
@@ -247,7 +247,7 @@ class LlamaKeras(_Decoder):
         own = {"sliding_window", "head_dim"} if name == "MistralBackbone" else {"tie_word_embeddings", *_LLAMA3_ROPE}
         return {"rope_max_wavelength", "rope_scaling_factor"} | own
 
-    def fields(self, given: Given, values: Mapping[str, Any]) -> dict[str, Any]:
+    def fields(self, given: Given, values: dict[str, Any]) -> dict[str, Any]:
         name, where, told, _, tensors = given
         head_dim = told.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
         check_sizes({"head_dim": head_dim}, where)
@@ -285,7 +285,7 @@ class ViTKeras(KerasHub):
     def others(self, name: str) -> set[str]:
         return {"image_shape"}
 
-    def fields(self, given: Given, values: Mapping[str, Any]) -> dict[str, Any]:
+    def fields(self, given: Given, values: dict[str, Any]) -> dict[str, Any]:
         shape, class_token = given.arguments.get("image_shape"), values.get("class_token", True)
         if not isinstance(shape, list) or len(shape) != 3:
             raise ConfigError(f"{given.where}: image_shape must be [height, width, channels], found {str(shape)[:80]}")
