@@ -162,7 +162,7 @@ def pack(weight: np.ndarray, scheme: str, importance: np.ndarray | None = None) 
     if importance is not None:
         importance = np.ascontiguousarray(importance, np.float32)
     if (library := kernels.library()) is None:
-        for name, x in _tiled(*_rounded(weight, scheme, importance), scheme).items():
+        for name, x in tiled(*_rounded(weight, scheme, importance), scheme).items():
             found[name][...] = x
         return found
     width, number = weight.shape[1], kernels.SCHEMES[scheme]
@@ -255,7 +255,7 @@ def _best_range(x: np.ndarray, w: np.ndarray, high: int) -> tuple[np.ndarray, np
     return np.where(flat, np.float32(0), scale), minimum
 
 
-def _tiled(codes: np.ndarray, scales: np.ndarray, minima: np.ndarray | None, scheme: str) -> dict[str, np.ndarray]:
+def tiled(codes: np.ndarray, scales: np.ndarray, minima: np.ndarray | None, scheme: str) -> dict[str, np.ndarray]:
     """codes (N, G, 32) int8, scales (N, G, halves) and minima (N, G) float16 in the order of Tiles."""
     rows, groups, _ = codes.shape
     missing = -rows % TILE

@@ -67,7 +67,7 @@ _TYPES = {
     40: ("NVFP4", 64, 36),
     41: ("Q1_0", 128, 18),
 }
-_BLOCKS = {name: (elements, nbytes) for name, elements, nbytes in _TYPES.values()}
+BLOCKS = {name: (elements, nbytes) for name, elements, nbytes in _TYPES.values()}
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 _SCALARS: dict[int, np.dtype[Any]] = {
@@ -107,6 +107,7 @@ class GGUFFile(Checkpoint):
 
     def __init__(self, path: str | os.PathLike[str]):
         self._file = WeightFile(path)
+        self.path = self._file.path
         try:
             self.metadata, self.tensors, self._offsets = _parse(self._file)
         except BaseException:
@@ -119,17 +120,17 @@ class GGUFFile(Checkpoint):
         target = target_dtype(name, dtype, FLOAT_DTYPES, self._file.path)
         if info.dtype in _PLAIN:
             return read_array(self._file, offset, info.shape, np.dtype(_PLAIN[info.dtype]), target)
-        if info.dtype not in _DEQUANTISE:
+        if info.dtype not in _PARTS:
             raise CheckpointError(
                 f"{self._file.path}: tensor {shown(name)} has type {info.dtype}; modelhub reads "
-                f"{', '.join([*_PLAIN, *_DEQUANTISE])}. Take a file quantised to one of these."
+                f"{', '.join([*_PLAIN, *_PARTS])}. Take a file quantised to one of these."
             )
         return self._dequantised(info, offset, target)
 
     def blocks(self, name: str) -> np.ndarray:
         """The rows of a matrix as they are in the file: uint8 (N, bytes of a row's blocks), owned by the caller."""
         info = find(self.tensors, name, self._file.path)
-        elements, nbytes = _BLOCKS[info.dtype]
+        elements, nbytes = BLOCKS[info.dtype]
         out = empty((math.prod(info.shape[:-1]), info.shape[-1] // elements * nbytes), "uint8")
         offset, flat = self._offsets[name], out.reshape(-1)
         in_spans(lambda at, stop: self._file.read_into(offset + at, flat[at:stop]), flat.size, SPAN)
@@ -139,8 +140,7 @@ class GGUFFile(Checkpoint):
         self._file.close()
 
     def _dequantised(self, info: TensorInfo, offset: int, target: np.dtype[Any]) -> np.ndarray:
-        dequantise = _DEQUANTISE[info.dtype]
-        elements, nbytes = _BLOCKS[info.dtype]
+        elements, nbytes = BLOCKS[info.dtype]
         out = empty(info.shape, target)
         blocks_out = out.reshape(-1, elements)
         tile = _TILE // elements
@@ -153,9 +153,9 @@ class GGUFFile(Checkpoint):
                 self._file.read_into(offset + at * nbytes, blocks.reshape(-1))
                 part = blocks_out[at : at + len(blocks)]
                 if target == np.float32:
-                    dequantise(blocks, part)
+                    _dequantise(info.dtype, blocks, part)
                 else:
-                    dequantise(blocks, scratch[: len(blocks)])
+                    _dequantise(info.dtype, blocks, scratch[: len(blocks)])
                     part[...] = scratch[: len(blocks)]
 
         in_spans(work, len(blocks_out), SPAN // elements)
@@ -311,7 +311,7 @@ def _parse_tensor(file: WeightFile, fields: _Fields, field: str, alignment: int)
     if kind not in _TYPES:
         raise CheckpointError(
             f"{file.path}: {field} has ggml type {kind}, which modelhub does not know; it reads "
-            f"{', '.join([*_PLAIN, *_DEQUANTISE])}. Take a file quantised to one of these."
+            f"{', '.join([*_PLAIN, *_PARTS])}. Take a file quantised to one of these."
         )
     name, elements, nbytes = _TYPES[kind]
     if 0 in dims or dims[0] % elements:
@@ -321,9 +321,30 @@ def _parse_tensor(file: WeightFile, fields: _Fields, field: str, alignment: int)
     return TensorInfo(name, dims[::-1]), (offset, offset + math.prod(dims) // elements * nbytes)
 
 
-# Blocks. Each function fills out (N, elements) float32 from blocks (N, bytes) uint8; ggml's order of operations is
-# kept, since float products and sums round at each step. Integers are put together as bytes, where a vector register
-# holds four times as many as of floats. Letters: d scale, m minimum, q integers, N blocks.
+# Blocks. Each function takes blocks (N, bytes) uint8 apart: codes (N, elements) int8 or uint8, scales (N, groups)
+# float32 and, of some types, minima (N, groups) float32. An element is scale * code + minimum of its group. Integers
+# are put together as bytes, where a vector register holds four times as many as of floats. ggml's order of operations
+# is kept, since float products and sums round at each step.
+
+Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+
+
+def parts(kind: str, blocks: np.ndarray) -> Parts:
+    """Codes, scales and minima of blocks (N, bytes) of a type that is read; see the comment above.
+
+    What is handed out may lie in `blocks`.
+    """
+    return _PARTS[kind](blocks)
+
+
+def _dequantise(kind: str, blocks: np.ndarray, out: np.ndarray) -> None:
+    """out: (N, elements) float32."""
+    codes, scales, minima = _PARTS[kind](blocks)
+    out[...] = codes
+    groups = out.reshape(*scales.shape, -1)
+    groups *= scales[..., None]
+    if minima is not None:
+        groups += minima[..., None]
 
 
 def _half(blocks: np.ndarray) -> np.ndarray:
@@ -331,46 +352,40 @@ def _half(blocks: np.ndarray) -> np.ndarray:
     return blocks.view("<f2").astype(np.float32)
 
 
-def _q8_0(blocks: np.ndarray, out: np.ndarray) -> None:
-    out[...] = blocks[:, 2:].view(np.int8)
-    out *= _half(blocks[:, :2])
+def _q8_0(blocks: np.ndarray) -> Parts:
+    return blocks[:, 2:].view(np.int8), _half(blocks[:, :2]), None
 
 
-def _q4_0(blocks: np.ndarray, out: np.ndarray) -> None:
+def _q4_0(blocks: np.ndarray) -> Parts:
     q = _nibbles(blocks[:, 2:])
     q -= 8
-    out[...] = q.view(np.int8)
-    out *= _half(blocks[:, :2])
+    return q.view(np.int8), _half(blocks[:, :2]), None
 
 
-def _q4_1(blocks: np.ndarray, out: np.ndarray) -> None:
-    out[...] = _nibbles(blocks[:, 4:])
-    out *= _half(blocks[:, :2])
-    out += _half(blocks[:, 2:4])
+def _q4_1(blocks: np.ndarray) -> Parts:
+    return _nibbles(blocks[:, 4:]), _half(blocks[:, :2]), _half(blocks[:, 2:4])
 
 
-def _q5_0(blocks: np.ndarray, out: np.ndarray) -> None:
+def _q5_0(blocks: np.ndarray) -> Parts:
     q = _nibbles(blocks[:, 6:])
     q |= _fifth_bits(blocks[:, 2:6])
     q -= 16
-    out[...] = q.view(np.int8)
-    out *= _half(blocks[:, :2])
+    return q.view(np.int8), _half(blocks[:, :2]), None
 
 
-def _q5_1(blocks: np.ndarray, out: np.ndarray) -> None:
+def _q5_1(blocks: np.ndarray) -> Parts:
     q = _nibbles(blocks[:, 8:])
     q |= _fifth_bits(blocks[:, 4:8])
-    out[...] = q
-    out *= _half(blocks[:, :2])
-    out += _half(blocks[:, 2:4])
+    return q, _half(blocks[:, :2]), _half(blocks[:, 2:4])
 
 
-def _nibbles(packed: np.ndarray) -> np.ndarray:
-    """(N, 16) -> (N, 32): low halves are elements 0 to 15, high halves 16 to 31."""
-    q = np.empty((len(packed), 32), np.uint8)
-    np.bitwise_and(packed, 15, out=q[:, :16])
-    np.right_shift(packed, 4, out=q[:, 16:])
-    return q
+def _nibbles(packed: np.ndarray, size: int = 16) -> np.ndarray:
+    """(N, k) -> (N, 2k): of each `size` bytes the low halves, then the high ones."""
+    lines = np.ascontiguousarray(packed).reshape(-1, size)
+    q = np.empty((len(lines), 2, size), np.uint8)
+    np.bitwise_and(lines, 15, out=q[:, 0])
+    np.right_shift(lines, 4, out=q[:, 1])
+    return q.reshape(len(packed), -1)
 
 
 def _fifth_bits(packed: np.ndarray) -> np.ndarray:
@@ -380,64 +395,99 @@ def _fifth_bits(packed: np.ndarray) -> np.ndarray:
     return bits
 
 
-def _q4_k(blocks: np.ndarray, out: np.ndarray) -> None:
-    packed = blocks[:, 16:].reshape(-1, 4, 32)
-    q = out.reshape(-1, 4, 2, 32)
-    q[:, :, 0] = packed & 15
-    q[:, :, 1] = packed >> 4
-    _scale_and_shift(blocks, out)
+def _spread(packed: np.ndarray, count: int, step: int, mask: int, shift: int) -> np.ndarray:
+    """(N, parts, size) -> (N, parts, count, size): `mask`ed pieces of each byte, `step` bits apart from the lowest on,
+    moved up by `shift`."""
+    q = packed[:, :, None] >> np.arange(0, count * step, step, dtype=np.uint8)[:, None]
+    q &= mask
+    q <<= shift
+    return q
 
 
-def _q5_k(blocks: np.ndarray, out: np.ndarray) -> None:
-    shifts = np.arange(8, dtype=np.uint8)[:, None]
-    q = blocks[:, 16:48].reshape(-1, 1, 32) >> shifts  # N 8 32: bit s of byte i is the fifth bit of element (s, i)
-    q &= 1
-    q <<= 4
-    packed = blocks[:, 48:].reshape(-1, 4, 32)
-    pairs = q.reshape(-1, 4, 2, 32)
-    pairs[:, :, 0] |= packed & 15
-    pairs[:, :, 1] |= packed >> 4
-    out[...] = q.reshape(out.shape)
-    _scale_and_shift(blocks, out)
+def _q2_k(blocks: np.ndarray) -> Parts:
+    q = _spread(blocks[:, 16:80].reshape(-1, 2, 32), 4, 2, 3, 0)
+    d = (blocks[:, :16] & 15).astype(np.float32)
+    m = (blocks[:, :16] >> 4).astype(np.float32)
+    d *= _half(blocks[:, 80:82])
+    m *= -_half(blocks[:, 82:])
+    return q.reshape(-1, 256), d, m
 
 
-def _scale_and_shift(blocks: np.ndarray, out: np.ndarray) -> None:
-    """out * d - m with the eight 6-bit scales and minima of a Q4_K or Q5_K block, one of each for 32 elements."""
+def _q3_k(blocks: np.ndarray) -> Parts:
+    q = _spread(blocks[:, 32:96].reshape(-1, 2, 32), 4, 2, 3, 0).reshape(-1, 256)
+    q |= _spread(blocks[:, :32].reshape(-1, 1, 32), 8, 1, 1, 2).reshape(-1, 256)
+    q -= 4
+    scales = _nibbles(blocks[:, 96:104], 8)  # the lower four of six bits
+    scales |= _spread(blocks[:, 104:108].reshape(-1, 1, 4), 4, 2, 3, 4).reshape(-1, 16)
+    scales -= 32
+    d = scales.view(np.int8).astype(np.float32)
+    d *= _half(blocks[:, 108:])
+    return q.view(np.int8), d, None
+
+
+def _q4_k(blocks: np.ndarray) -> Parts:
+    return _nibbles(blocks[:, 16:], 32), *_scales_of_k(blocks)
+
+
+def _q5_k(blocks: np.ndarray) -> Parts:
+    q = _nibbles(blocks[:, 48:], 32)
+    q |= _spread(blocks[:, 16:48].reshape(-1, 1, 32), 8, 1, 1, 4).reshape(-1, 256)
+    return q, *_scales_of_k(blocks)
+
+
+def _scales_of_k(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of the eight groups of a Q4_K or Q5_K block, from 6 bits each."""
     packed = blocks[:, 4:16].reshape(-1, 3, 4)
     low_d, low_m, rest = packed[:, 0], packed[:, 1], packed[:, 2]
     d = np.concatenate([low_d & 63, (rest & 15) | ((low_d >> 2) & 48)], axis=1).astype(np.float32)
     m = np.concatenate([low_m & 63, (rest >> 4) | ((low_m >> 2) & 48)], axis=1).astype(np.float32)
     d *= _half(blocks[:, :2])
-    m *= _half(blocks[:, 2:4])
-    groups = out.reshape(-1, 8, 32)
-    groups *= d[..., None]
-    groups -= m[..., None]
+    m *= -_half(blocks[:, 2:4])
+    return d, m
 
 
-def _q6_k(blocks: np.ndarray, out: np.ndarray) -> None:
-    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
-    q = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts  # N 2 4 32: the upper two of six bits
-    q &= 3
-    q <<= 4
-    packed = blocks[:, :128].reshape(-1, 2, 64)
-    pairs = q.reshape(-1, 2, 2, 64)
-    pairs[:, :, 0] |= packed & 15
-    pairs[:, :, 1] |= packed >> 4
+def _q6_k(blocks: np.ndarray) -> Parts:
+    q = _nibbles(blocks[:, :128], 64)
+    q |= _spread(blocks[:, 128:192].reshape(-1, 2, 32), 4, 2, 3, 4).reshape(-1, 256)
     q -= 32
-    out[...] = q.reshape(out.shape).view(np.int8)
     d = blocks[:, 192:208].view(np.int8).astype(np.float32)
     d *= _half(blocks[:, 208:])
-    groups = out.reshape(-1, 16, 16)
-    groups *= d[..., None]
+    return q.view(np.int8), d, None
 
 
-_DEQUANTISE: dict[str, Callable[[np.ndarray, np.ndarray], None]] = {
+_IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+_FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)  # halves
+
+
+def _iq4_nl(blocks: np.ndarray) -> Parts:
+    return _IQ4.take(_nibbles(blocks[:, 2:])), _half(blocks[:, :2]), None
+
+
+def _iq4_xs(blocks: np.ndarray) -> Parts:
+    scales = _spread(blocks[:, 2:4].reshape(-1, 2, 1), 4, 2, 3, 4).reshape(-1, 8)  # the upper two of six bits
+    scales |= _nibbles(blocks[:, 4:8], 1)
+    scales -= 32
+    d = scales.view(np.int8).astype(np.float32)
+    d *= _half(blocks[:, :2])
+    return _IQ4.take(_nibbles(blocks[:, 8:])), d, None
+
+
+def _mxfp4(blocks: np.ndarray) -> Parts:
+    return _FP4.take(_nibbles(blocks[:, 1:])), np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128), None
+
+
+_PARTS: dict[str, Callable[[np.ndarray], Parts]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,
     "Q5_1": _q5_1,
     "Q8_0": _q8_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
 }

@@ -8,21 +8,28 @@ import numpy as np
 
 from modelhub.core import kernels, leaves
 from modelhub.core.backends.base import Backend
-from modelhub.core.quantized import TILE, Plan, Tiles, empty_tiles, fits, in_threads, pack, tiles_of
+from modelhub.core.quantized import GROUP, TILE, Plan, Tiles, empty_tiles, fits, in_threads, pack, tiled, tiles_of
 from modelhub.core.tree import flatten
-from modelhub.errors import ConfigError
+from modelhub.errors import CheckpointError, ConfigError
 from modelhub.families.naming import KEEP, Via
+from modelhub.hub import gguf
 from modelhub.hub.checkpoint import Checkpoint
 from modelhub.model.weights import PARAMS, Change, Weights
 from modelhub.progress import bar
 
 log = logging.getLogger("modelhub")
 
-# What a GGUF file's types are kept as. The last five have no scheme of their own: their values are rounded.
-EXACT = {"Q8_0": "int8", "Q5_0": "int8", "Q4_0": "int4", "Q4_1": "int4m", "Q4_K": "int4m", "Q5_1": "int8m",
-         "Q5_K": "int8m", "Q6_K": "int8h"}  # fmt: skip
-KEPT = EXACT | {"Q2_K": "int4m", "Q3_K": "int8", "IQ4_NL": "int8", "IQ4_XS": "int8", "MXFP4": "int8"}
-_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}  # ggml's numbers
+# The schemes that hold the codes of a GGUF file's types as they are; scales and minima, where a type has them in two
+# parts, are rounded to float16 (2^-11 of each).
+EXACT = {
+    "Q8_0": "int8", "Q5_0": "int8", "IQ4_NL": "int8", "IQ4_XS": "int8", "MXFP4": "int8", "Q4_0": "int4",
+    "Q4_1": "int4m", "Q4_K": "int4m", "Q5_1": "int8m", "Q5_K": "int8m", "Q3_K": "int8h", "Q6_K": "int8h",
+}  # fmt: skip
+# Q2_K has a scale and a minimum for each 16 columns, which no scheme has: its values are rounded.
+KEPT = EXACT | {"Q2_K": "int4m"}
+# ggml's numbers of those that kernels repack; the others are repacked in numpy.
+_NATIVE = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
+_AT_ONCE = 1 << 18  # elements repacked at a time in numpy
 
 
 class Quantizer:
@@ -67,10 +74,10 @@ class Quantizer:
         if scheme is not None and own is not None:
             if scheme.startswith("int4") and own.startswith("int4"):
                 scheme = own  # four bits of the file's own are not rounded once more; finer ones are
-            if scheme != own or info.dtype not in EXACT:
+            if info.dtype not in EXACT or (own, scheme) not in ((own, own), ("int4", "int8")):
                 self._note(f"went from {info.dtype} to {scheme}, by rounding", name)
-            elif via.rows_alone and kernels.library() is not None:
-                return _repacked(xp, checkpoint, theirs, via, shape, dtype)
+            elif via.rows_alone:
+                return _repacked(xp, checkpoint, theirs, via, scheme, shape, dtype)
         if via is KEEP and scheme is None:
             return xp.put(checkpoint.read(theirs, dtype))
         weight = via.to_ours(checkpoint.read(theirs, "float32"))
@@ -90,23 +97,55 @@ class Quantizer:
             log.warning("%s: %d matrices %s (%s)", where, len(names), what, _kinds(names))
 
 
-def _repacked(xp: Backend, file: Any, theirs: str, via: Via, shape: tuple[int, ...], dtype: str) -> Tiles:
-    """The blocks of a GGUF file in the order of tiles; only scales of Q4_K, Q5_K and Q6_K are rounded, to float16."""
-    info = file.tensors[theirs]
-    rows = via.to_ours(file.blocks(theirs))
-    scheme, library = EXACT[info.dtype], kernels.library()
-    found = empty_tiles(scheme, shape)
-
-    def work(tile: int) -> None:
-        part = rows[tile * TILE : (tile + 1) * TILE]
-        minima = found["minima"][tile] if "minima" in found else None
-        library.pack_gguf(
-            _TYPES[info.dtype], part, rows.shape[1], len(part), shape[1], found["codes"][tile], found["scales"][tile],
-            minima,
-        )  # fmt: skip
-
-    in_threads(work, len(found["codes"]))
+def _repacked(
+    xp: Backend, file: Any, theirs: str, via: Via, scheme: str, shape: tuple[int, ...], dtype: str
+) -> Tiles:  # fmt: skip
+    """The blocks of a GGUF file in the order of tiles."""
+    kind = file.tensors[theirs].dtype
+    found = repack(kind, via.to_ours(file.blocks(theirs)), scheme, shape)
+    if not all(np.isfinite(found[name]).all() for name in found if name != "codes"):
+        raise CheckpointError(
+            f"{file.path}: some scales of tensor {theirs!r} ({kind}) are no finite float16, so it cannot be kept as it "
+            "is. Load the file with quantize=None; if its weights are not finite then, it is broken"
+        )
     return tiles_of(xp, found, scheme, shape, dtype)
+
+
+def repack(kind: str, rows: np.ndarray, scheme: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Rows of blocks of a GGUF type, uint8 (N, bytes of a row), as the arrays of Tiles; nothing is rounded but scales
+    and minima, to float16.
+
+    scheme: EXACT[kind], or "int8" for a type that is an "int4".
+    """
+    found, library = empty_tiles(scheme, shape), kernels.library()
+    tiles, groups = found["codes"].shape[:2]
+    if library is not None and kind in _NATIVE and scheme == EXACT[kind]:
+
+        def native(tile: int) -> None:
+            part = rows[tile * TILE : (tile + 1) * TILE]
+            minima = found["minima"][tile] if "minima" in found else None
+            codes, scales = found["codes"][tile], found["scales"][tile]
+            library.pack_gguf(_NATIVE[kind], part, rows.shape[1], len(part), shape[1], codes, scales, minima)
+
+        in_threads(native, tiles)
+        return found
+    step = max(1, _AT_ONCE // (TILE * shape[1]))
+
+    def work(index: int) -> None:
+        at = slice(index * step, (index + 1) * step)
+        part = rows[at.start * TILE : at.stop * TILE]
+        codes, scales, minima = gguf.parts(kind, part.reshape(-1, gguf.BLOCKS[kind][1]))
+        codes = codes.view(np.int8).reshape(len(part), groups, GROUP)
+        if kind == "Q8_0":
+            codes = np.maximum(codes, -127)  # -128, which no writer makes: some kernels have no room for it
+        with np.errstate(over="ignore"):
+            scales = scales.astype(np.float16).reshape(len(part), groups, -1)
+            minima = minima if minima is None else minima.astype(np.float16).reshape(len(part), groups)
+        for name, x in tiled(codes, scales, minima, scheme).items():
+            found[name][at] = x
+
+    in_threads(work, -(-tiles // step))
+    return found
 
 
 def quantize(weights: Weights, scheme: Any) -> None:

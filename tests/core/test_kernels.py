@@ -11,7 +11,7 @@ import pytest
 
 from modelhub.core import kernels
 from modelhub.core.backends import get_backend
-from modelhub.core.quantized import SCHEMES, _rounded, _tiled, pack, tiles_of
+from modelhub.core.quantized import SCHEMES, _rounded, tiled, pack, tiles_of
 
 NATIVE = kernels.library()
 pytestmark = pytest.mark.skipif(NATIVE is None, reason=f"no native kernels: {kernels.problem()}")
@@ -79,7 +79,7 @@ def any_leaf(scheme, outputs, width, rng):
     codes = rng.integers(low, high + 1, (outputs, groups, 32)).astype(np.int8)
     scales = (2.0 ** rng.integers(-3, 1, (outputs, groups, halves))).astype(np.float16)
     minima = -(2.0 ** rng.integers(-3, 1, (outputs, groups))).astype(np.float16) if scheme.endswith("m") else None
-    arrays = {name: np.ascontiguousarray(x) for name, x in _tiled(codes, scales, minima, scheme).items()}
+    arrays = {name: np.ascontiguousarray(x) for name, x in tiled(codes, scales, minima, scheme).items()}
     leaf = tiles_of(leaf_xp, arrays, scheme, (outputs, width), "float32")
     wide = codes.reshape(outputs, groups, halves, -1) * scales.astype(np.float32)[..., None]
     wide = wide.reshape(outputs, groups, 32) + (0 if minima is None else minima.astype(np.float32)[..., None])
@@ -105,7 +105,7 @@ def test_rounding_equals_numpys(isa, scheme, weighted):
     weight[3, :32], weight[4] = 0, 1e-20
     importance = rng.gamma(0.5, size=128).astype(np.float32) if weighted else None
     found = pack(weight, scheme, importance)
-    wanted = _tiled(*_rounded(weight, scheme, importance), scheme)
+    wanted = tiled(*_rounded(weight, scheme, importance), scheme)
     assert found.keys() == wanted.keys()
     for name, x in found.items():  # two candidates may be equally good
         assert (x.astype(np.float32) != wanted[name].astype(np.float32)).mean() < 0.03, name

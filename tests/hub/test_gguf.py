@@ -8,34 +8,14 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GGMLType
-from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
+from gguf_blocks import SCALE_BYTES, random_blocks
 
 from modelhub.errors import CheckpointError
 from modelhub.hub.checkpoint import SPAN, TensorInfo
 from modelhub.hub.gguf import open_gguf
 
 LEGACY = [GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1, GGMLType.Q8_0]
-SCALE_BYTES = {  # where a block keeps its float16 scales
-    GGMLType.Q4_0: slice(0, 2),
-    GGMLType.Q4_1: slice(0, 4),
-    GGMLType.Q5_0: slice(0, 2),
-    GGMLType.Q5_1: slice(0, 4),
-    GGMLType.Q8_0: slice(0, 2),
-    GGMLType.Q4_K: slice(0, 4),
-    GGMLType.Q5_K: slice(0, 4),
-    GGMLType.Q6_K: slice(208, 210),
-}
-
-
-def random_blocks(shape, kind, seed=0):
-    """Random bytes with finite scales, as (rows, bytes in a row)."""
-    elements, nbytes = GGML_QUANT_SIZES[kind]
-    rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // elements, nbytes), np.uint8)
-    scales = blocks[..., SCALE_BYTES[kind]]
-    scales[...] = rng.standard_normal((*scales.shape[:-1], scales.shape[-1] // 2)).astype(np.float16).view(np.uint8)
-    return blocks.reshape(*shape[:-1], -1)
 
 
 def write(path, tensors=(), fill=None):
@@ -93,12 +73,12 @@ def test_plain_floats(tmp_path, target):
 
 
 def test_a_type_without_support_is_named_when_read(tmp_path):
-    blocks = np.zeros((2, 18), np.uint8)
-    tensors = [("odd", blocks, GGMLType.IQ4_NL), ("w", np.ones(4, np.float32), None)]
+    blocks = np.zeros((2, 66), np.uint8)
+    tensors = [("odd", blocks, GGMLType.IQ2_XXS), ("w", np.ones(4, np.float32), None)]
     with open_gguf(write(tmp_path / "a.gguf", tensors)) as file:
-        assert file.tensors["odd"] == TensorInfo("IQ4_NL", (2, 32))
+        assert file.tensors["odd"] == TensorInfo("IQ2_XXS", (2, 256))
         assert file.read("w").sum() == 4
-        with pytest.raises(CheckpointError, match="a.gguf: tensor 'odd' has type IQ4_NL.*Q4_0.*Q6_K"):
+        with pytest.raises(CheckpointError, match="a.gguf: tensor 'odd' has type IQ2_XXS.*Q4_0.*Q6_K.*MXFP4"):
             file.read("odd")
 
 
