@@ -11,7 +11,7 @@ import pytest
 
 from modelhub.core import kernels
 from modelhub.core.backends import get_backend
-from modelhub.core.quantized import SCHEMES, _rounded, tiled, pack, tiles_of
+from modelhub.core.quantized import SCHEMES, _rounded, pack, tiled, tiles_of
 
 NATIVE = kernels.library()
 pytestmark = pytest.mark.skipif(NATIVE is None, reason=f"no native kernels: {kernels.problem()}")
