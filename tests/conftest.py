@@ -1,7 +1,9 @@
 """Fixtures that all tests share. Before a framework is imported it is told to be quiet, and how many threads to use."""
 
 import os
+import re
 import signal
+import zlib
 from pathlib import Path
 
 # A shell's background job ignores Ctrl-C, one under nohup a closed terminal, and so would all that the tests start.
@@ -28,10 +30,36 @@ pytest.register_assert_rewrite("text_parity", "text_suite")
 
 
 def pytest_collection_modifyitems(config, items):
-    """What takes an hour is run when it is asked for by name: pytest -m soak."""
+    """What takes an hour is run when it is asked for by name: pytest -m soak. Of a test's crossings with the backends,
+    those with numpy and with one other are quick, and the rest is slow."""
     if "soak" not in config.option.markexpr:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("soak")])
         items[:] = [item for item in items if not item.get_closest_marker("soak")]
+    used, choices = {item: _frameworks(item) for item in items}, {}
+    for item, names in used.items():
+        choices.setdefault(_test(item), set()).update(names)
+    for item, names in used.items():
+        if names and names != {_quick(item, sorted(choices[_test(item)]))}:
+            item.add_marker("slow")
+
+
+def _test(item):
+    return item.nodeid.partition("[")[0]
+
+
+def _frameworks(item):
+    """The names of backends, but numpy, among the parameters of a test."""
+    parameters = getattr(item, "callspec", None)
+    words = re.split("[^a-z]+", parameters.id) if parameters else ()
+    return {"jax", "torch", "tensorflow"}.intersection(words)
+
+
+def _quick(item, names):
+    """Torch for whole models, which the others compile for seconds; for operations and layers a name that differs from
+    test to test, always the same for each."""
+    if "torch" in names and not {"core", "families", "interop"}.intersection(item.path.parts):
+        return "torch"
+    return names[zlib.crc32(_test(item).encode()) % len(names)]
 
 
 @pytest.fixture(autouse=True)

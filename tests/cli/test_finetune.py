@@ -94,6 +94,7 @@ def test_an_adapter_is_trained_measured_and_used(run, preset, here, monkeypatch)
     assert code == 0 and out == lm.chat([{"role": "user", "content": "Hello"}], 9) + "\n"
 
 
+@pytest.mark.slow
 def test_all_weights_are_trained_and_saved_as_a_model(run, here):
     arguments = ("finetune", "--output", "tuned", "--learning-rate", "0.01", "--steps", 3)
     code, out, err = run(*arguments)
@@ -138,6 +139,7 @@ def test_ctrl_c_keeps_the_run_and_the_same_command_goes_on(run, here, monkeypatc
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_backend_but_not_with_other_settings(run, here):
     assert run("finetune", "--output", "tuned", *LORA, "--steps", 4)[0] == 0
     code, _, err = run("finetune", "--output", "tuned", *LORA, "--alpha", 2)
@@ -201,6 +203,7 @@ def test_a_recipe(run, preset, here):
     assert (here / "kept" / "history.json").is_file() and not (here / "mine_run").exists()
 
 
+@pytest.mark.slow
 def test_every_option(run, here):
     code, out, err = run(
         "finetune", "--output", "tuned", "--validation-data", "rows.jsonl", "--batch-size", 2, "--no-packing",
@@ -368,6 +371,7 @@ def test_wrong_options_are_told_by_name(run):
         assert (code, out) == (1, "") and err.startswith("modelhub: ") and "absent" in err
 
 
+@pytest.mark.slow
 def test_a_real_ctrl_c_ends_with_130(preset, here):
     """In a process of its own, from the signal to the exit code."""
     program = f"""
@@ -426,6 +430,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_a_terminal_that_is_closed_costs_no_step(preset, here):
     arguments = ["finetune", "--preset", str(preset), "--data", "rows.jsonl", "--backend", "torch", "--rank", "2"]

@@ -857,6 +857,7 @@ def test_an_array_in_one_piece(backend):  # test_to_training.py has sharded ones
     assert backend.check_whole("a", backend.zeros((1,))) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["torch", "tensorflow", "numpy"])
 def test_of_knows_frameworks_that_modelhub_has_not_opened(framework):
     """A torch tensor handed to a JAX model is a mixture, also before any model was loaded on torch."""

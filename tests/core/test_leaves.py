@@ -111,6 +111,7 @@ def test_leaves_of_two_frameworks():
         of({"weight": leaf, "bias": plain.zeros((2,))})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", installed())
 def test_a_model_runs_on_them(preset, name):
     lm = load(preset, name)
@@ -152,6 +153,7 @@ def test_moving_there_and_back(preset, name):
         np.testing.assert_array_equal(lm.backbone.xp.get(x), values[key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINERS)
 def test_an_adapter_is_trained_on_top_of_them(preset, name):
     """Through the engine: products, the head in pieces, and a compute dtype; the loss is that of the values."""

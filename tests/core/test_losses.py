@@ -169,6 +169,7 @@ def test_torch_vmap_and_grad():
     np.testing.assert_allclose(found, logits.grad, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_jax_transformations():
     logits, labels = jnp.array(LOGITS), jnp.array(LABELS)
     (loss, right), found = jax.jit(jax.value_and_grad(ours, has_aux=True))(logits, labels)

@@ -64,6 +64,7 @@ def test_a_config_of_many_megabytes(refused):
 # Weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("item", [b"[],", b"{},", b'"",'])
 def test_a_header_that_grows_in_memory(refused, item):
     header = b'{"a":[' + item * (24_000_000 // len(item)) + b"0]}"

@@ -350,6 +350,7 @@ def test_samplers_by_name(lm, plain, reference, ids):
     assert tokens("beam", num_beams=2) == theirs(reference, ids, {}, num_beams=2, max_new_tokens=NEW)
 
 
+@pytest.mark.slow
 def test_each_sampler_of_kerashub_is_there_or_named(preset):
     samplers = pytest.importorskip("keras_hub.samplers")
     names = {name.removesuffix("Sampler") for name in dir(samplers) if name.endswith("Sampler")} - {""}

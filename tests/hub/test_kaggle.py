@@ -39,6 +39,7 @@ def kaggle(monkeypatch, tmp_path):
     older = MODEL | {"config.json": b'{"older": true}'}
     kaggle.models["me/tiny"] = Model({("keras", "base"): [older, MODEL | EXTRAS]})
     monkeypatch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.PROD, kaggle.url)
+    monkeypatch.setattr("kagglehub.clients.get_user_agent", lambda: "kagglehub")  # reads all modules: 1 s a call
     monkeypatch.setattr(entry, "PAUSES", [0.0] * 5)
     monkeypatch.setenv("HOME", str(tmp_path))  # no credentials of the user's
     monkeypatch.setenv("KAGGLE_CONFIG_DIR", str(tmp_path))

@@ -421,6 +421,7 @@ def test_a_block_before_the_file_is_refused(tmp_path):
         open_kerashub(tmp_path)
 
 
+@pytest.mark.slow
 def test_damaged_files_raise_checkpoint_error(presets, tmp_path):
     """Cut off, overwritten, and bits turned, mostly in the structure at the start: an error or values, nothing else."""
     whole = (presets / "gemma" / "model.weights.h5").read_bytes()

@@ -542,6 +542,7 @@ def store(monkeypatch, tmp_path):
     monkeypatch.setenv("KAGGLE_API_TOKEN", "KGAT_somebodyssecret")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("kagglehub.gcs_upload.time.sleep", lambda seconds: None)  # between its attempts
+    monkeypatch.setattr("kagglehub.clients.get_user_agent", lambda: "kagglehub")  # reads all modules: 1 s a call
     yield store
     store.close()
 
@@ -602,6 +603,7 @@ def test_kaggles_client_goes_on_where_a_transfer_broke_off(store, model):
     assert store.uploaded_bytes < sum(map(len, versions(store)[0].values())) + 60_000
 
 
+@pytest.mark.slow
 def test_what_did_not_arrive_whole_is_noticed(store, model):
     store.faults.append(Fault("/upload/", "cut", "PUT", after=10, times=50))  # more often than the client tries
     with pytest.raises(

@@ -181,6 +181,7 @@ def test_a_cached_file_is_not_fetched_or_read_again(index, options, monkeypatch)
     assert source().fetch(options) == path
 
 
+@pytest.mark.slow
 def test_a_file_that_lost_its_end_is_fetched_again(index, options):
     path = source().fetch(options)
     path.write_bytes(CONTENT[:-1])

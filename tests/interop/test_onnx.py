@@ -82,6 +82,7 @@ def assert_close(found, wanted, tolerance=1e-4):
     assert np.abs(found - wanted).max() <= tolerance
 
 
+@pytest.mark.slow
 def test_logits(exported):
     family, x, path = exported
     model = theirs(family)
@@ -132,6 +133,7 @@ def test_the_file(exported):
     assert b".py" not in path.read_bytes()  # where the source was is nobody's business
 
 
+@pytest.mark.slow
 def test_adapters(tmp_path):
     """As they are, beside the weights."""
     lm = task("llama", "numpy")
@@ -150,6 +152,7 @@ def test_adapters(tmp_path):
     assert any("lora_B" in tensor.name for tensor in onnx.load(path).graph.initializer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bits(dtype, tmp_path):
     clf = task("vit", "torch", dtype)
@@ -162,6 +165,7 @@ def test_16_bits(dtype, tmp_path):
     assert_close(run(path, pixel_values=pixels), wanted, 1e-4 if dtype == "bfloat16" else 0.01)  # bfloat16 holds them
 
 
+@pytest.mark.slow
 def test_a_backbone(tmp_path):
     x = task("vit", "numpy").backbone
     path = to_onnx(x, tmp_path / "new" / "features.onnx", opset=21)
@@ -172,6 +176,7 @@ def test_a_backbone(tmp_path):
     assert_close(run(path, pixel_values=pixels), wanted)
 
 
+@pytest.mark.slow
 def test_large_models_keep_their_weights_in_a_second_file(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
     clf = task("vit", "numpy")
@@ -215,6 +220,7 @@ def with_layer(name):
     return CausalLM(Backbone(skeleton, params, lm.backbone.xp, lm.config, "float32"), None, {})
 
 
+@pytest.mark.slow
 def test_a_layer_for_torch_alone(tmp_path):
     lm = with_layer("onnx_torch_only")
     inputs = batch(3, 11)

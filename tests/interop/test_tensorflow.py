@@ -47,6 +47,7 @@ def train(module, optimizer, data, loss):
 
 
 class TestText:
+    @pytest.mark.slow
     def test_training_it_with_keras_and_tf_data_trains_the_task(self, lm, tmp_path):
         module = modelhub.to_tensorflow(lm)
         before = lm.logits(IDS)
@@ -107,6 +108,7 @@ class TestText:
             found = module(ids, attention_mask=mask, position_ids=positions)[:, before : before + IDS.shape[1]]
             np.testing.assert_allclose(found, wanted, atol=1e-4)
 
+    @pytest.mark.slow
     def test_checkpoint(self, lm, tiny_preset, tmp_path):
         module = modelhub.to_tensorflow(lm)
         optimizer = keras.optimizers.AdamW(1e-2)
@@ -118,6 +120,7 @@ class TestText:
         tf.train.Checkpoint(model=other).restore(path).assert_consumed()
         np.testing.assert_array_equal(fresh.logits(IDS), lm.logits(IDS))
 
+    @pytest.mark.slow
     def test_an_adapter_alone_is_trained(self, lm):
         assert len(modelhub.to_tensorflow(lm).trainable_variables) == len(lm.params)
         lm.enable_lora(2)
@@ -174,6 +177,7 @@ class TestText:
 
 
 class TestOwnership:
+    @pytest.mark.slow
     @pytest.mark.parametrize("backend", ["jax", "torch"])
     @pytest.mark.parametrize("how", ["assign_add", "jit_compile", "slice", "scatter", "optimizer"])
     def test_arrays_that_others_hold_are_not_written_to(self, tiny_preset, backend, how):
@@ -219,6 +223,7 @@ class TestOwnership:
         one, two = modelhub.to_tensorflow(lm), modelhub.to_tensorflow(lm)
         assert all(one.params[name] is two.params[name] for name in one.params)
 
+    @pytest.mark.slow
     def test_writing_is_seen_by_a_prompt_that_was_kept(self, lm):
         module = modelhub.to_tensorflow(lm)
         lm.generate("The river runs past", 4)
@@ -229,6 +234,7 @@ class TestOwnership:
 
 
 class TestImages:
+    @pytest.mark.slow
     def test_training_it_trains_the_task(self):
         clf = classifier(hidden_dropout_prob=0.1)
         module = modelhub.to_tensorflow(clf)

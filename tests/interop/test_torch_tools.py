@@ -70,6 +70,7 @@ def compiled():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_compiled_whole(lm, compiled, training):
     """An adapter with dropout too: its random numbers are part of the graph."""
@@ -90,6 +91,7 @@ def test_compiled_whole(lm, compiled, training):
     assert not training or not torch.equal(fast(IDS).logits, fast(IDS).logits)
 
 
+@pytest.mark.slow
 def test_compiled_for_any_size(lm, compiled):
     net = to_torch(lm)
     count = torch._dynamo.testing.CompileCounter()
@@ -100,6 +102,7 @@ def test_compiled_for_any_size(lm, compiled):
     assert count.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compiled_block_by_block(lm, compiled):
     net = to_torch(lm)
     wanted = gradients(net, input_ids=IDS, labels=IDS)
@@ -109,6 +112,7 @@ def test_compiled_block_by_block(lm, compiled):
     same((loss, {name.replace("_orig_mod.", ""): x for name, x in found.items()}), wanted)
 
 
+@pytest.mark.slow
 def test_compiled_in_bfloat16(lm, compiled):
     net = to_torch(lm).bfloat16()
     close(compiled(net)(IDS).logits, net(IDS).logits, 0.02)
@@ -140,6 +144,7 @@ def test_inductor(tiny_preset):
     assert done.stdout == "equal\n", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("enlarged", [False, True])
 def test_images_compiled(clf, compiled, enlarged):
     net = to_torch(clf)
@@ -149,6 +154,7 @@ def test_images_compiled(clf, compiled, enlarged):
     close(compiled(net)(pixels).logits, net(pixels).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_for_any_size(lm, tmp_path, strict):
     net = to_torch(lm)
@@ -205,6 +211,7 @@ def test_tools_of_torch_nn_utils(lm):
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp2(tiny_preset, tmp_path, lm):
     """Two processes with half of the rows each: the loss and the gradients of one with all of them."""
     sys.path.insert(0, str(WORKER.parent))
@@ -361,6 +368,7 @@ def sentences():
     return rows
 
 
+@pytest.mark.slow
 def test_trainer(lm, sentences, tmp_path, tiny_preset):
     trainer, losses = trained(to_torch(lm), sentences, tmp_path, learning_rate=1e-2)
     assert len(losses) == 20 and losses[-1] < 0.6 * losses[0]
@@ -378,6 +386,7 @@ def test_trainer(lm, sentences, tmp_path, tiny_preset):
     close(theirs(ids).logits, torch.tensor(lm.logits(ids)))
 
 
+@pytest.mark.slow
 def test_trainer_accumulates_and_recomputes(tiny_preset, sentences, tmp_path):
     """As on the transformers class, loss for loss: the labels of a step are counted over all of its batches."""
     options = {"gradient_accumulation_steps": 2, "learning_rate": 1e-3, "gradient_checkpointing": True}

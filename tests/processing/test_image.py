@@ -66,6 +66,7 @@ def test_pixels_are_those_of_transformers(kind, mode):
         np.testing.assert_array_equal(ours, theirs(reference, image), err_msg=f"{size}")
 
 
+@pytest.mark.slow
 def test_a_strip_is_cropped_before_it_grows():
     reference = BitImageProcessorPil()
     processor = ImageProcessor.from_config(reference.to_dict())
@@ -452,6 +453,7 @@ for n, options in enumerate(json.loads(sys.argv[2])):
 """
 
 
+@pytest.mark.slow
 def test_pixels_are_those_of_kerashub(tmp_path):
     pytest.importorskip("keras_hub")
     pictures = {f"{w}x{h}": np.asarray(photo(w, h)) for w, h in ((100, 80), (61, 133), (10, 7), (24, 24), (1, 40))}

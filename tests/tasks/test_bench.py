@@ -68,6 +68,7 @@ def text(tmp_path_factory):
     return cache, bench("gemma3_tiny", device="cpu", train=True, steps=2, cache_dir=cache, **SHORT)
 
 
+@pytest.mark.slow
 def test_all_backends_are_measured(text):
     report = text[1]
     assert [row.backend for row in report.rows] == installed()
@@ -108,6 +109,7 @@ def test_bench_fills_the_cache_of_verdicts(text, processes, capsys):
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.slow
 def test_fastest_measures_once(processes, tmp_path):
     first = fastest("vit_tiny_fashion", task=IMAGES, device="cpu", cache_dir=tmp_path)
     assert first in installed() and len(processes) == len(installed())
@@ -161,6 +163,7 @@ def test_what_modelhub_itself_refuses_lasts(tmp_path):
     assert row.error and row.refused
 
 
+@pytest.mark.slow
 def test_random_weights_need_no_files(tiny_preset, tmp_path, monkeypatch):
     folder = tmp_path / "no weights"
     shutil.copytree(tiny_preset, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
@@ -369,6 +372,7 @@ def test_stopping_leaves_no_process(tmp_path, processes):
     assert len(processes) == 1 and processes[0].poll() is not None
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_measuring_process(tmp_path):
     ours = np.ones(100_000_000)  # 800 MB
     report = bench("vit_tiny_fashion", backends=["numpy"], batch_size=2, cache_dir=tmp_path)

@@ -185,6 +185,7 @@ def test_bad_token_ids(lm, ids, says):
         lm.logits(ids)
 
 
+@pytest.mark.slow
 def test_weights_of_two_frameworks_are_refused(tiny_preset):
     if not {"torch", "jax"} <= set(installed()):
         pytest.skip("needs torch and jax")

@@ -400,6 +400,7 @@ def test_targets_that_are_there(tmp_path):
         convert(folder, tmp_path / "b", "q8_0")
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     folder = write_preset(tmp_path / "llama", CONFIGS["llama"], "smollm")
 

@@ -164,6 +164,7 @@ class TestWrittenOnce:
         lm = load(tiny_preset, "torch", layers={"mlp": "test same mlp"}, attention="test softmax")
         assert lm.generate("In the morning", 8) == load(tiny_preset, "torch").generate("In the morning", 8)
 
+    @pytest.mark.slow
     def test_the_same_on_every_backend(self, tiny_preset):
         layers = {"mlp": "test small mlp", "lm_head": "test two-layer head"}
         found = {name: load(tiny_preset, name, layers=layers).logits(IDS) for name in installed()}
@@ -171,6 +172,7 @@ class TestWrittenOnce:
             assert_close(found[name], found["numpy"])
         assert np.abs(found["numpy"] - load(tiny_preset).logits(IDS)).max() > 0.1
 
+    @pytest.mark.slow
     def test_fit_is_the_same_on_every_backend(self, tiny_preset):
         layers = {"mlp": "test small mlp", "lm_head": "test two-layer head"}
         found = []

@@ -228,6 +228,7 @@ def test_from_a_config_alone():
 # --- training -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_curve_on_every_backend(photos):
     """Twenty steps of full training, with dropout in the blocks, in attention and before the head."""
     found = {}
@@ -378,6 +379,7 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_broken_off(photos, tmp_path):
     """In the middle of an epoch, with augmentation and dropout; also on another backend."""
 
@@ -486,6 +488,7 @@ def run(monkeypatch, capsys, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_folder_of_photos_in_one_command(run, preset, photos, tmp_path):
     options = ("--preset", preset, "--data", photos, "--backend", "torch")
     code, out, err = run("finetune", *options, "--output", "mine", "--learning-rate", 0.02)

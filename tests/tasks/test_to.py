@@ -48,6 +48,7 @@ def test_the_round_is_every_pair():
     assert sorted(zip(("jax", *ROUND), ROUND, strict=False)) == sorted(PAIRS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
 def test_the_same_model_on_every_backend(tiny_preset, lora):
     lm = load(tiny_preset, "jax", lora=lora)
@@ -65,6 +66,7 @@ def test_the_same_model_on_every_backend(tiny_preset, lora):
         engine = lm._engine
 
 
+@pytest.mark.slow
 def test_bfloat16(tiny_preset):
     lm = load(tiny_preset, "jax", "bfloat16", lora=True)
     before, logits = values(lm), lm.logits(IDS)
@@ -108,6 +110,7 @@ def test_dtype_and_backend_at_once(tiny_preset):
     assert lm.dtype == "bfloat16"
 
 
+@pytest.mark.slow
 def test_images():
     clf = classifier("jax")
     clf.enable_lora(rank=2)
@@ -119,6 +122,7 @@ def test_images():
         assert [row[0][0] for row in clf.predict({"pixel_values": PIXELS})] == [row[0][0] for row in names]
 
 
+@pytest.mark.slow
 def test_every_adapter_goes_along(tiny_preset):
     """One is merged into the weights while they move, the other is not in use."""
     lm = load(tiny_preset, "jax", lora=True)
@@ -138,6 +142,7 @@ def test_every_adapter_goes_along(tiny_preset):
     assert_same(values(lm), base)
 
 
+@pytest.mark.slow
 def test_a_backbone(tiny_preset):
     backbone = Backbone.from_preset(str(tiny_preset), backend="torch", device="cpu")
     hidden = backbone(IDS).numpy()
@@ -146,6 +151,7 @@ def test_a_backbone(tiny_preset):
     np.testing.assert_allclose(np.asarray(backbone.module.model(backbone.xp, jnp.array(IDS))), hidden, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_task_whose_backbone_was_moved(tiny_preset):
     lm = load(tiny_preset, "torch")
     text = lm.generate(PROMPT, 4)
@@ -200,6 +206,7 @@ def test_memory_that_is_not_aligned_is_copied(tiny_preset, target):
     np.testing.assert_allclose(lm.logits(IDS), wanted, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_strides_survive(tiny_preset):
     lm = load(tiny_preset, "torch")
     wanted = lm.logits(IDS)

@@ -104,6 +104,7 @@ def test_a_module_that_trains_on_does_not_reach_the_model(tiny_preset, target):
     np.testing.assert_array_equal(lm.logits(IDS), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["jax", "tensorflow"])
 def test_training_where_memory_is_donated(tiny_preset, name):
     """XLA may write into what it is given: not into torch's memory."""
@@ -150,6 +151,7 @@ def test_shared_parameters_are_seen_as_they_are(tiny_preset):
     assert not lm.backbone.shared
 
 
+@pytest.mark.slow
 def test_shared_parameters_in_another_dtype(tiny_preset):
     lm = load(tiny_preset, "torch")
     lm.backbone.share({name: torch.nn.Parameter(x.bfloat16()) for name, x in lm.params.items()}, dtype="bfloat16")
@@ -293,6 +295,7 @@ def test_an_adapter_with_the_name_of_an_old_one_begins_anew(tiny_preset):
     assert lm.optimizer_state is None
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_leaves_the_model_as_it_was(tiny_preset, monkeypatch):
     """It has consumed the optimizer's state: XLA has its memory."""
     lm = load(tiny_preset, "jax")
@@ -314,6 +317,7 @@ def test_a_step_that_fails_leaves_the_model_as_it_was(tiny_preset, monkeypatch):
     assert lm.optimizer_state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [optax.adamw(1e-3), torch.optim.AdamW], ids=["optax", "torch"])
 def test_native_optimizers_go_on_too(tiny_preset, optimizer):
     name = "torch" if isinstance(optimizer, type) else "jax"
@@ -328,6 +332,7 @@ def test_native_optimizers_go_on_too(tiny_preset, optimizer):
         np.testing.assert_allclose(found[1][key], x, atol=1e-6, err_msg=key)
 
 
+@pytest.mark.slow
 def test_the_optimizer_state_is_not_written_to_either(tiny_preset):
     lm = trainer(tiny_preset, "jax")
     lm.fit(batches(4), verbose=False)
@@ -339,6 +344,7 @@ def test_the_optimizer_state_is_not_written_to_either(tiny_preset):
     assert_same({name: np.asarray(x) for name, x in kept.items()}, wanted)
 
 
+@pytest.mark.slow
 def test_a_run_that_went_on_is_resumed_elsewhere(tiny_preset, tmp_path, twenty):
     """Its steps are counted on: the checkpoint knows how many came before."""
     lm = trainer(tiny_preset, "torch")

@@ -176,6 +176,7 @@ def test_peft_resized_the_vocabulary(preset, plain, tmp_path):
     assert not plain.backbone.adapters
 
 
+@pytest.mark.slow
 def test_dropout_before_the_head(preset):
     """Half of the head's input is dropped: what it learns in a step differs from what it learns without, and by chance.
 

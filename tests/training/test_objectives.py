@@ -301,6 +301,7 @@ def curves():
     return found
 
 
+@pytest.mark.slow
 def test_curves_are_equal_and_fall(curves):
     wanted = curves[TRAINERS[0]]
     for histories in curves.values():
@@ -418,6 +419,7 @@ def test_the_texts_of_a_row_drop_differently(name, monkeypatch):
         assert not np.allclose(xp.get(kept[0][0]), xp.get(kept[0][1]), atol=1e-3)  # the same text, dropped otherwise
 
 
+@pytest.mark.slow
 def test_what_is_declared_across_is_enough_for_shards():
     """Two shards that compute half of the rows each: with `all_rows` over them, the sums of their losses and gradients
     are those of one device."""

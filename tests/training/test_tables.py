@@ -80,6 +80,7 @@ def test_the_limit_on_a_cell_is_ours(tmp_path, monkeypatch):
         read_records(path)
 
 
+@pytest.mark.slow
 def test_wide_and_long_tables(tmp_path):
     wide = {f"column {i}": "x" for i in range(20_000)} | {"text": "here"}
     with (tmp_path / "wide.csv").open("w", newline="") as file:

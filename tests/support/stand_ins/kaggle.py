@@ -165,9 +165,11 @@ def _plain(framework: str | None) -> str:
 
 def redirect(url: str) -> None:
     """Make the kagglehub of this process talk to `url`."""
+    import kagglehub.clients
     from kagglesdk.kaggle_env import KaggleEnv, _env_to_endpoint
 
     _env_to_endpoint[KaggleEnv.PROD] = url
+    kagglehub.clients.get_user_agent = lambda: "kagglehub"  # reads all modules: 1 s a call
 
 
 def serve() -> Kaggle:
