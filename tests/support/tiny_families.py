@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from modelhub.core.tree import flatten, initial_value
 from modelhub.families import family_of
+from modelhub.interop.conformance import FAMILIES
 from modelhub.processing.tokenizer_gguf import LLAMA3_WORDS, QWEN2_WORDS
 
 VOCABULARY = 512
@@ -21,28 +22,43 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 2, "eos_token_id": 1,
     "pad_token_id": 0,
 }  # fmt: skip
-GEMMA = SIZES | {"sliding_window": 8, "query_pre_attn_scalar": 32, "hidden_activation": "gelu_pytorch_tanh"}
 LLAMA3_ROPE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
+
+
+def tiny(family: str, **changes: Any) -> dict[str, Any]:
+    """The case of `modelhub conformance` in these sizes, as a config.json; changes: other keys, ... for none."""
+    case = FAMILIES[family]
+    kind = getattr(transformers, case.model).config_class.model_type
+    config = (
+        case.config | {key: size for key, size in SIZES.items() if key != "num_hidden_layers"} | {"model_type": kind}
+    )
+    config |= {"query_pre_attn_scalar": SIZES["head_dim"]} if "query_pre_attn_scalar" in config else {}
+    config |= {"rms_norm_eps": ...} | changes  # the model_type's own
+    return {key: value for key, value in config.items() if value is not ...}
+
+
+GEMMA = tiny("gemma2", attn_logit_softcapping=..., final_logit_softcapping=..., model_type=...)
+GEMMA3 = {"rope_parameters": ..., "sliding_window_pattern": ...}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "gemma": SIZES | {"model_type": "gemma"},
-    "gemma2": GEMMA | {"model_type": "gemma2", "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
-    "gemma3": GEMMA | {"model_type": "gemma3_text", "num_hidden_layers": 7, "rope_local_base_freq": 500.0},
-    "gemma3_other_layers": GEMMA | {"model_type": "gemma3_text", "sliding_window_pattern": 2},
-    "gemma3_linear_rope": GEMMA | {
-        "model_type": "gemma3_text", "num_hidden_layers": 6, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-    },
-    "gemma3_own_head": GEMMA | {"model_type": "gemma3_text", "tie_word_embeddings": False},
-    "llama": SIZES | {"model_type": "llama", "rms_norm_eps": 1e-5},
-    "llama3": SIZES | {
-        "model_type": "llama", "tie_word_embeddings": True, "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE,
-        "max_position_embeddings": 131072,
-    },
-    "llama_biases": SIZES | {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
-    "llama_linear_rope": SIZES | {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}},
-    "mistral": SIZES | {"model_type": "mistral", "sliding_window": None},
+    "gemma": tiny("gemma"),
+    "gemma2": tiny("gemma2"),
+    "gemma3": tiny("gemma3", **GEMMA3, num_hidden_layers=7, rope_local_base_freq=500.0),
+    "gemma3_other_layers": tiny("gemma3", **GEMMA3 | {"sliding_window_pattern": 2}),
+    "gemma3_linear_rope": tiny(
+        "gemma3", **GEMMA3, num_hidden_layers=6, rope_scaling={"rope_type": "linear", "factor": 8.0}
+    ),
+    "gemma3_own_head": tiny("gemma3", **GEMMA3, tie_word_embeddings=False),
+    "llama": tiny("llama", rms_norm_eps=1e-5),
+    "llama3": tiny(
+        "llama3", tie_word_embeddings=True, rope_theta=500000.0, rope_scaling=LLAMA3_ROPE, rope_parameters=...,
+        max_position_embeddings=131072,
+    ),
+    "llama_biases": tiny("llama_biases"),
+    "llama_linear_rope": tiny("llama", rope_scaling={"type": "linear", "factor": 4.0}),
+    "mistral": tiny("mistral", sliding_window=None),
 }  # fmt: skip
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|end|>{% endfor %}"
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn|>", "<|end|>")
