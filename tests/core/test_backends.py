@@ -360,6 +360,16 @@ CASES: dict[str, list[Case]] = {
 }  # fmt: skip
 
 # Methods that the table cannot express, and the test that each has instead.
+QUANTIZED = {  # in test_quantized.py
+    "kernels": "test_values_rows_and_products",
+    "kernel_linear": "test_values_rows_and_products",
+    "kernel_rows": "test_values_rows_and_products",
+    "kernel_take": "test_values_rows_and_products",
+    "packed_rows": "test_values_rows_and_products",
+    "packed_take": "test_values_rows_and_products",
+    "packed_linear": "test_values_rows_and_products",
+    "without_gradient": "test_gradients_go_through_them",
+}
 ELSEWHERE = {
     "put": "test_put_takes_every_kind_of_array",
     "get": "test_put_takes_every_kind_of_array",
@@ -461,9 +471,10 @@ def public(cls):
 
 
 def test_no_method_is_left_untested():
-    from core import test_training_ops
+    from core import test_quantized, test_training_ops
 
-    assert CASES.keys() | ELSEWHERE.keys() | FOR_TRAINING.keys() == public(Backend)
+    assert CASES.keys() | ELSEWHERE.keys() | FOR_TRAINING.keys() | QUANTIZED.keys() == public(Backend)
+    assert all(callable(getattr(test_quantized, test)) for test in QUANTIZED.values())
     assert not CASES.keys() & (ELSEWHERE | FOR_TRAINING).keys()
     source = Path(test_training_ops.__file__).read_text(encoding="utf-8")
     for method, test in FOR_TRAINING.items():
