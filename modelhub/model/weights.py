@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from weakref import WeakValueDictionary
 
 from modelhub.core import lora
@@ -67,7 +67,7 @@ class Layout:
 class Snapshot:
     """Weights as they were at one moment, for who computes with them while somebody else trains or switches adapters.
 
-    params: never written to. version: equal for equal weights.
+    params: never written to, but from outside where they are shared. version: equal for equal weights.
     """
 
     xp: Backend
@@ -75,6 +75,17 @@ class Snapshot:
     params: Params
     dtype: str
     version: int
+    programs: dict[str, Any] = field(repr=False, compare=False)  # of all with this skeleton, on this backend
+
+    def program(self, name: str, make: Callable[[Self], Any]) -> Any:
+        """What `make` makes of the skeleton, once: it may not keep the parameters."""
+        if name not in self.programs:
+            self.programs[name] = make(self)
+        return self.programs[name]
+
+    def run(self, name: str, make: Callable[[Self], Callable], *inputs: Any) -> Any:
+        """What the program gives for these parameters and inputs."""
+        return self.program(name, make)(self.params, *inputs)
 
 
 def adapter_store(name: str) -> str:
@@ -106,7 +117,6 @@ class Weights:
         self.borrowed: WeakValueDictionary[int, Array] = WeakValueDictionary()
         self.outside: WeakValueDictionary[int, Array] = WeakValueDictionary()
         self._programs: dict[str, Any] = {}
-        self._snapshot: Snapshot | None = None
         self.change(Change.TOLD, {PARAMS: params})
 
     @property
@@ -144,32 +154,20 @@ class Weights:
             stores = {OPTIMIZER: None, **stores}
         new_skeleton = layout is not None and layout.skeleton is not self.layout.skeleton
         if new_skeleton or why is Change.SHARED or xp is not None:
-            self._programs.clear()
+            self._programs = {}  # those of before are the older snapshots'
         self.origin, self.layout, self.xp = origin, layout or self.layout, xp or self.xp
         self.dtype, self.config = dtype or self.dtype, self.config if config is None else config
         self.stores = {name: x for name, x in {**self.stores, **stores}.items() if x is not None}
-        self._snapshot = None
         self.version += 1
+        # Made here, at once: whoever asks for it meanwhile gets the one before, and never half of a change.
+        self._snapshot = Snapshot(self.xp, self.layout.skeleton, self.params, self.dtype, self.version, self._programs)
 
     def describe(self, **known: Any) -> None:
         """Say something else of the same weights: fields of Origin."""
         self.change(Change.TOLD, origin=dataclasses.replace(self.origin, **known))
 
     def snapshot(self) -> Snapshot:
-        if self._snapshot is None:
-            self._snapshot = Snapshot(self.xp, self.layout.skeleton, self.params, self.dtype, self.version)
         return self._snapshot
-
-    def program(self, name: str, make: Callable[[Snapshot], Any]) -> Any:
-        """What `make` makes of the skeleton, kept until that is another, or on another backend."""
-        if name not in self._programs:
-            self._programs[name] = make(self.snapshot())
-        return self._programs[name]
-
-    def forget_programs(self) -> None:
-        """They hold on to the arrays."""
-        self._programs.clear()
-        self._snapshot = None
 
     # --- the model without adapters -------------------------------------------------------------------------------
 

@@ -194,7 +194,7 @@ class Backbone(Habits):
             x = self.xp.array(inputs, self.dtype)
         else:
             x = self.xp.array(self.check_ids(inputs), "int32")
-        return self.weights.program("hidden", _hidden_program)(self.params, x)
+        return self.weights.snapshot().run("hidden", _hidden_program, x)
 
     def collect(self, pixels: Any) -> dict[str, list[Array]]:
         """What an image encoder computes on its way, as transformers' output_hidden_states and output_attentions do.

@@ -2,8 +2,7 @@
 
 import inspect
 import itertools
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,20 +11,18 @@ from typing import Any
 import numpy as np
 
 from modelhub.core import custom
+from modelhub.core.tree import Params
 from modelhub.errors import ConfigError, InputError, ModelhubError
-from modelhub.generation.beam import BeamOptions
-from modelhub.generation.constraints import Guide
+from modelhub.generation.answers import Answers, RunStats, Score, as_prompts
 from modelhub.generation.decode import GenerationEngine
 from modelhub.generation.sampling import is_whole
 from modelhub.generation.settings import Settings, settings
-from modelhub.generation.text import TextRow
 from modelhub.kinds import CAUSAL_LM
 from modelhub.model.loading import Source
 from modelhub.model.saving import write_json
 from modelhub.processing.chat_template import ChatTemplate
 from modelhub.processing.tokenizer import Tokenizer
 from modelhub.progress import bar
-from modelhub.tasks.answers import Generation, RunStats, Score
 from modelhub.tasks.backbone import Backbone
 from modelhub.tasks.task import Task
 from modelhub.training import text_fit
@@ -100,15 +97,21 @@ class CausalLM(Task):
 
     @property
     def _engine(self) -> GenerationEngine:
+        return self._now()[0]
+
+    def _now(self) -> tuple[GenerationEngine, Params]:
+        """The engine and the parameters that go together: what one call begins with it ends with."""
         weights = self.backbone.weights
-        engine = weights.program("generate", lambda now: GenerationEngine(now.xp, now.skeleton, now.dtype))
+        now = weights.snapshot()
+        engine = now.program("generate", lambda now: GenerationEngine(now.xp, now.skeleton, now.dtype))
         if weights.shared:
             engine.forget()
-        return engine
+        return engine, now.params
 
     def logits(self, token_ids: Any) -> np.ndarray:
         """float32 logits (batch, time, vocabulary) of token ids (batch, time): lists, or an array of any framework."""
-        return self._engine.logits(self.params, self.backbone.check_ids(token_ids))
+        engine, params = self._now()
+        return engine.logits(params, self.backbone.check_ids(token_ids))
 
     def generate(
         self,
@@ -159,7 +162,7 @@ class CausalLM(Task):
         model whose logits are NaN or infinite.
         """
         alone = isinstance(prompt, str)
-        prompts = _checked(prompt)
+        prompts = as_prompts(prompt)
         if stream and not alone:
             raise InputError(f"stream=True takes one prompt, got a list of {len(prompts)}")
         _check_flags(stream=stream, echo=echo, logprobs=logprobs)
@@ -174,41 +177,56 @@ class CausalLM(Task):
             )
         named = sampler if isinstance(sampler, str) and sampler not in custom.names("sampler") else None
         own = None if sampler is None or named else custom.given("sampler", sampler, self.backend)
-        how = self._settings(
-            one_answer=stream or own is not None, sampler=named, max_new_tokens=max_new_tokens,
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias,
-            num_beams=num_beams, stop=stop, chat=alone and isinstance(prompt, _Rendered),
+        asked = dict(
+            sampler=named, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+            min_p=min_p, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty, logit_bias=logit_bias, num_beams=num_beams, stop=stop,
         )  # fmt: skip
-        ids = [self._prompt_ids(text) for text in prompts]
-        rooms = self._rooms(ids, how)
-        guide = None
-        if how.constraints.active or (how.num_beams > 1 and how.sampler.features):
-            guide = Guide(how.sampler, how.constraints, ids, rooms, max(num_return_sequences, how.num_beams))
-        texts = self._rows(prompts, ids, rooms, how)
+        how = settings(
+            self.generation_config, asked, stop_ids=self.stop_ids, vocabulary=self.config.vocab_size,
+            max_new_tokens=512 if isinstance(prompt, _Rendered) else 64, one_answer=stream or own is not None,
+            where=self.preset or "this model",
+        )  # fmt: skip
+        answers = self._answers(prompts, how, num_return_sequences)
         if how.num_beams > 1:
             if own is not None:
                 raise InputError("num_beams cannot be combined with a sampler of your own")
-            answers = self._beam_search(ids, rooms, how, guide, num_return_sequences, texts)
+            found = answers.beams()
         else:
-            rows = [make() for make in texts for _ in range(num_return_sequences)]
-            pieces = self._run(
-                ids, rows, max(rooms), how, seed, copies=num_return_sequences, logprobs=logprobs, custom=own,
-                guide=guide, shows=not stream,
-            )  # fmt: skip
+            pieces = self._told(answers, answers.pieces(seed, logprobs, own, shows=not stream))
             if stream:
                 return itertools.chain(prompts if echo else [], pieces)
             for _ in pieces:
                 pass
-            answers = [Generation(row.text, row.tokens, row.logprobs, float(sum(row.logprobs))) for row in rows]
+            found = answers.found
         if echo:
             spelled = [text if isinstance(text, str) else self._tokenizer.decode(text) for text in prompts]
             repeated = [text for text in spelled for _ in range(num_return_sequences)]
-            answers = [replace(a, text=text + a.text) for text, a in zip(repeated, answers, strict=True)]
-        results: list[Any] = list(answers) if logprobs else [answer.text for answer in answers]
+            found = [replace(a, text=text + a.text) for text, a in zip(repeated, found, strict=True)]
+        results: list[Any] = list(found) if logprobs else [answer.text for answer in found]
         if num_return_sequences > 1:
             results = [results[i : i + num_return_sequences] for i in range(0, len(results), num_return_sequences)]
         return results[0] if alone else results
+
+    def _answers(self, prompts: list[str | list[int]], how: Settings, copies: int) -> Answers:
+        tokenizer, ids = self._tokenizer, [self._prompt_ids(text) for text in prompts]
+        streams = [
+            # An answer in a chat is a text of its own.
+            partial(tokenizer.stream, after=() if isinstance(prompt, _Rendered) else before)
+            for prompt, before in zip(prompts, ids, strict=True)
+        ]
+        answers = Answers(
+            *self._now(), ids, how, copies, context=self.config.max_position_embeddings, stop_ids=self.stop_ids,
+            streams=streams,
+            special={i: tokenizer.id_to_token(i) for i in tokenizer.special_ids} if how.stop else {},
+        )  # fmt: skip
+        for prompt in ids:
+            self.backbone.check_ids([prompt])  # a tokenizer may have more ids than the embedding has rows
+        return answers
+
+    def _told(self, answers: Answers, pieces: Iterator[str]) -> Iterator[str]:
+        yield from pieces
+        self.last_run = answers.stats
 
     def chat(
         self,
@@ -249,14 +267,14 @@ class CausalLM(Task):
         predicted: with a tokenizer that begins texts with a special token, all of the text is scored.
         Raises InputError for empty and too long texts; NotFinite for a model whose logits are NaN or infinite.
         """
-        scores = []
-        for text in bar(_checked(texts, "text"), desc="scoring", unit="text"):
+        scores, (engine, params) = [], self._now()
+        for text in bar(as_prompts(texts, "text"), desc="scoring", unit="text"):
             ids = self._prompt_ids(text)
             spelled = text if isinstance(text, str) else self._tokenizer.decode(ids)
             if len(ids) < 2:
                 raise InputError(f"{spelled!r} is a single token and nothing comes before it; give a longer text")
             row = self.backbone.check_ids([ids])
-            scores.append(Score(spelled, ids, self._engine.token_logprobs(self.params, row)[0].tolist()))
+            scores.append(Score(spelled, ids, engine.token_logprobs(params, row)[0].tolist()))
         return scores[0] if isinstance(texts, str) else scores
 
     def _prompt_ids(self, text: str | list[int]) -> list[int]:
@@ -264,76 +282,6 @@ class CausalLM(Task):
         if isinstance(text, list):
             return text
         return self._tokenizer.encode(text, False if isinstance(text, _Rendered) else "once")
-
-    def _rows(
-        self, prompts: list[str | list[int]], ids: list[list[int]], rooms: list[int], how: Settings
-    ) -> list[Callable[[], TextRow]]:
-        """For each prompt what makes its answers' texts out of tokens."""
-        tokenizer = self._tokenizer
-        special = {i: tokenizer.id_to_token(i) for i in tokenizer.special_ids} if how.stop else {}
-
-        def row(prompt: str | list[int], before: list[int], room: int) -> TextRow:
-            # An answer in a chat is a text of its own.
-            stream = tokenizer.stream(after=() if isinstance(prompt, _Rendered) else before)
-            return TextRow(stream, self.stop_ids, how.stop, special, room)
-
-        return [partial(row, *each) for each in zip(prompts, ids, rooms, strict=True)]
-
-    def _run(
-        self, ids: list[list[int]], rows: list[TextRow], room: int, how: Settings, seed: int,
-        *, copies: int, logprobs: bool, custom: Callable | None, guide: Guide | None, shows: bool,
-    ) -> Iterator[str]:  # fmt: skip
-        """Drive the engine until every row is done; yields the first row's text piece by piece. shows: a bar."""
-        begun = time.perf_counter()
-        arrived: list[float] = []  # when the first tokens and the second came, and how many there were by then
-        counted = 0
-        steps = self._engine.run(
-            self.params, ids, room, how.sampler, seed, copies=copies, logprobs=logprobs, custom=custom, guide=guide
-        )
-        for tokens, scores in bar(steps, desc="generating", total=room, unit="token") if shows else steps:
-            if len(arrived) < 2:
-                arrived.append(time.perf_counter() - begun)
-                counted += len(rows)
-            shown = [row.push(int(token), float(score)) for row, token, score in zip(rows, tokens, scores, strict=True)]
-            if shown[0]:
-                yield shown[0]
-            if all(row.done for row in rows):
-                break
-        steps.close()
-        rest = [row.flush() for row in rows]
-        if rest[0]:
-            yield rest[0]
-        seconds, new_tokens = time.perf_counter() - begun, sum(len(row.tokens) for row in rows)
-        timed = new_tokens - counted
-        speed = timed / (seconds - arrived[-1]) if timed >= _FEWEST_TIMED else None
-        self.last_run = RunStats(sum(map(len, ids)), self._engine.reused, new_tokens, arrived[0], seconds, speed)
-
-    def _beam_search(
-        self, ids: list[list[int]], rooms: list[int], how: Settings, guide: Guide | None, wanted: int,
-        texts: list[Callable[[], TextRow]],
-    ) -> list["Generation"]:  # fmt: skip
-        if wanted > how.num_beams:
-            raise InputError(
-                f"num_beams={how.num_beams} with num_return_sequences={wanted}: there must be as many beams as answers"
-            )
-        # All at once, unless what ends them differs.
-        alike = len({*rooms}) == 1 and not how.stop
-        groups = [range(len(ids))] if alike else [range(i, i + 1) for i in range(len(ids))]
-        answers = []
-        for group in groups:
-            first = group[0]
-            stopped = partial(_ends, texts[first]) if how.stop else None
-            options = BeamOptions(
-                how.num_beams, rooms[first], self.stop_ids, how.length_penalty, how.early_stopping, stopped
-            )
-            prompts, own_rooms = [ids[i] for i in group], [rooms[i] for i in group]
-            own_guide = guide and replace(guide, prompts=prompts, rooms=own_rooms)
-            for i, beams in zip(group, self._engine.beam_search(self.params, prompts, options, own_guide), strict=True):
-                for tokens, score in zip(beams.finished[:wanted], beams.finished_scores[:wanted], strict=True):
-                    row = _pushed(texts[i], tokens)
-                    row.flush()
-                    answers.append(Generation(row.text, row.tokens, None, float(score)))
-        return answers
 
     @property
     def chats(self) -> bool:
@@ -387,39 +335,8 @@ class CausalLM(Task):
                 return self._end_of_turn.union(found if isinstance(found, list) else [found])
         return self._end_of_turn
 
-    def _settings(self, one_answer: bool, chat: bool, **asked: Any) -> Settings:
-        """What the call asks for, and for the rest what generation_config.json says."""
-        return settings(
-            self.generation_config, asked, stop_ids=self.stop_ids, vocabulary=self.config.vocab_size,
-            max_new_tokens=512 if chat else 64, one_answer=one_answer, where=self.preset or "this model",
-        )  # fmt: skip
-
-    def _rooms(self, ids: list[list[int]], how: Settings) -> list[int]:
-        """How many tokens each answer may have."""
-        context = self.config.max_position_embeddings
-        for index, prompt in enumerate(ids):
-            if len(prompt) >= context:
-                raise InputError(
-                    f"prompt {index} has {len(prompt)} tokens and the model's context holds {context}: "
-                    f"shorten it so that room is left for an answer"
-                )
-            self.backbone.check_ids([prompt])  # a tokenizer may have more ids than the embedding has rows
-        return [min(how.room(len(prompt)), context - len(prompt)) for prompt in ids]
-
 
 _OPTIONS = frozenset(inspect.signature(CausalLM.generate).parameters)
-_FEWEST_TIMED = 8  # tokens: the clock says nothing of fewer
-
-
-def _pushed(make: Callable[[], TextRow], tokens: list[int]) -> TextRow:
-    row = make()
-    for token in tokens:
-        row.push(token)
-    return row
-
-
-def _ends(make: Callable[[], TextRow], tokens: list[int]) -> bool:
-    return _pushed(make, tokens).done
 
 
 def _check_flags(**flags: Any) -> None:
@@ -427,26 +344,3 @@ def _check_flags(**flags: Any) -> None:
         if not isinstance(value, bool | np.bool_):
             more = ": of each token that was chosen; there are none of others" if name == "logprobs" else ""
             raise InputError(f"{name} must be True or False, got {value!r}{more}")
-
-
-def _checked(given: Any, what: str = "prompt") -> list[Any]:
-    """The texts, and lists of token ids, of a call, each a str or a list of ints."""
-    if isinstance(given, str):
-        given = [given]
-    elif isinstance(given, Mapping) or not isinstance(given, Iterable):
-        raise InputError(f"the {what} is a {type(given).__name__}; give a string or a list of strings")
-    listed = [text if isinstance(text, str) or not hasattr(text, "tolist") else text.tolist() for text in given]
-    if not listed:
-        raise InputError(f"the list of {what}s is empty; give at least one")
-    for index, text in enumerate(listed):
-        ids = isinstance(text, list | tuple) and all(map(is_whole, text))
-        if not ids and not isinstance(text, str):
-            raise InputError(
-                f"{what} {index} is a {type(text).__name__}; give a string or a list of strings, or token ids as a "
-                f"list of lists: [[2, 651]]"
-            )
-        if not text:
-            raise InputError(f"{what} {index} is empty; give at least one {'token' if ids else 'character'}")
-        if ids:
-            listed[index] = [int(token) for token in text]
-    return listed

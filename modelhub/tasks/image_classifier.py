@@ -229,13 +229,13 @@ class ImageClassifier(Task):
 
     def outputs(self, batches: Iterable[np.ndarray], params: Params | None = None) -> Iterator[tuple[Any, np.ndarray]]:
         """Pooled (B, D) and logits (B, classes) of pixels (B, C, H, W), batch after batch."""
-        xp = self.backbone.xp
+        now = self.backbone.weights.snapshot()
+        xp, params = now.xp, now.params if params is None else params
         # On a processor the products take nearly all the time, and a compiler makes them little faster.
         hot = True if xp.device != "cpu" else None
-        program = self.backbone.weights.program(
+        program = now.program(
             "classify", lambda now: now.xp.compile(functools.partial(_classified, now.xp), now.skeleton, hot=hot)
         )
-        params = self.params if params is None else params
         for pixels in batches:
             count = len(pixels)
             if hot or xp.traced:  # few shapes are compiled

@@ -58,12 +58,12 @@ class TextEmbedder(Task):
 
     def embed(self, texts):
         """float32 (texts, width)."""
-        program = self.backbone.weights.program(
+        now = self.backbone.weights.snapshot()
+        program = now.program(
             "embed", lambda now: now.xp.compile(lambda model, ids: mean_pooled(now.xp, model, ids), now.skeleton)
         )
         rows = (self.backbone.check_ids([self.tokenizer.encode(text)]) for text in texts)
-        xp = self.backbone.xp
-        return np.concatenate([xp.get(program(self.params, xp.array(row, "int32"))) for row in rows])
+        return np.concatenate([now.xp.get(program(now.params, now.xp.array(row, "int32"))) for row in rows])
 
 
 # --- the proof --------------------------------------------------------------------------------------------------------
