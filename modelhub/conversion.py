@@ -17,9 +17,10 @@ from modelhub.habits import dtype_name, explained
 from modelhub.hub import gguf_writer
 from modelhub.hub.gguf_settings import write_origin, write_settings
 from modelhub.model.checking import check_written
-from modelhub.model.loading import DTYPES, HuggingFaceSource, Source, open_source
+from modelhub.model.loading import DTYPES
 from modelhub.model.options import SourceOptions, takes
 from modelhub.model.saving import MAX_SHARD_SIZE
+from modelhub.model.source import Source, open_source
 from modelhub.processing.tokenizer import Tokenizer
 from modelhub.publishing.publishing import write_model
 from modelhub.tasks.backbone import Backbone
@@ -179,10 +180,7 @@ def _write_gguf(
 
 def _dtypes(source: Source) -> tuple[str, str]:
     """The dtype in which nothing is lost, and that of the matrices: GGUF keeps vectors in float32 beside them."""
-    checkpoint = source.checkpoint()
-    infos = checkpoint.tensors.values()
-    if isinstance(source, HuggingFaceSource):  # the others keep theirs open
-        checkpoint.close()
+    infos = source.checkpoint().tensors.values()
     kinds = {info.dtype for info in infos}, {info.dtype for info in infos if len(info.shape) > 1}
     exact, usual = (_STORED.get(next(iter(kind)), "float32") if len(kind) == 1 else "float32" for kind in kinds)
     return exact, usual

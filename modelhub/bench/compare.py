@@ -24,8 +24,9 @@ from modelhub.core.backends.base import Backend
 from modelhub.errors import ConfigError, DeviceError, InputError, UnknownBackend
 from modelhub.hub.sources import cache_root
 from modelhub.kinds import kind_named, kind_reading
-from modelhub.model.loading import check_dtype, open_source
+from modelhub.model.loading import check_dtype
 from modelhub.model.options import LoadOptions, takes
+from modelhub.model.source import open_source
 
 _FOLDER = "fastest"  # in the cache
 _PACKAGES = ("modelhub", *NAMES, "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "tensorflow-cpu")

@@ -21,7 +21,7 @@ from modelhub.core.backends.base import host_memory
 from modelhub.core.tree import flatten
 from modelhub.errors import InputError
 from modelhub.kinds import CLASSES, IMAGES, kind_named, kind_reading
-from modelhub.model.loading import Source
+from modelhub.model.source import Source
 
 _SMALL = 500_000_000  # parameters
 _PATIENCE = 600.0  # seconds for an answer, and one more for each token: longer means that the process hangs

@@ -27,7 +27,7 @@ from modelhub.hub.registry import find_card
 from modelhub.hub.resources import resource
 from modelhub.kinds import CAUSAL_LM, IMAGES, TASKS, TEXT, TaskKind, kind_reading
 from modelhub.model import saving
-from modelhub.model.loading import open_preset
+from modelhub.model.source import open_preset
 from modelhub.training import Callback, History, checkpoints
 from modelhub.training.fit import Plan
 from modelhub.training.image_examples import Examples, read_examples

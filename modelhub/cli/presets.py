@@ -153,13 +153,14 @@ def _of_card(card: Any) -> dict[str, Any]:
 
 def _of_files(preset: Any) -> dict[str, Any]:
     """What config.json or the GGUF's metadata tell; no weights are read."""
+    from contextlib import closing
+
     from modelhub.core import leaves
     from modelhub.core.tree import flatten
     from modelhub.kinds import IMAGES
-    from modelhub.model.loading import open_preset
+    from modelhub.model.source import open_preset
 
-    source = open_preset(preset)
-    try:
+    with closing(open_preset(preset)) as source:
         parameters = sum(map(leaves.count, flatten(source.model).values()))
         about = {
             "model_type": source.config.model_type,
@@ -169,8 +170,6 @@ def _of_files(preset: Any) -> dict[str, Any]:
         if source.model.reads == IMAGES:
             return about | {"image_size": source.config.image_size, "classes": source.config.num_labels}
         cache = sum(map(leaves.count, flatten(source.model.new_cache(1, 1000)).values()))
-    finally:
-        source.close()
     return about | {"context": source.config.max_position_embeddings, "memory_for_1000_tokens": _memory(cache)}
 
 

@@ -37,7 +37,7 @@ from modelhub.hub.checkpoint import (
     target_dtype,
 )
 
-WEIGHTS, INDEX = "model.weights.h5", "model.weights.json"
+WEIGHTS, INDEX, HEAD = "model.weights.h5", "model.weights.json", "task.weights.h5"
 _SHARD = re.compile(r"[\w-]+\.weights\.h5")
 _DTYPES = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8")
 _FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
@@ -122,20 +122,40 @@ class ShardedH5Checkpoint(Checkpoint):
         self._open.close()
 
 
+class WithHead(Checkpoint):
+    """The weights of a backbone, and those of its task under "task/"."""
+
+    def __init__(self, backbone: Checkpoint, head: Checkpoint):
+        self._backbone, self._head = backbone, head
+        self.tensors = backbone.tensors | {f"task/{name}": info for name, info in head.tensors.items()}
+
+    def read(self, name: str, dtype: str = "float32") -> np.ndarray:
+        part = self._head if name.startswith("task/") else self._backbone
+        return part.read(name.removeprefix("task/"), dtype)
+
+    def close(self) -> None:
+        self._backbone.close()
+        self._head.close()
+
+
 def has_weights(folder: Path) -> bool:
     return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
 
 
-def open_kerashub(folder: str | os.PathLike[str]) -> Checkpoint:
+def open_kerashub(folder: str | os.PathLike[str], head: bool = False) -> Checkpoint:
     """The weights of a KerasHub preset: model.weights.h5, else model.weights.json and its shards.
 
-    Raises CheckpointError when neither is there.
+    head: and those of its task under "task/", where they are there. Raises CheckpointError when there are none.
     """
     folder = Path(folder)
-    if (folder / WEIGHTS).is_file():
-        return H5Checkpoint(folder / WEIGHTS)
-    if (folder / INDEX).is_file():
-        return ShardedH5Checkpoint(folder / INDEX)
+    if has_weights(folder):
+        with ExitStack() as stack:
+            whole = (folder / WEIGHTS).is_file()
+            backbone = H5Checkpoint(folder / WEIGHTS) if whole else ShardedH5Checkpoint(folder / INDEX)
+            stack.enter_context(backbone)
+            found = WithHead(backbone, H5Checkpoint(folder / HEAD)) if head and (folder / HEAD).is_file() else backbone
+            stack.pop_all()
+        return found
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) if folder.is_dir() else ""
     raise CheckpointError(
         f"{folder} holds no weights: expected {WEIGHTS} or {INDEX}, found {found or 'nothing'}. Download it again."

@@ -6,6 +6,7 @@ The weights are compared tensor by tensor, so that nothing is in memory twice.
 import dataclasses
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from modelhub.core.tree import flatten, listed
 from modelhub.errors import CheckpointError, ModelhubError
 from modelhub.families.naming import KEEP
 from modelhub.hub.preset import Preset
-from modelhub.model.loading import Source, open_preset
+from modelhub.model.source import Source, open_preset
 from modelhub.processing.tokenizer import Tokenizer
 
 # Names of one function; the ones that GGUF and transformers 5 spell otherwise.
@@ -40,14 +41,11 @@ def check_written(path: Path, backbone: Any, tokenizer: Tokenizer | None, dtype:
     """
     problems: list[str] = []
     try:
-        source = open_preset(Preset(shown_as.name, path, None, shown_as.as_uri()))
-        try:
+        with closing(open_preset(Preset(shown_as.name, path, None, shown_as.as_uri()))) as source:
             problems += _configs(source.config, backbone.plain_config())
             if tokenizer is not None:
                 problems += _tokenizers(source.tokenizer(), tokenizer, _texts(source))
             problems += _weights(source, backbone, dtype)
-        finally:
-            source.close()
     except ModelhubError as error:
         problems.append(str(error))
     if problems:
@@ -81,8 +79,7 @@ def _texts(source: Source) -> list[str]:
     llama.cpp has one rule for tokenizers that put a space before a text: before a space too, and behind each added
     token. transformers has another.
     """
-    gguf = getattr(source, "gguf", None)
-    if gguf is None or not gguf.metadata.get("tokenizer.ggml.add_space_prefix"):
+    if not source.metadata.get("tokenizer.ggml.add_space_prefix"):
         return [*_TEXTS]
     return [text for text in _TEXTS if not text[0].isspace() and not {"<", "\n"} & {*text}]
 
@@ -100,27 +97,23 @@ def _weights(source: Source, backbone: Any, dtype: str) -> Iterator[str]:
     get, left = backbone.plain_param(), dict.fromkeys(backbone.plain_names())
     shapes = {name: tuple(spec.shape) for name, spec in flatten(source.model).items()}
     checkpoint = source.checkpoint()
-    try:
-        for theirs, info in checkpoint.tensors.items():
-            if (renamed := source.names.to_ours(theirs)) is None:
-                continue
-            ours, via = renamed
-            if ours not in left:
-                yield f"weights: {theirs} is one too many"
-                continue
-            del left[ours]
-            stored = _STORED.get(info.dtype, "float32") if via is KEEP else "float32"
-            found = via.to_ours(checkpoint.read(theirs, stored))
-            if found.shape != shapes.get(ours):
-                yield f"weights: {ours} has the shape {found.shape}, not {shapes.get(ours)}"
-                continue
-            wanted = backbone.xp.get(get(ours))
-            kind = dtype if len(info.shape) > 1 and "norm" not in ours else "float32" if dtype == "q8_0" else dtype
-            if not _largest_excess(found, wanted, kind) <= 1.0:  # NaN must not pass
-                yield f"weights: {ours} differs by more than {dtype} rounds"
-    finally:
-        if checkpoint is not getattr(source, "gguf", None):
-            checkpoint.close()
+    for theirs, info in checkpoint.tensors.items():
+        if (renamed := source.names.to_ours(theirs)) is None:
+            continue
+        ours, via = renamed
+        if ours not in left:
+            yield f"weights: {theirs} is one too many"
+            continue
+        del left[ours]
+        stored = _STORED.get(info.dtype, "float32") if via is KEEP else "float32"
+        found = via.to_ours(checkpoint.read(theirs, stored))
+        if found.shape != shapes.get(ours):
+            yield f"weights: {ours} has the shape {found.shape}, not {shapes.get(ours)}"
+            continue
+        wanted = backbone.xp.get(get(ours))
+        kind = dtype if len(info.shape) > 1 and "norm" not in ours else "float32" if dtype == "q8_0" else dtype
+        if not _largest_excess(found, wanted, kind) <= 1.0:  # NaN must not pass
+            yield f"weights: {ours} differs by more than {dtype} rounds"
     for name in left:
         yield f"weights: {name} is missing"
 

@@ -13,7 +13,7 @@ import numpy as np
 from modelhub.core import custom, leaves
 from modelhub.errors import CheckpointError, InputError
 from modelhub.hub.files import GENERATED, MODEL_FILES, replacing, save_tensors
-from modelhub.model.loading import ATTENTION, LAYERS
+from modelhub.model.source import ATTENTION, LAYERS
 from modelhub.progress import bar
 
 log = logging.getLogger("modelhub")

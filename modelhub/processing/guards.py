@@ -54,8 +54,10 @@ def read_json(path: Path, kind: type[ModelhubError] = TokenizerError) -> dict[st
     check_size(path, LARGEST_CONFIG, kind)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise kind(f"{path} cannot be read as JSON: {error}. Download it again.") from error
+    except OSError as error:
+        raise kind(f"{path} cannot be read: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{path} cannot be read as JSON: it is not valid JSON ({error}). Download it again.") from error
     if not isinstance(content, dict):
         raise kind(f"{path} holds {type(content).__name__}, not an object. Download it again.")
     return content

@@ -18,9 +18,10 @@ from modelhub.kinds import BACKBONE, IMAGES
 from modelhub.model import placement, quantizing
 from modelhub.model.adapters import AdapterSet
 from modelhub.model.delegate import attribute, delegate
-from modelhub.model.loading import Source, load_weights, open_source
+from modelhub.model.loading import load_weights
 from modelhub.model.options import LoadOptions, takes
 from modelhub.model.origin import RANDOM, Origin
+from modelhub.model.source import Source, open_source
 from modelhub.model.weights import PARAMS, Change, Snapshot, Weights
 
 

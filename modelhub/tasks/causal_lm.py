@@ -18,8 +18,8 @@ from modelhub.generation.decode import GenerationEngine
 from modelhub.generation.sampling import is_whole
 from modelhub.generation.settings import Settings, settings
 from modelhub.kinds import CAUSAL_LM
-from modelhub.model.loading import Source
 from modelhub.model.saving import write_json
+from modelhub.model.source import Source
 from modelhub.processing.chat_template import ChatTemplate
 from modelhub.processing.tokenizer import Tokenizer
 from modelhub.progress import bar

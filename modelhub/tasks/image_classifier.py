@@ -19,8 +19,9 @@ from modelhub.errors import InputError
 from modelhub.families import vit
 from modelhub.kinds import IMAGE_CLASSIFICATION
 from modelhub.model.delegate import hands_on
-from modelhub.model.loading import Source, check_dtype, random_params
+from modelhub.model.loading import check_dtype, random_params
 from modelhub.model.options import LoadOptions, takes
+from modelhub.model.source import Source
 from modelhub.processing.image import ImageProcessor
 from modelhub.processing.image_reading import as_list
 from modelhub.progress import bar

@@ -14,8 +14,8 @@ from modelhub.kinds import TEXT, TaskKind, kind_reading
 from modelhub.model import placement
 from modelhub.model.adapters import AdapterSet
 from modelhub.model.delegate import attribute, delegate
-from modelhub.model.loading import Source, open_source
 from modelhub.model.options import LoadOptions, takes
+from modelhub.model.source import Source, open_source
 from modelhub.publishing import publishing
 from modelhub.tasks.backbone import Backbone
 from modelhub.training.trainer import Trainer

@@ -19,7 +19,7 @@ from modelhub.core.tree import flatten, initial_value
 from modelhub.errors import InputError
 from modelhub.families import family_of
 from modelhub.hub.preset import Preset
-from modelhub.model.loading import open_preset
+from modelhub.model.source import open_preset
 
 # Configs
 

@@ -21,7 +21,7 @@ from modelhub.errors import CheckpointError, ConfigError, TokenizerError
 from modelhub.families import family_of, kerashub
 from modelhub.hub.checkpoint import TensorInfo
 from modelhub.hub.kerashub import H5Checkpoint, open_kerashub
-from modelhub.model.loading import open_source
+from modelhub.model.source import open_source
 from modelhub.processing.tokenizer import Tokenizer
 
 MODELS = ("gemma", "gemma2", "gemma3", "llama2", "llama3", "llama31", "mistral")

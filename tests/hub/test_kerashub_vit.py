@@ -16,7 +16,7 @@ import pytest
 from modelhub.core.tree import flatten
 from modelhub.errors import CheckpointError, ConfigError
 from modelhub.hub.preset import resolve
-from modelhub.model.loading import open_preset
+from modelhub.model.source import open_preset
 from modelhub.processing.image import ImageProcessor
 
 WITH_HEAD = ("vit", "vit_bfloat16", "vit_no_class_token", "vit_softmax")

@@ -7,8 +7,9 @@ import torch
 from safetensors.numpy import save_file
 
 from modelhub.hub.preset import resolve
-from modelhub.model.loading import load_params, open_preset
+from modelhub.model.loading import load_params
 from modelhub.model.saving import write_json
+from modelhub.model.source import open_preset
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4,

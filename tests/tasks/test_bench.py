@@ -21,7 +21,7 @@ from modelhub.core import custom
 from modelhub.core.backends import NAMES, installed
 from modelhub.errors import ConfigError, DeviceError, InputError, PresetNotFound, UnknownBackend
 from modelhub.families import gemma
-from modelhub.model.loading import ATTENTION, LAYERS
+from modelhub.model.source import ATTENTION, LAYERS
 
 TEXT, IMAGES, BACKBONE = "causal-lm", "image-classification", "backbone"
 
