@@ -17,16 +17,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Unpack
 
-from modelhub.bench.processes import Model, Row, Workload, measure
+from modelhub.bench.processes import Row, Workload, lengths, measure
 from modelhub.core import custom
 from modelhub.core.backends import FASTEST, NAMES, backend_name, get_backend, installed
 from modelhub.core.backends.base import Backend
 from modelhub.errors import ConfigError, DeviceError, InputError, UnknownBackend
 from modelhub.hub.sources import cache_root
-from modelhub.kinds import kind_named, kind_reading
+from modelhub.kinds import IMAGES, kind_named, kind_reading
 from modelhub.model.loading import check_dtype
 from modelhub.model.options import LoadOptions, takes
-from modelhub.model.source import open_source
+from modelhub.model.source import Source, open_source
 
 _FOLDER = "fastest"  # in the cache
 _PACKAGES = ("modelhub", *NAMES, "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "tensorflow-cpu")
@@ -87,16 +87,15 @@ def bench(
     names = list(dict.fromkeys(installed() if backends is None else map(backend_name, backends)))
     if not names or steps < 1 or (batch_size is not None and batch_size < 1):
         raise InputError(f"backends={names}, steps={steps}, batch_size={batch_size}: give one or more of each")
-    device, dtype = options.get("device"), options.get("dtype")
-    dtype = _checked(device, dtype)
-    model = _look(preset, options)
-    task = kind_reading(model.reads).name
-    lengths = model.lengths(prompt_tokens, max_new_tokens, (128, 64))
-    rows = model.rows if batch_size is None else batch_size
-    workload = Workload(task, device, dtype, rows, **lengths, load_weights=True, train_steps=steps if train else 0)
-    report = BenchReport(model.preset, model.unit, workload, machine(), measure(model, workload, names, show))
+    source = _look(preset, options)
+    device, dtype, task = options.get("device"), check_dtype(options.get("dtype")), kind_reading(source.model.reads)
+    workload = Workload(
+        task.name, device, dtype, batch_size or _usual_rows(source),
+        *lengths(source, prompt_tokens, max_new_tokens, (128, 64)), train_steps=steps if train else 0,
+    )  # fmt: skip
+    report = _report(source, workload, names, show)
     if backends is None and batch_size is None and report.fastest:
-        _Shelf(model, task, device, dtype, options.get("cache_dir")).keep(report)
+        _Shelf(source, task.name, device, dtype, options.get("cache_dir")).keep(report)
     return report
 
 
@@ -111,29 +110,32 @@ def fastest(preset: str | os.PathLike[str], *, task: str, **options: Unpack[Load
     Raises InputError if no backend can run the model, and for pieces that are not for one backend alone; DeviceError;
     what opening the preset raises.
     """
-    names, device, dtype = installed(), options.get("device"), options.get("dtype")
-    if len(names) == 1:
+    if len(names := installed()) == 1:
         return names[0]
-    dtype = _checked(device, dtype)
-    model = _look(preset, options)
-    if model.reads not in kind_named(task).reads:
+    source = _look(preset, options)
+    device, dtype, name = options.get("device"), check_dtype(options.get("dtype")), source.preset.name
+    if source.model.reads not in kind_named(task).reads:
         return names[0]  # loading will tell what is wrong
-    if pieces := _own(model, options.get("attention"), options.get("layers")):
-        name = _able(pieces, names)
-        _say(f"fastest: {name} for {model.preset}, because of pieces of your own; nothing was measured")
-        return name
-    shelf = _Shelf(model, task, device, dtype, options.get("cache_dir"))
+    if pieces := _own(source, options.get("attention"), options.get("layers")):
+        able = _able(pieces, names)
+        _say(f"fastest: {able} for {name}, because of pieces of your own; nothing was measured")
+        return able
+    shelf = _Shelf(source, task, device, dtype, options.get("cache_dir"))
     if (verdict := shelf.read()) is None:
         with shelf.alone():
             verdict = shelf.read()  # of another process, that was waited for
             if verdict is None:
-                lengths = model.lengths(None, None, (64, 32))
                 workload = Workload(
-                    task, device, dtype, model.rows, **lengths, load_weights=options.get("load_weights", True),
-                    repeats=3, seconds=6.0,
+                    task, device, dtype, _usual_rows(source), *lengths(source, None, None, (64, 32)),
+                    load_weights=options.get("load_weights", True), repeats=3, seconds=6.0,
                 )  # fmt: skip
-                verdict = shelf.keep(_watched(model, workload, names))
-    _say(f"fastest: {verdict.line(model.preset)}")
+                with progress() as show:
+                    report = _report(source, workload, names, show)
+                if report.fastest is None:
+                    failures = "; ".join(f"{', '.join(those)}: {error}" for error, those in report.failures.items())
+                    raise InputError(f"backend={FASTEST!r} was asked for, but no backend can run {name}: {failures}")
+                verdict = shelf.keep(report)
+    _say(f"fastest: {verdict.line(name)}")
     return verdict.backend
 
 
@@ -171,28 +173,38 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _checked(device: str | None, dtype: str | None) -> str | None:
-    """The dtype's name. Raises for what no backend can do, before each is started to say so."""
-    name = check_dtype(dtype)
+def _look(preset: str | os.PathLike[str], options: LoadOptions) -> Source:
+    """The preset's Source, closed again. Raises for what no backend can do, before each is started to say so.
+
+    All files are fetched: the processes that are going to read them get no network, and no token.
+    """
+    check_dtype(options.get("dtype"))
+    device = options.get("device")
     if device is not None and not re.fullmatch(r"cpu|(gpu|cuda|tpu|mps)(:\d+)?", device):
         raise DeviceError(f"device must be cpu, gpu, tpu, mps, or one of several, such as gpu:1; got {device!r}")
-    return name
-
-
-def _look(preset: str | os.PathLike[str], options: LoadOptions) -> Model:
-    """All files are fetched: the processes that are going to read them get no network, and no token."""
     with open_source(preset, options) as source:
-        return Model.of(source.preset.name, source)
+        return source
 
 
-def _own(model: Model, attention: Any, layers: Any) -> list[tuple[str, Any]]:
+def _usual_rows(source: Source) -> int:
+    return 8 if source.model.reads == IMAGES else 1
+
+
+def _report(
+    source: Source, workload: Workload, names: Sequence[str], show: Callable[[str], object]
+) -> BenchReport:  # fmt: skip
+    unit = kind_reading(source.model.reads).unit
+    return BenchReport(source.preset.name, unit, workload, machine(), measure(source, workload, names, show))
+
+
+def _own(source: Source, attention: Any, layers: Any) -> list[tuple[str, Any]]:
     """Pieces of the user's own that the model is going to have: their kinds, and names or functions."""
     if layers is not None and not isinstance(layers, Mapping):
         return [("layer", layers)]  # loading will tell what is wrong
-    attention = model.attention if attention is None else attention
+    attention = source.attention if attention is None else attention
     found = [("attention", attention)] if attention is not None else []
-    found += [("layer", name) for name in (dict(model.layers) | dict(layers or {})).values()]
-    return found + [("family", name) for name in custom.names("family") if name == model.family]
+    found += [("layer", name) for name in (dict(source.layers) | dict(layers or {})).values()]
+    return found + [("family", name) for name in custom.names("family") if name == source.config.model_type]
 
 
 def _able(pieces: Sequence[tuple[str, Any]], names: Sequence[str]) -> str:
@@ -223,15 +235,6 @@ def progress() -> Iterator[Callable[[str], object]]:
         return
     with console.status("measuring") as status:
         yield lambda doing: status.update(f"measuring: {doing}")
-
-
-def _watched(model: Model, workload: Workload, names: Sequence[str]) -> BenchReport:
-    with progress() as show:
-        report = BenchReport(model.preset, model.unit, workload, machine(), measure(model, workload, names, show))
-    if report.fastest is None:
-        failures = "; ".join(f"{', '.join(names)}: {error}" for error, names in report.failures.items())
-        raise InputError(f"backend={FASTEST!r} was asked for, but no backend can run {model.preset}: {failures}")
-    return report
 
 
 def _say(line: str) -> None:
@@ -274,8 +277,8 @@ class _Verdict:
 class _Shelf:
     """Where one verdict is kept: a file of its own, so that who writes others is not in the way."""
 
-    def __init__(self, model: Model, task: str, device: str | None, dtype: str | None, cache_dir: Any):
-        self.key = {"model": _identity(model.path), "task": task, "device": device, "dtype": dtype, **machine()}
+    def __init__(self, source: Source, task: str, device: str | None, dtype: str | None, cache_dir: Any):
+        self.key = {"model": _identity(source.preset.path), "task": task, "device": device, "dtype": dtype, **machine()}
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
         self.path = cache_root(cache_dir) / _FOLDER / f"{digest[:32]}.json"
 

@@ -4,23 +4,23 @@ Where all of a small model's fit into memory they take turns, so that what else 
 """
 
 import contextlib
+import dataclasses
 import json
 import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from subprocess import PIPE, Popen
-from typing import Any, Self
+from typing import Any
 
 from modelhub.core import leaves
 from modelhub.core.backends.base import host_memory
 from modelhub.core.tree import flatten
 from modelhub.errors import InputError
-from modelhub.kinds import CLASSES, IMAGES, kind_named, kind_reading
+from modelhub.kinds import CLASSES, IMAGES, kind_named
 from modelhub.model.source import Source
 
 _SMALL = 500_000_000  # parameters
@@ -76,57 +76,20 @@ class Row:
     refused: bool = False
 
 
-@dataclass(frozen=True)
-class Model:
-    """What there is to know of a preset before a framework is started.
-
-    layers, attention: names of the user's own that its files ask for; see Source.
-    """
-
-    preset: str
-    path: Path
-    reads: str
-    context: int
-    num_labels: int | None
-    parameters: int
-    family: str
-    layers: Mapping[str, str]
-    attention: str | None
-
-    @classmethod
-    def of(cls, preset: str, source: Source) -> Self:
-        reads = source.model.reads
-        context = 0 if reads == IMAGES else source.config.max_position_embeddings
-        sizes = [leaves.count(spec) for spec in flatten(source.model).values()]
-        labels = getattr(source.config, "num_labels", None)
-        return cls(
-            preset, source.preset.path, reads, context, labels, sum(sizes), source.config.model_type, source.layers,
-            source.attention,
-        )  # fmt: skip
-
-    @property
-    def unit(self) -> str:
-        return kind_reading(self.reads).unit
-
-    @property
-    def rows(self) -> int:
-        """Of the usual batch."""
-        return 8 if self.reads == IMAGES else 1
-
-    def lengths(self, prompt_tokens: int | None, max_new_tokens: int | None, usual: tuple[int, int]) -> dict[str, int]:
-        """Those of the workload, as asked for or as usual where the context allows it."""
-        if self.reads == IMAGES:
-            return {"prompt_tokens": 0, "max_new_tokens": 0}
-        half = self.context // 2
-        prompt = min(usual[0], half) if prompt_tokens is None else prompt_tokens
-        new = min(usual[1], half) if max_new_tokens is None else max_new_tokens
-        if prompt < 1 or new < 3 or prompt + new > self.context:
-            raise InputError(
-                f"prompt_tokens={prompt} and max_new_tokens={new} cannot be measured: give 1 or more of the first and "
-                f"3 or more of the second (the speed counts from the second on), together at most {self.context}, the "
-                "model's context"
-            )
-        return {"prompt_tokens": prompt, "max_new_tokens": new}
+def lengths(source: Source, prompt_tokens: int | None, max_new_tokens: int | None, usual: tuple[int, int]) -> list[int]:
+    """prompt_tokens and max_new_tokens of the workload, as asked for or as usual where the context allows it."""
+    if source.model.reads == IMAGES:
+        return [0, 0]
+    context = source.config.max_position_embeddings
+    prompt = min(usual[0], context // 2) if prompt_tokens is None else prompt_tokens
+    new = min(usual[1], context // 2) if max_new_tokens is None else max_new_tokens
+    if prompt < 1 or new < 3 or prompt + new > context:
+        raise InputError(
+            f"prompt_tokens={prompt} and max_new_tokens={new} cannot be measured: give 1 or more of the first and "
+            f"3 or more of the second (the speed counts from the second on), together at most {context}, the model's "
+            "context"
+        )
+    return [prompt, new]
 
 
 class Worker:
@@ -211,14 +174,14 @@ class Worker:
         return f"the process ended ({why}): {words[0][:500]}"
 
 
-def measure(model: Model, workload: Workload, names: Sequence[str], show: Callable[[str], object]) -> list[Row]:
-    """A row for each backend, in their order. show: is told what is being done."""
-    keys = ("task", "device", "dtype", "batch_size", "prompt_tokens", "max_new_tokens", "load_weights")
-    request = {key: getattr(workload, key) for key in keys} | {"path": str(model.path)}
-    if kind_named(workload.task).head == CLASSES:
-        request["num_classes"] = None if model.num_labels else 10  # an encoder alone gets a head
+def measure(source: Source, workload: Workload, names: Sequence[str], show: Callable[[str], object]) -> list[Row]:
+    """A row for each backend, in their order. source: may be closed. show: is told what is being done."""
+    request = dataclasses.asdict(workload) | {"path": str(source.preset.path)}
+    if kind_named(workload.task).head == CLASSES:  # an encoder alone gets a head
+        request["num_classes"] = None if getattr(source.config, "num_labels", None) else 10
+    parameters = sum(map(leaves.count, flatten(source.model).values()))
     # Weights in float32, and as much for all else.
-    together = model.parameters < _SMALL and 8 * model.parameters * len(names) < (host_memory() or 0)
+    together = parameters < _SMALL and 8 * parameters * len(names) < (host_memory() or 0)
     patience = _PATIENCE + workload.batch_size * (workload.prompt_tokens + workload.max_new_tokens)
     rows: list[Row] = []
     for group in [list(names)] if together else [[name] for name in names]:
