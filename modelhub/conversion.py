@@ -16,10 +16,10 @@ from modelhub.families.naming import KEEP
 from modelhub.habits import dtype_name, explained
 from modelhub.hub import gguf_writer
 from modelhub.hub.gguf_settings import write_origin, write_settings
+from modelhub.hub.model_folder import MAX_SHARD_SIZE
 from modelhub.model.checking import check_written
 from modelhub.model.loading import DTYPES
 from modelhub.model.options import SourceOptions, takes
-from modelhub.model.saving import MAX_SHARD_SIZE
 from modelhub.model.source import Source, open_source
 from modelhub.processing.tokenizer import Tokenizer
 from modelhub.publishing.publishing import write_model

@@ -21,12 +21,11 @@ from modelhub import Augment, optim
 from modelhub.core.lora import LoRAConfig
 from modelhub.core.problems import REGRESSION
 from modelhub.errors import BackendNotInstalled, DataError, InputError, PresetNotFound
-from modelhub.hub import adapters
+from modelhub.hub import adapters, model_folder
 from modelhub.hub.preset import as_address, resolve
 from modelhub.hub.registry import find_card
 from modelhub.hub.resources import resource
 from modelhub.kinds import CAUSAL_LM, IMAGES, TASKS, TEXT, TaskKind, kind_reading
-from modelhub.model import saving
 from modelhub.model.source import open_preset
 from modelhub.training import Callback, History, checkpoints
 from modelhub.training.fit import Plan
@@ -400,7 +399,7 @@ def _check_output(output: Path, run: Path, lora: bool) -> None:
             f"the output {output} holds {'an adapter' if lora else 'a model'} already, and {run} holds no run that it "
             f"could come from: give another output, or remove it"
         )
-    others = ["a file"] if output.is_file() else adapters.strangers(output) if lora else saving.strangers(output)
+    others = ["a file"] if output.is_file() else adapters.strangers(output) if lora else model_folder.strangers(output)
     if others:
         what = "an adapter" if lora else "a model"
         raise InputError(

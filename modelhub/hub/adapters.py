@@ -19,7 +19,7 @@ import numpy as np
 
 from modelhub.errors import CheckpointError, InputError
 from modelhub.hub.checkpoint import SafetensorsCheckpoint, WeightFile, shown
-from modelhub.hub.files import COMPANIONS, replacing, save_arrays
+from modelhub.hub.files import COMPANIONS, rewriting, save_arrays, write_json
 
 log = logging.getLogger("modelhub")
 
@@ -169,14 +169,11 @@ def write_adapter(
     }
     tensors = {_peft_name(name): np.asarray(array, np.float32, order="C") for name, array in files.tensors.items()}
     tensors |= {f"{_PREFIX}{name}": np.ascontiguousarray(array) for name, array in files.whole.items()}
-    try:
-        with replacing(target) as work:
-            (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            save_arrays(tensors, work / WEIGHTS, {"format": "pt"})
-            if beside is not None:
-                beside(work)
-    except OSError as error:
-        raise CheckpointError(f"{target} could not be written: {error}. What was there before is as it was.") from error
+    with rewriting(target) as work:
+        write_json(work / CONFIG, config)
+        save_arrays(tensors, work / WEIGHTS, {"format": "pt"})
+        if beside is not None:
+            beside(work)
 
 
 def strangers(folder: Path) -> list[str]:

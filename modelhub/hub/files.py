@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from modelhub.errors import InputError
+from modelhub.errors import CheckpointError, InputError
 from modelhub.hub import licences
 from modelhub.hub.checkpoint import DTYPES, nbytes
 
@@ -91,6 +91,10 @@ def save_arrays(
     )
 
 
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def licence_files(folder: Path) -> dict[str, bytes]:
     """The licences' texts at the top of a folder, by name; none of over 1 MB."""
     found: dict[str, bytes] = {}
@@ -161,6 +165,16 @@ def replacing(target: Path) -> Iterator[Path]:
             replace_folder(work, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def rewriting(target: Path) -> Iterator[Path]:
+    """As `replacing`; CheckpointError for what the disk refuses."""
+    try:
+        with replacing(target) as work:
+            yield work
+    except OSError as error:
+        raise CheckpointError(f"{target} could not be written: {error}. What was there before is as it was.") from error
 
 
 @contextmanager

@@ -19,12 +19,13 @@ from modelhub.hub import publish as hub
 from modelhub.hub.cache import staging
 from modelhub.hub.card import CardFacts, check_card, inherited, missing_licence, notice, render_card
 from modelhub.hub.files import licence_files
+from modelhub.hub.model_folder import MAX_SHARD_SIZE, model_folder, write_card
 from modelhub.hub.provenance import Provenance, write_provenance
 from modelhub.hub.sources import HubSource
 from modelhub.kinds import IMAGES
 from modelhub.model.loading import DTYPES, check_dtype, stored_dtype
 from modelhub.model.origin import at_address
-from modelhub.model.saving import MAX_SHARD_SIZE, model_folder, own_attention, write_backbone, write_card
+from modelhub.model.saving import own_attention, write_backbone
 from modelhub.model.weights import Snapshot
 from modelhub.training.history import History
 

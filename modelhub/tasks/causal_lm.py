@@ -17,8 +17,8 @@ from modelhub.generation.answers import Answers, RunStats, Score, as_prompts
 from modelhub.generation.decode import GenerationEngine
 from modelhub.generation.sampling import is_whole
 from modelhub.generation.settings import Settings, settings
+from modelhub.hub.files import write_json
 from modelhub.kinds import CAUSAL_LM
-from modelhub.model.saving import write_json
 from modelhub.model.source import Source
 from modelhub.processing.chat_template import ChatTemplate
 from modelhub.processing.tokenizer import Tokenizer

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+from modelhub.hub.files import write_json
 from modelhub.hub.preset import resolve
 from modelhub.model.loading import load_params
-from modelhub.model.saving import write_json
 from modelhub.model.source import open_preset
 
 SMALL = {

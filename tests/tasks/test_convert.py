@@ -19,10 +19,11 @@ from modelhub.conversion import convert
 from modelhub.errors import CheckpointError, ConfigError, DownloadError, InputError, TokenizerError
 from modelhub.families import family_of
 from modelhub.hub import gguf_writer
+from modelhub.hub import model_folder as saving
 from modelhub.hub.checkpoint import open_folder
 from modelhub.hub.gguf import open_gguf
 from modelhub.hub.provenance import Provenance
-from modelhub.model import checking, saving
+from modelhub.model import checking
 from modelhub.model import options as loading
 from modelhub.processing.tokenizer import Tokenizer as OurTokenizer
 

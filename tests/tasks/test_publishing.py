@@ -275,7 +275,7 @@ def test_a_killed_save_leaves_what_was_there(lm, tmp_path, tiny_preset):
     script = f"""
 import time
 from modelhub import CausalLM
-from modelhub.model import saving
+from modelhub.hub import model_folder as saving
 lm = CausalLM.from_preset({str(tiny_preset)!r}, backend="numpy", load_weights=False, seed=7)
 def stop(*args):
     print("half", flush=True)
