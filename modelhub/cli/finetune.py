@@ -28,10 +28,10 @@ from modelhub.hub.resources import resource
 from modelhub.kinds import CAUSAL_LM, IMAGES, TASKS, TEXT, TaskKind, kind_reading
 from modelhub.model.source import open_preset
 from modelhub.training import Callback, History, checkpoints
+from modelhub.training.arguments import check_whole
 from modelhub.training.fit import Plan
 from modelhub.training.image_examples import Examples, read_examples
 from modelhub.training.records import read_records
-from modelhub.training.trainer import check_batch_size
 
 Settings = dict[str, dict[str, Any]]  # {table: {key: value}}; the table "" is what stands above all others
 
@@ -367,7 +367,7 @@ def _check_values(settings: Settings) -> None:
     fit, trained, adapter = (settings.get(table, {}) for table in ("fit", "compile", "lora"))
     _made_of(Plan, fit)
     _made_of(LoRAConfig, adapter)
-    check_batch_size(fit.get("batch_size", 1))
+    check_whole("batch_size", fit.get("batch_size", 1))
     optim.get_schedule(trained.get("schedule"))
     optim.get(trained.get("optimizer", "adamw"), trained.get("learning_rate"), trained.get("weight_decay"))
 

@@ -177,6 +177,11 @@ def name_of(function: Any) -> str | None:
     return None if found is None else found.name
 
 
+def attention_name(xp: Backend) -> str | None:
+    """That of the user's attention function, if there is one and it was registered."""
+    return name_of(own_attention(xp))
+
+
 def _registration(piece: Any) -> Registered | None:
     return next((r for r in reversed(_registered) if r.value is piece), None)
 

@@ -254,7 +254,7 @@ class AdapterSet(Mapping[str, Adapter]):
             task_type=kind.peft,
         )
 
-        attention = custom.name_of(custom.own_attention(xp))
+        attention = custom.attention_name(xp)
 
         def companions(work: Path) -> None:
             if layers or attention:
@@ -366,7 +366,7 @@ class AdapterSet(Mapping[str, Adapter]):
                 f"{dict(layers) or 'none'}. Load the base model with layers={dict(made.layers)}, where they are "
                 f"registered, and the adapter on it"
             )
-        own = custom.name_of(custom.own_attention(xp))
+        own = custom.attention_name(xp)
         if made and made.attention and made.attention != own:
             log.warning(
                 "%s was trained with the attention function %r, and this model has %s: its answers may differ. Load "

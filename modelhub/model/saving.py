@@ -37,17 +37,12 @@ def write_backbone(
         write_tensors(folder, shapes, read, max_shard_size, digests)
 
 
-def own_attention(backbone: Any) -> str | None:
-    """The name of the user's attention function, if there is one and it was registered."""
-    return custom.name_of(custom.own_attention(backbone.xp))
-
-
 def _own_pieces(backbone: Any, architectures: list[str]) -> dict[str, Any]:
     """What config.json says of the user's own layers and attention; a warning where they are needed elsewhere.
 
     Other tools get architectures that they do not know: with their own they would compute something else.
     """
-    attention = own_attention(backbone)
+    attention = custom.attention_name(backbone.xp)
     found: dict[str, Any] = {}
     if custom.own_attention(backbone.xp) is not None and attention is None:
         log.warning(

@@ -25,7 +25,7 @@ from modelhub.hub.sources import HubSource
 from modelhub.kinds import IMAGES
 from modelhub.model.loading import DTYPES, check_dtype, stored_dtype
 from modelhub.model.origin import at_address
-from modelhub.model.saving import own_attention, write_backbone
+from modelhub.model.saving import write_backbone
 from modelhub.model.weights import Snapshot
 from modelhub.training.history import History
 
@@ -189,7 +189,7 @@ def _provenance_of(task: Any, adapter: bool) -> Provenance:
     return dataclasses.replace(
         found, base=weights.base, base_model=weights.base_model, from_scratch=False, runs=active.runs,
         base_licence=inherited(found) or found.base_licence, layers=tuple(backbone.layers.items()),
-        attention=own_attention(backbone), labels=tuple(task.adapter_labels),
+        attention=custom.attention_name(backbone.xp), labels=tuple(task.adapter_labels),
     )  # fmt: skip
 
 
@@ -203,8 +203,8 @@ def _facts(task: Any, adapter: bool, **facts: Any) -> CardFacts:
     return CardFacts(
         task=task.kind.name, model_type=backbone.config.model_type, dtype=backbone.dtype,
         provenance=_provenance_of(task, adapter), parameters=sum(map(count, counted)), adapter=adapter,
-        has_chat_template=task.chats, layers=tuple(backbone.layers.items()), attention=own_attention(backbone),
-        own_family=backbone.config.model_type in custom.names("family"),
+        has_chat_template=task.chats, layers=tuple(backbone.layers.items()),
+        attention=custom.attention_name(backbone.xp), own_family=backbone.config.model_type in custom.names("family"),
         classes=len(task.adapter_labels) if adapter else 0, problem_type=getattr(task.config, "problem_type", None),
         **facts,
     )  # fmt: skip

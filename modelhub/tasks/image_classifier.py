@@ -28,6 +28,7 @@ from modelhub.progress import bar
 from modelhub.tasks.backbone import Backbone
 from modelhub.tasks.task import Task, load
 from modelhub.training import image_fit
+from modelhub.training.arguments import check_whole
 from modelhub.training.image_examples import as_array
 from modelhub.training.images import channels_first, filled, prefetched
 from modelhub.training.objectives import ImageObjective, Objective
@@ -193,8 +194,7 @@ class ImageClassifier(Task):
         {"pixel_values": floats (B, C, H, W)}, which are taken as they are. Raises InputError, which names the file, for
         what is no image.
         """
-        if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-            raise InputError(f"top must be a whole number, 1 or more, got {top!r}")
+        check_whole("top", top)
         shares = problems.scores(get_backend("numpy"), self.logits(images), self.config.problem_type)
         names = self.labels
         order = np.argsort(-shares, axis=1, kind="stable")[:, :top]

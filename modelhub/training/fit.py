@@ -13,6 +13,7 @@ from modelhub.core.tree import Params
 from modelhub.errors import CheckpointError, DataError, InputError, ResumeError, TrainingError
 from modelhub.habits import instead_of
 from modelhub.training import checkpoints
+from modelhub.training.arguments import check_whole
 from modelhub.training.batches import Batch, BatchSource
 from modelhub.training.callbacks import Callback
 from modelhub.training.engine import TrainingEngine
@@ -40,8 +41,8 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("epochs", "grad_accum", "steps", "save_steps"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} must be a whole number, 1 or more, got {value!r}")
+            if value is not None:
+                check_whole(name, value)
         if self.resume not in ("auto", True, False):
             raise InputError(f'resume must be "auto", True or False, got {self.resume!r}')
 

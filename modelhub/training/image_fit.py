@@ -14,6 +14,7 @@ from modelhub.errors import DataError, InputError
 from modelhub.processing.augment import Augment
 from modelhub.processing.image_reading import OnError
 from modelhub.progress import bar
+from modelhub.training.arguments import check_split, check_whole, name_of
 from modelhub.training.batches import BatchSource
 from modelhub.training.callbacks import Callback
 from modelhub.training.confusion import ConfusionMatrix
@@ -22,7 +23,6 @@ from modelhub.training.history import History
 from modelhub.training.image_examples import Examples, read_examples
 from modelhub.training.images import ImageBatches, ReadyImages
 from modelhub.training.loaders import repeatable
-from modelhub.training.trainer import check_batch_size, check_split, name_of
 
 log = logging.getLogger("modelhub")
 
@@ -63,7 +63,7 @@ def fit(
         epochs, steps, grad_accum, checkpoint_dir, resume, save_steps, callbacks, seed, verbose,
         learning_rate=1e-3 if frozen else None,
     )  # fmt: skip
-    check_batch_size(batch_size)
+    check_whole("batch_size", batch_size)
     augment = Augment(seed=seed) if augment is True else augment or None
     if not isinstance(augment, Augment | None):
         raise InputError(f"augment must be an Augment, True or False, got {augment!r}")
@@ -172,7 +172,7 @@ def _batches(
 
 
 def _in_order(task: Any, data: Any, batch_size: int, on_error: OnError) -> Iterator[Any]:
-    check_batch_size(batch_size)
+    check_whole("batch_size", batch_size)
     examples, data = _examples(task, data)
     batches = _batches(task, data, examples, batch_size, shuffle=False, on_error=on_error)
     return iter(bar(batches.epoch(0), desc="evaluating", total=batches.steps(0), unit="batch"))

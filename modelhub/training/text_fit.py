@@ -11,13 +11,13 @@ import numpy as np
 
 from modelhub.errors import InputError, ModelhubError
 from modelhub.progress import bar
+from modelhub.training.arguments import check_flag, check_split, check_whole, name_of
 from modelhub.training.batches import BatchSource, ReadyRows, prepare
 from modelhub.training.callbacks import Callback
 from modelhub.training.history import History
 from modelhub.training.loaders import repeatable
 from modelhub.training.objectives import TextObjective
 from modelhub.training.records import OnError, read_records, rows_of
-from modelhub.training.trainer import check_batch_size, check_flag, check_split, name_of
 
 
 @dataclass
@@ -104,7 +104,7 @@ def batches(
     length, context = task.preprocessor.sequence_length, task.config.max_position_embeddings
     if not isinstance(length, int) or not 2 <= length <= context:
         raise InputError(f"sequence_length must be 2 to {context}, the model's context; got {length!r}")
-    check_batch_size(batch_size)
+    check_whole("batch_size", batch_size)
     check_flag("packing", options["packing"])
     objective = task.trainer.objective()
     if objective.fields != TextObjective.fields:  # only whoever made the objective knows how rows become its batches

@@ -19,6 +19,7 @@ from modelhub.errors import ConfigError, InputError, NotFinite
 from modelhub.hub.provenance import TrainingRun
 from modelhub.model.placement import own
 from modelhub.model.weights import OPTIMIZER, PARAMS, Change
+from modelhub.training.arguments import check_flag, check_whole
 from modelhub.training.batches import BatchSource
 from modelhub.training.callbacks import Callback, ProgressBar
 from modelhub.training.engine import OptimizerState, Settings, TrainingEngine
@@ -196,8 +197,7 @@ class Trainer:
         plan = Plan(
             epochs, steps, grad_accum, compiled.learning_rate, compiled.schedule, checkpoint_dir, resume, save_steps
         )
-        if not isinstance(seed, int) or seed < 0:
-            raise InputError(f"seed must be a whole number, 0 or more, got {seed!r}")
+        check_whole("seed", seed, 0)
         if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
             raise InputError(f"callbacks must be a list, got {callbacks!r}")
         return compiled, plan
@@ -318,32 +318,6 @@ class Trainer:
             adapter.runs += (run,)
         else:
             weights.describe(provenance=weights.origin.provenance.with_run(run))
-
-
-def check_split(validation_split: float, validation_data: Any) -> None:
-    if validation_data is not None or not 0.0 < validation_split < 1.0:
-        raise InputError("give validation_data, or a validation_split between 0 and 1, not both")
-
-
-def check_flag(name: str, value: Any) -> None:
-    if value not in (True, False):  # 1 and 0 as well, as in Keras
-        raise InputError(f"{name} must be True or False, got {value!r}")
-
-
-def check_batch_size(batch_size: int) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size must be a whole number, 1 or more, got {batch_size!r}")
-
-
-def name_of(data: Any) -> str:
-    """What to call the data in a model card."""
-    if isinstance(data, str | os.PathLike):
-        return os.path.basename(os.path.abspath(data))
-    if isinstance(data, tuple) and len(data) == 2:  # (images, labels)
-        return f"{len(data[0])} rows from memory"
-    if name := getattr(getattr(data, "info", None), "dataset_name", None):  # a Hugging Face Dataset
-        return str(name)
-    return f"{len(data)} rows from memory" if isinstance(data, Sequence) else "batches from a program"
 
 
 def _rate(optimizer: Any, learning_rate: float | None) -> float | None:
