@@ -80,7 +80,7 @@ def test_every_layer_is_known():
         path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name not in ("__pycache__", "_resources")
     }
     assert folders <= ALLOWED.keys()
-    known = {"__init__", "__main__", "conversion", "errors", "habits", "progress", "kinds"}
+    known = {"__init__", "__main__", "errors", "habits", "progress", "kinds"}
     assert {path.stem for path in PACKAGE.glob("*.py")} == known
 
 

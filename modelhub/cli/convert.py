@@ -33,9 +33,9 @@ def convert(
     """Write a model in another format: a GGUF file for llama.cpp, an ONNX or LiteRT file of its forward pass, or a
     Hugging Face folder. An adapter is merged.
     """
-    from modelhub.conversion import check_name, convert_files
+    from modelhub.conversion import WAYS_OUT, check_name, convert_files
 
-    if Path(target).suffix.lower() in _WAYS_OUT:
+    if Path(target).suffix.lower() in WAYS_OUT:
         file = _forward_pass(source, Path(target), dtype, adapter, force, revision, offline)
         err.print(f"{file.name}: {size_of(file) / 1e6:,.1f} MB")
         print(file)
@@ -46,20 +46,17 @@ def convert(
     print(written)
 
 
-# The function, and the dtypes that its files have.
-_WAYS_OUT = {".onnx": ("to_onnx", ("float32", "float16")), ".tflite": ("to_litert", ("float32",))}
-
-
 def _forward_pass(
     source: str, target: Path, dtype: str | None, adapter: str | None, force: bool, revision: str | None, offline: bool
 ) -> Path:  # fmt: skip
     import modelhub
     from modelhub.cli.finetune import kind_of, task_class
+    from modelhub.conversion import WAYS_OUT
     from modelhub.errors import InputError
     from modelhub.hub import files
     from modelhub.interop.pieces import check_installed
 
-    way_out, dtypes = _WAYS_OUT[target.suffix.lower()]
+    way_out, dtypes = WAYS_OUT[target.suffix.lower()]
     # Mistakes should not cost the time that loading a model takes.
     if dtype not in (None, *dtypes):
         raise InputError(f"dtype must be {' or '.join(dtypes)} for a {target.suffix} file, got {dtype!r}")

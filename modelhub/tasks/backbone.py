@@ -237,32 +237,28 @@ class Backbone(Habits):
         from rich.console import Console
         from rich.table import Table
 
-        parts: dict[str, tuple[int, int, int]] = {}
-        for name, array in self.params.items():
-            tensors, numbers, size = parts.get(part := _part(name), (0, 0, 0))
-            parts[part] = (tensors + 1, numbers + count(array), size + nbytes(array))
         table = Table("part", "tensors", "parameters", "memory", title=title)
         for column in table.columns[1:]:
             column.justify = "right"
 
-        def row(title: str, tensors: int, numbers: int, size: int) -> None:
-            table.add_row(title, str(tensors), f"{numbers:,}", f"{size / 1e6:,.1f} MB")
+        def row(what: str, params: Params) -> None:
+            numbers, size = (sum(map(measure, params.values())) for measure in (count, nbytes))
+            table.add_row(what, str(len(params)), f"{numbers:,}", f"{size / 1e6:,.1f} MB")
 
-        for part, figures in parts.items():
-            row(part, *figures)
+        parts: dict[str, Params] = {}
+        for name, array in self.params.items():
+            parts.setdefault(_part(name), {})[name] = array
+        for part, params in parts.items():
+            row(part, params)
         table.add_section()
-        row("total", *map(sum, zip(*parts.values(), strict=True)))
+        row("total", self.params)
         if (adapter := self.adapter) is not None:
-            arrays = adapter.params.values()
             state = "merged" if self.merged else "trainable"
-            row(
-                f"{state}: adapter {adapter.name!r}, rank {adapter.config.rank}", len(arrays), sum(map(count, arrays)),
-                sum(nbytes(x) for x in arrays),
-            )  # fmt: skip
+            row(f"{state}: adapter {adapter.name!r}, rank {adapter.config.rank}", adapter.params)
             endings = sorted({module.rpartition(".")[2] for module in adapter.modules})
             table.caption = f"LoRA on {len(adapter.modules)} layers: {', '.join(endings)}"
         else:
-            row("trainable", *map(sum, zip(*parts.values(), strict=True)))
+            row("trainable", self.params)
         Console().print(table)
 
 

@@ -116,15 +116,12 @@ class Task(Habits):
     merge_lora = delegate("backbone.adapters", AdapterSet.merge_lora)
     unmerge_lora = delegate("backbone.adapters", AdapterSet.unmerge_lora)
     load_adapter = delegate("backbone.adapters", AdapterSet.load_adapter)
+    trainable_names = delegate("backbone.adapters", AdapterSet.trainable_names)
     compile = delegate("trainer", Trainer.compile)
     provenance = property(publishing.provenance)
     save_to_preset = publishing.save_to_preset
     save_adapter = publishing.save_adapter
     publish = publishing.publish
-
-    def trainable_names(self) -> list[str]:
-        """The parameters that `fit` would train."""
-        return self.backbone.trainable_names()
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters `fit` would train, and their share of all, in the words of PEFT."""

@@ -15,7 +15,7 @@ from tiny_preset import LINES
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from modelhub import CausalLM
-from modelhub.conversion import convert
+from modelhub.conversion import checking, convert
 from modelhub.errors import CheckpointError, ConfigError, DownloadError, InputError, TokenizerError
 from modelhub.families import family_of
 from modelhub.hub import gguf_writer
@@ -23,7 +23,6 @@ from modelhub.hub import model_folder as saving
 from modelhub.hub.checkpoint import open_folder
 from modelhub.hub.gguf import open_gguf
 from modelhub.hub.provenance import Provenance
-from modelhub.model import checking
 from modelhub.model import options as loading
 from modelhub.processing.tokenizer import Tokenizer as OurTokenizer
 

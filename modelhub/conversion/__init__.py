@@ -1,32 +1,23 @@
 """From one file format to another: whatever `from_preset` loads becomes a GGUF file or a Hugging Face folder."""
 
 import difflib
-import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
-import numpy as np
-
+from modelhub.conversion.checking import check_written
+from modelhub.conversion.gguf import gguf_metadata, write_gguf
 from modelhub.core.backends import get_backend
 from modelhub.errors import ConfigError, InputError
-from modelhub.families import family_of
-from modelhub.families.naming import KEEP
 from modelhub.habits import dtype_name, explained
 from modelhub.hub import gguf_writer
-from modelhub.hub.gguf_settings import write_origin, write_settings
 from modelhub.hub.model_folder import MAX_SHARD_SIZE
-from modelhub.model.checking import check_written
 from modelhub.model.loading import DTYPES
 from modelhub.model.options import SourceOptions, takes
 from modelhub.model.source import Source, open_source
-from modelhub.processing.tokenizer import Tokenizer
 from modelhub.publishing.publishing import write_model
 from modelhub.tasks.backbone import Backbone
 from modelhub.tasks.causal_lm import CausalLM
-
-log = logging.getLogger("modelhub")
 
 # As files call them; what is quantised in blocks becomes float32, which loses nothing.
 _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"} | {dtype: dtype for dtype in DTYPES}
@@ -92,7 +83,7 @@ def convert_files(
                 raise ConfigError(f"{name}: models of type {preset.config.model_type} cannot be written as GGUF files")
             if own := [*preset.layers.values(), *filter(None, [preset.attention])]:
                 raise ConfigError(f"{name} has layers of its own, or attention ({', '.join(own)}): no GGUF has them")
-            _gguf_metadata(preset.config, tokenizer)  # raises before any weight is read
+            gguf_metadata(preset.config, tokenizer)  # raises before any weight is read
         exact, usual = _dtypes(preset)
         backbone = Backbone.from_source(preset, get_backend("numpy"), {"dtype": "float32" if adapter else exact})
         lm = CausalLM(backbone, tokenizer, preset.generation_config, name)
@@ -104,14 +95,14 @@ def convert_files(
         check_written(work, backbone, tokenizer, dtype, target)
 
     if to_gguf:
-        _write_gguf(lm, tokenizer, target, dtype, check)
+        write_gguf(lm, tokenizer, target, dtype, check)
     else:
         write_model(lm, target.resolve(), dtype, MAX_SHARD_SIZE, check=check)
     return target, preset.preset.path
 
 
 # What other ways out write, what nobody writes, and what is none of a folder's name.
-_WAYS_OUT = {".onnx": "modelhub.to_onnx", ".tflite": "modelhub.to_litert"}
+WAYS_OUT = {".onnx": ("to_onnx", ("float32", "float16")), ".tflite": ("to_litert", ("float32",))}  # and its dtypes
 _OTHERS = {
     ".bin", ".ckpt", ".h5", ".keras", ".mlmodel", ".pb", ".pt", ".pth", ".safetensors", ".zip", ".tar", ".gz", ".tgz",
     ".bz2", ".xz", ".7z", ".rar", ".ggml", ".json",
@@ -124,58 +115,17 @@ def check_name(target: Path) -> None:
     ending = target.suffix.lower()
     if target.is_dir() or ending == ".gguf":
         return
-    if ending in _WAYS_OUT:
-        raise InputError(f"{target}: {ending} files are written by {_WAYS_OUT[ending]}, and by modelhub convert")
-    slip = difflib.get_close_matches(ending, [".gguf", *_WAYS_OUT], 1, 0.7) if ending not in _OTHERS else []
+    if ending in WAYS_OUT:
+        raise InputError(
+            f"{target}: {ending} files are written by modelhub.{WAYS_OUT[ending][0]}, and by modelhub convert"
+        )
+    slip = difflib.get_close_matches(ending, [".gguf", *WAYS_OUT], 1, 0.7) if ending not in _OTHERS else []
     if ending in _OTHERS or slip:
         hint = f"did you mean {target.with_suffix(slip[0]).name}? Else " if slip else ""
         raise InputError(
             f"{target}: no {ending} files are written; {hint}give a name that ends in .gguf, .onnx or .tflite, or a "
             "folder for Hugging Face's format. modelhub.to_saved_model writes SavedModels"
         )
-
-
-def _gguf_metadata(config: Any, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """And tensors that are no parameters."""
-    metadata, extra = config.to_gguf()
-    return metadata | tokenizer.to_gguf(config.vocab_size), extra
-
-
-def _write_gguf(
-    lm: CausalLM, tokenizer: Tokenizer, target: Path, dtype: str, check: Callable[[Path], None]
-) -> None:  # fmt: skip
-    config = lm.backbone.plain_config()
-    metadata, extra = _gguf_metadata(config, tokenizer)
-    arch = metadata["general.architecture"]
-    metadata |= {"general.type": "model", "general.name": target.stem}
-    if (context := metadata[f"{arch}.context_length"]) < config.max_position_embeddings:
-        log.warning(
-            "llama.cpp knows no sliding window for this model: the file says that its context is the window, %d tokens",
-            context,
-        )
-    listed = lm.generation_config.get("eos_token_id")
-    ends = [end for end in listed if end in lm.stop_ids] if isinstance(listed, list) else []
-    ends += sorted(lm.stop_ids.difference(ends))
-    settings, lost = write_settings(lm.generation_config, metadata, ends, next(iter(lm._end_of_turn), None))
-    metadata |= settings
-    origin = lm.backbone.provenance
-    metadata |= write_origin(origin.licence or origin.base_licence, origin.base_model)
-    if texts := sorted(lm.backbone.licence_files):
-        log.warning("%s go with every copy of the model: put them beside %s", " and ".join(texts), target.name)
-    if lost:
-        log.warning("%s does not say, since GGUF files have no place for it: %s", target.name, "; ".join(lost))
-    names, param = family_of(config.model_type).names("gguf", config), lm.backbone.plain_param()
-    ours = {names.to_theirs(name)[0]: name for name in lm.backbone.plain_names()}
-
-    def read(theirs: str) -> np.ndarray:
-        if theirs in extra:
-            return extra[theirs]
-        x, via = param(ours[theirs]), names.to_theirs(ours[theirs])[1]
-        return x if via is KEEP else via.to_theirs(np.array(x, np.float32))  # a copy, which via may write to
-
-    shapes = {theirs: x.shape for theirs, x in extra.items()}
-    shapes |= {theirs: lm.params[name].shape for theirs, name in ours.items()}
-    gguf_writer.write_gguf(target, metadata, shapes, read, dtype, check)
 
 
 def _dtypes(source: Source) -> tuple[str, str]:
