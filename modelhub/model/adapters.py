@@ -233,7 +233,8 @@ class AdapterSet(Mapping[str, Adapter]):
         alone = weights.origin.identity is None or weights.origin.part_of is None
         if not alone or [module for module in theirs if short[module] & {*targets}] != adapter.modules:
             targets = [name for module in adapter.modules for name in full[module]]
-        whole = {name: _renamed_parameter(name, theirs_of) for name in adapter.whole}
+        parts = [name.rpartition(".") for name in adapter.whole]
+        whole = {f"{module}.{kind}": f"{theirs_of(module)}.{kind}" for module, _, kind in parts}
         saved = {found for name in whole.values() for found in spelled(name.rpartition(".")[0], names.parts)}
         files = AdapterFiles(
             rank=config.rank,
@@ -246,7 +247,8 @@ class AdapterSet(Mapping[str, Adapter]):
             alpha_pattern={theirs[module]: alpha for module, alpha in config.alpha_pattern.items()},
             base=base,
             tensors={
-                _renamed(key, theirs.__getitem__): xp.get(arrays[key]) for key in adapter.params if key not in whole
+                f"{theirs[module]}{mark}{kind}": xp.get(arrays[f"{module}{mark}{kind}"])
+                for module, mark, kind in (key.partition(lora.MARK) for key in arrays if key not in whole)
             },
             whole={theirs: xp.get(arrays[ours]) for ours, theirs in whole.items()},
             modules_to_save=sorted(saved if not alone else {name.rpartition(".")[2] for name in saved}),
@@ -391,17 +393,6 @@ def _fitting(skeleton: Any, base: Params) -> Params:
     """The base model's parameters for a skeleton that may have its head apart; it is no copy of the table."""
     table = base.get(f"{lora.TABLE}.weight")
     return {name: base.get(name, table) for name in flatten(skeleton) if lora.MARK not in name}
-
-
-def _renamed(key: str, rename: Callable[[str], str]) -> str:
-    """The name of an adapter's tensor with its layer renamed."""
-    module, mark, rest = key.partition(lora.MARK)
-    return f"{rename(module)}{mark}{rest}"
-
-
-def _renamed_parameter(name: str, rename: Callable[[str], str]) -> str:
-    module, _, kind = name.rpartition(".")
-    return f"{rename(module)}.{kind}"
 
 
 def _in_order(base: Any, modules: Iterable[str], folder: str | os.PathLike[str]) -> list[str]:

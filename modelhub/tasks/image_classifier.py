@@ -304,17 +304,13 @@ def _count(num_classes: int | None, labels: Sequence[str] | None, problem_type: 
         if num_classes not in (None, len(labels)):
             raise InputError(f"num_classes={num_classes} was given beside {len(labels)} labels; give one of them")
         num_classes = len(labels)
-    least = 2 if problem_type in (None, problems.SINGLE_LABEL) else 1
-    if num_classes is not None and (
-        isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < least
-    ):
-        hint = ""
-        if num_classes == 1:
-            hint = (
-                f"; one output is for a number, problem_type={problems.REGRESSION!r}, or for a yes or no, "
-                f"{problems.MULTI_LABEL!r}"
-            )
-        raise InputError(f"num_classes must be a whole number, {least} or more, got {num_classes!r}{hint}")
+    if num_classes == 1 and problem_type in (None, problems.SINGLE_LABEL):
+        raise InputError(
+            "num_classes must be a whole number, 2 or more, got 1; one output is for a number, "
+            f"problem_type={problems.REGRESSION!r}, or for a yes or no, {problems.MULTI_LABEL!r}"
+        )
+    if num_classes is not None:
+        check_whole("num_classes", num_classes, 2 if problem_type in (None, problems.SINGLE_LABEL) else 1)
     return num_classes
 
 

@@ -5,28 +5,17 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from safetensors.numpy import save_file
+from text_parity import TOLERANCE
 
 from modelhub.hub.files import write_json
-from modelhub.hub.preset import resolve
 from modelhub.model.loading import load_params
-from modelhub.model.source import open_preset
+from modelhub.model.source import open_source
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4,
     "initializer_range": 0.3, "layer_norm_eps": 1e-3, "id2label": {0: "cat", 1: "dog", 2: "fish"},
     "label2id": {"cat": 0, "dog": 1, "fish": 2},
 }  # fmt: skip
-TOLERANCE = 1e-4
-
-
-def reference(model_class, config, seed=0):
-    """A transformers model with every weight random: norms, biases, tokens and layer scales too."""
-    torch.manual_seed(seed)
-    model = model_class._from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.3)
-    return model
 
 
 def pixels(height, width, batch=2, channels=3):
@@ -39,14 +28,9 @@ def run_theirs(model, images, **options):
 
 
 def load(folder, xp):
-    source = open_preset(resolve(str(folder)))
-    return SimpleNamespace(
-        xp=xp,
-        config=source.config,
-        skeleton=source.model,
-        names=source.names,
-        params=load_params(source, xp, "float32"),
-    )
+    with open_source(folder, {}) as source:
+        params = load_params(source, xp, "float32")
+    return SimpleNamespace(xp=xp, config=source.config, skeleton=source.model, names=source.names, params=params)
 
 
 def run_ours(ours, images, collect=True):

@@ -7,7 +7,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-import transformers
+from peft_parity import IDS, assert_close, base_model, peft_logits
 from safetensors.numpy import load_file
 from tiny_preset import CONFIG, write_preset
 
@@ -16,7 +16,6 @@ from modelhub.core.backends import installed
 from modelhub.errors import CheckpointError, ConfigError, InputError
 from modelhub.hub.adapters import read_adapter, write_adapter
 
-IDS = np.random.default_rng(0).integers(4, 400, (2, 20))
 PROMPT = "In the morning"
 CASES = {
     "lora": {"r": 4, "lora_alpha": 10, "lora_dropout": 0.5},
@@ -26,19 +25,6 @@ CASES = {
         "alpha_pattern": {"1.mlp.up_proj": 20, "down_proj": 1.5}, "rank_pattern": {"0.mlp.up_proj": 6},
     },
 }  # fmt: skip
-
-
-def base_model(preset):
-    return transformers.AutoModelForCausalLM.from_pretrained(preset, dtype=torch.float32)
-
-
-def peft_logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.tensor(IDS)).logits.numpy()
-
-
-def assert_close(found, wanted):
-    assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
 @pytest.fixture(scope="module")

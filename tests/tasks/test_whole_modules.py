@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from peft_parity import IDS, assert_close, base_model, peft_logits
 from safetensors.numpy import load_file
 from tiny_preset import CONFIG, write_preset
 
@@ -17,7 +18,6 @@ from modelhub.errors import CheckpointError
 from modelhub.hub.adapters import read_adapter
 from modelhub.hub.gguf import open_gguf
 
-IDS = np.random.default_rng(0).integers(4, 400, (2, 20))
 CASES = {
     "head-whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "embedding-whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
@@ -27,19 +27,6 @@ CASES = {
     "head-dora": {"target_modules": ["v_proj", "lm_head"], "use_dora": True},
 }
 BACKENDS = [name for name in installed() if name != "numpy"]
-
-
-def base_model(preset):
-    return transformers.AutoModelForCausalLM.from_pretrained(preset, dtype=torch.float32)
-
-
-def peft_logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.tensor(IDS)).logits.numpy()
-
-
-def assert_close(found, wanted):
-    assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
 def weights(model):
