@@ -55,6 +55,7 @@ KEPT = {  # by changes that put other arrays in the place of the base weights
     Change.OVERWRITTEN: set(),
     Change.LOADED: set(),
     Change.RELOADED: {"identity"},
+    Change.QUANTIZED: {"identity"},
     Change.MERGED: set(),
 }
 
