@@ -14,10 +14,10 @@ from image_parity import (
     assert_equal_models,
     load,
     pixels,
-    reference,
     run_ours,
     save,
 )
+from text_parity import reference
 
 from modelhub.core.backends import get_backend
 from modelhub.core.tree import bind, flatten, initial_value
