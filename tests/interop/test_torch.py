@@ -12,8 +12,9 @@ import pytest
 import tiny_families
 import torch
 import transformers
-from image_parity import SMALL, reference
+from image_parity import SMALL
 from safetensors.torch import load_file
+from text_parity import reference
 
 from modelhub import CausalLM, ImageClassifier, nn, to_torch
 from modelhub.errors import InputError
