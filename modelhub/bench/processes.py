@@ -76,10 +76,12 @@ class Row:
     refused: bool = False
 
 
-def lengths(source: Source, prompt_tokens: int | None, max_new_tokens: int | None, usual: tuple[int, int]) -> list[int]:
+def lengths(
+    source: Source, prompt_tokens: int | None, max_new_tokens: int | None, usual: tuple[int, int]
+) -> tuple[int, int]:
     """prompt_tokens and max_new_tokens of the workload, as asked for or as usual where the context allows it."""
     if source.model.reads == IMAGES:
-        return [0, 0]
+        return 0, 0
     context = source.config.max_position_embeddings
     prompt = min(usual[0], context // 2) if prompt_tokens is None else prompt_tokens
     new = min(usual[1], context // 2) if max_new_tokens is None else max_new_tokens
@@ -89,7 +91,7 @@ def lengths(source: Source, prompt_tokens: int | None, max_new_tokens: int | Non
             f"3 or more of the second (the speed counts from the second on), together at most {context}, the model's "
             "context"
         )
-    return [prompt, new]
+    return prompt, new
 
 
 class Worker:

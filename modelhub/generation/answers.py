@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,7 +80,7 @@ class Answers:
 
     def __init__(
         self, engine: GenerationEngine, params: Params, prompts: list[list[int]], how: Settings, copies: int,
-        *, context: int, stop_ids: frozenset[int], streams: list[Callable[[], DecodeStream]],
+        *, context: int, stop_ids: frozenset[int], streams: Sequence[Callable[[], DecodeStream]],
         special: Mapping[int, str],
     ):  # fmt: skip
         for index, prompt in enumerate(prompts):

@@ -151,9 +151,13 @@ def open_kerashub(folder: str | os.PathLike[str], head: bool = False) -> Checkpo
     if has_weights(folder):
         with ExitStack() as stack:
             whole = (folder / WEIGHTS).is_file()
-            backbone = H5Checkpoint(folder / WEIGHTS) if whole else ShardedH5Checkpoint(folder / INDEX)
-            stack.enter_context(backbone)
-            found = WithHead(backbone, H5Checkpoint(folder / HEAD)) if head and (folder / HEAD).is_file() else backbone
+            weights: Checkpoint = H5Checkpoint(folder / WEIGHTS) if whole else ShardedH5Checkpoint(folder / INDEX)
+            stack.enter_context(weights)
+            if head and (folder / HEAD).is_file():
+                weights = WithHead(weights, H5Checkpoint(folder / HEAD))
+            stack.pop_all()
+        return weights
+    found = WithHead(backbone, H5Checkpoint(folder / HEAD)) if head and (folder / HEAD).is_file() else backbone
             stack.pop_all()
         return found
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) if folder.is_dir() else ""
