@@ -157,9 +157,6 @@ def open_kerashub(folder: str | os.PathLike[str], head: bool = False) -> Checkpo
                 weights = WithHead(weights, H5Checkpoint(folder / HEAD))
             stack.pop_all()
         return weights
-    found = WithHead(backbone, H5Checkpoint(folder / HEAD)) if head and (folder / HEAD).is_file() else backbone
-            stack.pop_all()
-        return found
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) if folder.is_dir() else ""
     raise CheckpointError(
         f"{folder} holds no weights: expected {WEIGHTS} or {INDEX}, found {found or 'nothing'}. Download it again."
