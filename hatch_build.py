@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,22 +63,17 @@ def build(root: Path, target: Path, options: str = OPTIONS) -> None:
     units["module"] = ("module", f"-I{sysconfig.get_paths()['include']}")
     source = root / KERNELS / "src"
     with tempfile.TemporaryDirectory() as work:
-        objects = [str(Path(work, f"{unit}.o")) for unit in units]
-        running = [
-            subprocess.Popen(
-                [*cc, *options.split(), *flags.split(), "-c", str(source / f"{file}.c"), "-o", made],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )  # fmt: skip
-            for (file, flags), made in zip(units.values(), objects, strict=True)
-        ]
-        for process in running:
-            said, _ = process.communicate()
-            if process.returncode:
-                raise subprocess.CalledProcessError(process.returncode, shlex.join(process.args), stderr=said)
+        objects = {unit: str(Path(work, f"{unit}.o")) for unit in units}
+
+        def compile_unit(unit: str) -> None:
+            file, flags = units[unit]
+            command = [*cc, *options.split(), *flags.split(), "-c", str(source / f"{file}.c"), "-o", objects[unit]]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_unit, units))
         extra = ["-undefined", "dynamic_lookup"] if "apple" in f"{cc}" or platform.system() == "Darwin" else []
-        link = [*cc, "-shared", *extra, "-o", str(target), *objects, "-lpthread", "-lm"]
+        link = [*cc, "-shared", *extra, "-o", str(target), *objects.values(), "-lpthread", "-lm"]
         subprocess.run(link, check=True, capture_output=True, text=True)
 
 
