@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from modelhub.bench.processes import Row, Workload, lengths, measure
-from modelhub.core import custom
+from modelhub.core import custom, kernels
 from modelhub.core.backends import FASTEST, NAMES, backend_name, get_backend, installed
 from modelhub.core.backends.base import Backend
 from modelhub.errors import ConfigError, DeviceError, InputError, UnknownBackend
@@ -90,12 +90,12 @@ def bench(
     source = _look(preset, options)
     device, dtype, task = options.get("device"), check_dtype(options.get("dtype")), kind_reading(source.model.reads)
     workload = Workload(
-        task.name, device, dtype, batch_size or _usual_rows(source),
+        task.name, device, dtype, options.get("quantize"), batch_size or _usual_rows(source),
         *lengths(source, prompt_tokens, max_new_tokens, (128, 64)), train_steps=steps if train else 0,
     )  # fmt: skip
     report = _report(source, workload, names, show)
     if backends is None and batch_size is None and report.fastest:
-        _Shelf(source, task.name, device, dtype, options.get("cache_dir")).keep(report)
+        _Shelf(source, task.name, options).keep(report)
     return report
 
 
@@ -120,14 +120,14 @@ def fastest(preset: str | os.PathLike[str], *, task: str, **options: Unpack[Load
         able = _able(pieces, names)
         _say(f"fastest: {able} for {name}, because of pieces of your own; nothing was measured")
         return able
-    shelf = _Shelf(source, task, device, dtype, options.get("cache_dir"))
+    shelf = _Shelf(source, task, options)
     if (verdict := shelf.read()) is None:
         with shelf.alone():
             verdict = shelf.read()  # of another process, that was waited for
             if verdict is None:
                 workload = Workload(
-                    task, device, dtype, _usual_rows(source), *lengths(source, None, None, (64, 32)),
-                    load_weights=options.get("load_weights", True), repeats=3, seconds=6.0,
+                    task, device, dtype, options.get("quantize"), _usual_rows(source),
+                    *lengths(source, None, None, (64, 32)), load_weights=options.get("load_weights", True), repeats=3, seconds=6.0,
                 )  # fmt: skip
                 with progress() as show:
                     report = _report(source, workload, names, show)
@@ -170,6 +170,7 @@ def machine() -> dict[str, Any]:
         "gpus": gpus,
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "versions": versions,
+        "kernels": kernels.describe(),
     }
 
 
@@ -277,10 +278,13 @@ class _Verdict:
 class _Shelf:
     """Where one verdict is kept: a file of its own, so that who writes others is not in the way."""
 
-    def __init__(self, source: Source, task: str, device: str | None, dtype: str | None, cache_dir: Any):
-        self.key = {"model": _identity(source.preset.path), "task": task, "device": device, "dtype": dtype, **machine()}
+    def __init__(self, source: Source, task: str, options: LoadOptions):
+        asked = {name: options.get(name) for name in ("device", "quantize")} | {
+            "dtype": check_dtype(options.get("dtype"))
+        }
+        self.key = {"model": _identity(source.preset.path), "task": task, **asked, **machine()}
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
-        self.path = cache_root(cache_dir) / _FOLDER / f"{digest[:32]}.json"
+        self.path = cache_root(options.get("cache_dir")) / _FOLDER / f"{digest[:32]}.json"
 
     def read(self) -> _Verdict | None:
         """None: there is none, it is damaged, or its day is over."""

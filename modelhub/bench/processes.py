@@ -38,6 +38,7 @@ class Workload:
     task: str
     device: str | None = None
     dtype: str | None = None
+    quantize: Any = None
     batch_size: int = 1
     prompt_tokens: int = 128
     max_new_tokens: int = 64

@@ -31,7 +31,7 @@ class Subject(ABC):
     def __init__(self, request: dict[str, Any]):
         import numpy as np
 
-        keys = ("backend", "device", "dtype", "load_weights", "num_classes")
+        keys = ("backend", "device", "dtype", "quantize", "load_weights", "num_classes")
         options = {key: request[key] for key in keys if key in request}
         self.request = request
         self.task = task_class(request["task"]).from_preset(request["path"], offline=True, **options)

@@ -73,6 +73,7 @@ def generate(
     backend: options.Backend = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
@@ -80,7 +81,7 @@ def generate(
     # Mistakes should not cost the time that loading a model takes.
     check_generation(max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     text = _piped() if prompt in (None, "-") else prompt
-    lm = _load(preset, backend, device, dtype, offline, adapter)
+    lm = _load(preset, backend, device, dtype, quantize, offline, adapter)
     pieces = lm.generate(
         text, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop, seed=seed,
         stream=True, echo=echo,
@@ -108,6 +109,7 @@ def chat(
     backend: options.Backend = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
@@ -118,7 +120,7 @@ def chat(
         max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty,
     )  # fmt: skip
-    lm = _load(preset, backend, device, dtype, offline, adapter)
+    lm = _load(preset, backend, device, dtype, quantize, offline, adapter)
     given = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed,
@@ -140,6 +142,7 @@ def finetune(
     backend: options.Backend = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
     offline: options.Offline = False,
     dry_run: Annotated[bool, option("say what would be trained on and how much memory it takes, and stop")] = False,
     data: options.Data = None,
@@ -218,6 +221,7 @@ def evaluate(
     backend: options.Backend = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
@@ -244,6 +248,7 @@ def doctor(as_json: options.Json = False) -> None:
         return
     out.print(f"modelhub {report['modelhub']}, Python {report['python']}, {report['machine']}")
     out.print(f"cache: {escape(report['cache'])} ({report['cache_bytes'] / 1e6:,.0f} MB)")
+    out.print(f"native kernels: {escape(report['kernels'])}")
     table = Table("backend", "version", "devices", "what to do")
     for row in report["backends"]:
         table.add_row(row["name"], row["version"] or "-", ", ".join(row["devices"]) or "-", escape(row["advice"]))
@@ -267,11 +272,13 @@ def demo(
 
 
 def _load(
-    preset: str, backend: str | None, device: str | None, dtype: str | None, offline: bool, adapter: str | None = None
-) -> Any:
+    preset: str, backend: str | None, device: str | None, dtype: str | None, quantize: str | None, offline: bool,
+    adapter: str | None = None,
+) -> Any:  # fmt: skip
     from modelhub.cli.finetune import load
 
-    return load(preset, {"backend": backend, "device": device, "dtype": dtype}, offline=offline, adapter=adapter)
+    placed = {"backend": backend, "device": device, "dtype": dtype, "quantize": quantize}
+    return load(preset, placed, offline=offline, adapter=adapter)
 
 
 def check_generation(max_new_tokens: int | None, **sampling: float | None) -> None:

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import modelhub
+from modelhub.core import kernels
 from modelhub.core.backends import NAMES, backend_class, get_backend, installed
 from modelhub.hub.sources import cache_root
 
@@ -18,6 +19,7 @@ def examine() -> dict[str, Any]:
         "modelhub": modelhub.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "kernels": kernels.describe(),
         "cache": str(cache),
         "cache_bytes": sum(sizes),
         "backends": [_backend(name) for name in NAMES],

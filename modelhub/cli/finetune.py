@@ -36,9 +36,10 @@ from modelhub.training.records import read_records
 Settings = dict[str, dict[str, Any]]  # {table: {key: value}}; the table "" is what stands above all others
 
 TOP = {
-    "preset": str, "backend": str, "device": str, "dtype": str, "data": str, "validation_data": str, "output": str,
-    "sequence_length": int, "problem_type": str,
+    "preset": str, "backend": str, "device": str, "dtype": str, "quantize": str, "data": str, "validation_data": str,
+    "output": str, "sequence_length": int, "problem_type": str,
 }  # fmt: skip
+PLACED = ("backend", "device", "dtype", "quantize")
 # What a file cannot say, what stands at the top, and LoRA's seed, which is the run's.
 _NOT_IN_RECIPES = {
     "lora": {"name", "seed"}, "compile": {"loss", "objective"},
@@ -292,9 +293,9 @@ def load(
 ) -> Any:
     """A task of that kind.
 
-    options: backend, device, dtype and sequence_length, as far as they are given; others mean nothing here.
+    options: backend, device, dtype, quantize and sequence_length, as far as they are given; others mean nothing here.
     """
-    placed = {key: options[key] for key in ("backend", "device", "dtype") if key in options}
+    placed = {key: options[key] for key in PLACED if key in options}
     task = task_class(kind).from_preset(preset, offline=offline, **placed)
     if adapter is not None:
         task.load_adapter(adapter)
@@ -325,7 +326,7 @@ def task_class(kind: TaskKind) -> Any:
 
 def _load_images(top: dict[str, Any], config: Any, examples: Examples | None, seed: int, offline: bool) -> Any:
     """With a new head, unless the preset's own knows all classes of the data."""
-    placed = {key: top[key] for key in ("backend", "device", "dtype") if key in top}
+    placed = {key: top[key] for key in PLACED if key in top}
     assert examples is not None  # a path holds no ready batches
     head = _head(examples, config, top.get("problem_type"))
     return modelhub.ImageClassifier.from_preset(top["preset"], offline=offline, seed=seed, **placed, **head)

@@ -48,6 +48,10 @@ Adapter = Annotated[str | None, option("a LoRA adapter on top: a folder of finet
 Backend = Annotated[str | None, option("jax, torch, tensorflow, numpy or fastest; default: the best installed")]
 Device = Annotated[str | None, option("cpu, gpu, gpu:1, tpu or mps; default: the best present")]
 Dtype = Annotated[str | None, option("float32, bfloat16 or float16; default: float32 on a CPU, else the preset's")]
+Quantize = Annotated[
+    str | None,
+    option("int8, int4, keep (as a quantised file is), or *=int4,lm_head=int8; default: floats"),
+]
 Offline = Annotated[bool, option("use the cache only")]
 Json = Annotated[bool, option("print JSON for scripts", None, "--json")]
 

@@ -293,6 +293,8 @@ class Plan:
             return None
         if asked == "keep":
             return cls((), keep=True)
+        if isinstance(asked, str) and "=" in asked:  # as commands and recipes have it
+            asked = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in asked.split(","))}
         patterns = asked if isinstance(asked, Mapping) else {"*": asked}
         if not patterns:
             raise ConfigError('quantize is an empty dict; {"*": "int4"} means every matrix')

@@ -39,6 +39,13 @@ def problem() -> str | None:
     return _loaded()[1]
 
 
+def describe() -> str:
+    """For people: the instruction set and the threads, or why there is no library."""
+    if (found := library()) is None:
+        return f"not used: {problem()}"
+    return f"{found.isa()}, {threads()} {'thread' if threads() == 1 else 'threads'}"
+
+
 def wanted() -> str:
     """What $MODELHUB_KERNELS asks for: "", "off" or "require". Raises ConfigError for anything else."""
     value = os.environ.get("MODELHUB_KERNELS", "")
