@@ -127,7 +127,8 @@ def fastest(preset: str | os.PathLike[str], *, task: str, **options: Unpack[Load
             if verdict is None:
                 workload = Workload(
                     task, device, dtype, options.get("quantize"), _usual_rows(source),
-                    *lengths(source, None, None, (64, 32)), load_weights=options.get("load_weights", True), repeats=3, seconds=6.0,
+                    *lengths(source, None, None, (64, 32)), load_weights=options.get("load_weights", True),
+                    repeats=3, seconds=6.0,
                 )  # fmt: skip
                 with progress() as show:
                     report = _report(source, workload, names, show)
