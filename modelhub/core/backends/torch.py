@@ -504,6 +504,12 @@ class TorchBackend(Backend):
         return F.gelu(x, approximate="tanh" if approximate else "none")
 
     def rms_norm(self, x: Array, weight: Array, eps: float, offset: float = 0.0) -> Array:
+        plain = x.dtype == weight.dtype == torch.float32 and x.is_contiguous()
+        if plain and x.numel() <= kernels.SMALL and self._suits_kernels(x, weight):
+            y, width = torch.empty_like(x), x.shape[-1]
+            rows = x.numel() // width
+            self.kernels().rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, width, eps, offset)
+            return y
         scale = weight.float() + offset if offset else weight.float()
         if self._on_cpu and x.dtype == torch.float32:  # F.rms_norm's CPU form copies three times: 14 us against 8
             return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * scale

@@ -20,6 +20,7 @@ FLOATS = {"float32": 0, "bfloat16": 1, "float16": 2}  # dtype of weights -> kind
 SCHEMES = {"int8": 3, "int8m": 4, "int8h": 5, "int4": 6, "int4m": 7}
 # Rows of x up to which a kernel for float weights is as fast as memory; beyond, the frameworks' products are better.
 FEW = 8
+SMALL = 1 << 15  # numbers up to which a thread of ours is as fast as the frameworks' own, once they are called
 
 
 @functools.cache

@@ -157,3 +157,9 @@ int mhk_take(const mhk_matrix *w, const int32_t *ids, long count, float *out) {
     }
     return 0;
 }
+int mhk_rms_norm(const float *x, const float *w, float *y, long rows, long n, float eps, float offset) {
+    const struct mhk_kernels *set = mhk_kernels_here();
+    if (!set || rows < 0 || n < 1) return -1;
+    for (long r = 0; r < rows; r++) set->rms_norm(x + r * n, w, y + r * n, n, eps, offset);
+    return 0;
+}

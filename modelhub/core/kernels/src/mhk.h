@@ -28,6 +28,9 @@ int mhk_linear(const mhk_matrix *w, const float *x, float *y, long rows, int thr
 int mhk_widen(const mhk_matrix *w, long first, long count, float *out, int threads, int openmp); /* rows as floats */
 int mhk_take(const mhk_matrix *w, const int32_t *ids, long count, float *out); /* ids outside: the nearest row */
 
+/* y = x / rms(x) * (w + offset) for each of `rows` rows of n, as Backend.rms_norm has it. */
+int mhk_rms_norm(const float *x, const float *w, float *y, long rows, long n, float eps, float offset);
+
 /* Packs `count` rows of floats, at most 16, into one tile: codes, scales and minima by least squared error. */
 int mhk_pack(int kind, const float *rows, long count, long k, const float *importance, void *codes, uint16_t *scales,
              uint16_t *minima);

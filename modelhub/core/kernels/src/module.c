@@ -86,6 +86,16 @@ static PyObject *take(PyObject *module, PyObject *args) {
     release(a, 5);
     return result(code);
 }
+static PyObject *rms_norm(PyObject *module, PyObject *args) {
+    array a[3] = {{.at = 0}};
+    long rows, n;
+    float eps, offset;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&O&llff", get, a, get, a + 1, get, a + 2, &rows, &n, &eps, &offset)) return 0;
+    const int code = mhk_rms_norm(a[0].at, a[1].at, a[2].at, rows, n, eps, offset);
+    release(a, 3);
+    return result(code);
+}
 static PyObject *pack(PyObject *module, PyObject *args) {
     array a[5] = {{.at = 0}};
     int kind, code;
@@ -155,6 +165,7 @@ static PyMethodDef methods[] = {
     {"linear", linear, METH_VARARGS, "linear(kind, codes, scales, minima, x, y, rows, n, k, threads, openmp)"},
     {"widen", widen, METH_VARARGS, "widen(kind, codes, scales, minima, out, first, count, n, k, threads, openmp)"},
     {"take", take, METH_VARARGS, "take(kind, codes, scales, minima, ids, out, count, n, k)"},
+    {"rms_norm", rms_norm, METH_VARARGS, "rms_norm(x, weight, y, rows, n, eps, offset)"},
     {"pack", pack, METH_VARARGS, "pack(kind, rows, count, k, importance, codes, scales, minima): one tile"},
     {"pack_gguf", pack_gguf, METH_VARARGS, "pack_gguf(type, rows, row_bytes, count, k, codes, scales, minima): one tile"},
     {"isa", isa, METH_VARARGS, "isa(): the instruction set in use; isa(name): use it, None if it is not there"},

@@ -308,6 +308,18 @@ static void widen(const mhk_matrix *w, long row, float *out) {
     }
 }
 
+static void rms_norm(const float *x, const float *w, float *y, long n, float eps, float offset) {
+    vf squares = {0};
+    long j = 0;
+    for (; j + VL <= n; j += VL) squares += floats_at(x + j) * floats_at(x + j);
+    float sum = sum_of(squares);
+    for (; j < n; j++) sum += x[j] * x[j];
+    const float scale = 1 / sqrtf(sum / (float)n + eps);
+    for (j = 0; j + VL <= n; j += VL) *(vf_any *)(y + j) = floats_at(x + j) * scale * (floats_at(w + j) + offset);
+    for (; j < n; j++) y[j] = x[j] * scale * (w[j] + offset);
+}
+
 void JOINED(mhk_round_, ISA)(int kind, const float *x, const float *w, struct mhk_group *group); /* round.c */
 const struct mhk_kernels JOINED(mhk_, ISA) = {
-    {float32, bfloat16, float16, int8, int8m, int8h, int4, int4m}, quantise, widen, JOINED(mhk_round_, ISA)};
+    {float32, bfloat16, float16, int8, int8m, int8h, int4, int4m}, quantise, widen, rms_norm,
+    JOINED(mhk_round_, ISA)};
