@@ -21,7 +21,8 @@ def convert(
     dtype: Annotated[
         str | None,
         option(
-            "GGUF: float16 (default), bfloat16, float32 or q8_0; folder: the first three (default: the source's); "
+            "GGUF: float16 (default), bfloat16, float32, q8_0, q6_k, q5_k_m, q4_k_m, q4_1 or q4_0; folder: the first "
+            "three (default: the source's); "
             "ONNX: float32 (default) or float16; LiteRT: float32"
         ),
     ] = None,

@@ -13,7 +13,8 @@ from modelhub.habits import dtype_name, explained
 from modelhub.hub import gguf_writer
 from modelhub.hub.model_folder import MAX_SHARD_SIZE
 from modelhub.model.loading import DTYPES
-from modelhub.model.options import SourceOptions, takes
+from modelhub.model.options import LoadOptions, SourceOptions, takes
+from modelhub.model.quantizing import EXACT
 from modelhub.model.source import Source, open_source
 from modelhub.publishing.publishing import write_model
 from modelhub.tasks.backbone import Backbone
@@ -38,14 +39,15 @@ def convert(
 
     source: anything that `CausalLM.from_preset` takes. target: a .gguf file, for llama.cpp and what stands on it, or a
         folder for Hugging Face's format.
-    dtype: of the weights in a GGUF file "float16" (the default), "bfloat16", "float32" or "q8_0", where vectors and
-        norms are float32 always; in a folder "float32", "bfloat16" or "float16", by default what they are in `source`.
+    dtype: of the weights in a GGUF file "float16" (the default), "bfloat16", "float32", "q8_0", "q6_k", "q5_k_m",
+        "q4_k_m", "q4_1" or "q4_0", where vectors and norms are float32 always, and the quantised ones are llama.cpp's
+        mixtures of these names; in a folder "float32", "bfloat16" or "float16", by default what they are in `source`.
     adapter: a PEFT folder; it is merged into the weights. force: replace what is at `target`; a folder takes no file's
         place. options: those of SourceOptions; offline and token hold for the adapter too.
 
-    It takes the memory of the weights as they are stored; in float32 where they are of several dtypes, and to merge an
-    adapter, whose small changes would drown in 16 bits. `target` appears when it is complete, and was read again and
-    compared: config, tokenizer and every weight.
+    It takes the memory of the weights as they are stored; in float32 where they are of several dtypes, where quantised
+    ones become floats, and to merge an adapter, whose small changes would drown in 16 bits. `target` appears when it is
+    complete, and was read again and compared: config, tokenizer and every weight.
 
     Raises InputError for a target that is there already or cannot be; ConfigError and TokenizerError for a model that
     llama.cpp cannot run as it is, before any weight is read; and what `from_preset` and `load_adapter` raise.
@@ -84,12 +86,15 @@ def convert_files(
             if own := [*preset.layers.values(), *filter(None, [preset.attention])]:
                 raise ConfigError(f"{name} has layers of its own, or attention ({', '.join(own)}): no GGUF has them")
             gguf_metadata(preset.config, tokenizer)  # raises before any weight is read
-        exact, usual = _dtypes(preset)
-        backbone = Backbone.from_source(preset, get_backend("numpy"), {"dtype": "float32" if adapter else exact})
+        exact, usual, packed = _dtypes(preset)
+        dtype = dtype or ("float16" if to_gguf else usual)
+        loading: LoadOptions = {"dtype": "float32" if adapter else exact}
+        if packed and adapter is None and dtype not in DTYPES:  # what is rounded anew need not be in float32 before
+            loading["quantize"] = "keep"
+        backbone = Backbone.from_source(preset, get_backend("numpy"), loading)
         lm = CausalLM(backbone, tokenizer, preset.generation_config, name)
     if adapter is not None:
         lm.load_adapter(adapter, offline=options.get("offline", False), token=options.get("token"))
-    dtype = dtype or ("float16" if to_gguf else usual)
 
     def check(work: Path) -> None:
         check_written(work, backbone, tokenizer, dtype, target)
@@ -128,9 +133,10 @@ def check_name(target: Path) -> None:
         )
 
 
-def _dtypes(source: Source) -> tuple[str, str]:
-    """The dtype in which nothing is lost, and that of the matrices: GGUF keeps vectors in float32 beside them."""
+def _dtypes(source: Source) -> tuple[str, str, bool]:
+    """The dtype in which nothing is lost, and that of the matrices: GGUF keeps vectors in float32 beside them; and
+    whether some of them are quantised in a way that can be kept as it is."""
     infos = source.checkpoint().tensors.values()
     kinds = {info.dtype for info in infos}, {info.dtype for info in infos if len(info.shape) > 1}
     exact, usual = (_STORED.get(next(iter(kind)), "float32") if len(kind) == 1 else "float32" for kind in kinds)
-    return exact, usual
+    return exact, usual, bool(kinds[0] & EXACT.keys()) and kinds[0] <= EXACT.keys() | _STORED.keys()

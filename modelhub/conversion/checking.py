@@ -31,13 +31,19 @@ _ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 _SMALLEST = {"float32": 1e-30, "float16": 2.0**-25, "bfloat16": 1e-30}
 _STORED = {"F16": "float16", "BF16": "bfloat16", "float16": "float16", "bfloat16": "bfloat16"}
 _TILE = 1 << 18  # elements
-_Q8_BLOCK, _Q8_STEP = 32, 0.57 / 127  # half a step, and the rounding of the steps themselves to float16
+# GGUF's blocks: elements that share a scale, and what rounding can make of the largest of them. Q8_0: half a step, and
+# the rounding of the steps themselves to float16. The others, whose scales are those with the least squared error, so
+# that the largest may be cut off: two steps.
+_BLOCKS = {
+    "Q8_0": (32, 0.57 / 127), "Q4_0": (32, 2 / 8), "Q4_1": (32, 4 / 15), "Q5_0": (32, 2 / 16), "Q5_1": (32, 4 / 31),
+    "Q4_K": (256, 4 / 15), "Q5_K": (256, 4 / 31), "Q6_K": (256, 2 / 32),
+}  # fmt: skip
 
 
 def check_written(path: Path, backbone: Any, tokenizer: Tokenizer | None, dtype: str, shown_as: Path) -> None:
     """Raise CheckpointError unless `path`, a folder or a GGUF file, holds the model, an active adapter merged in.
 
-    dtype: of the matrices in it, or "q8_0". shown_as: what to call it.
+    dtype: of the matrices in it, or one of gguf_writer's that are quantised. shown_as: what to call it.
     """
     problems: list[str] = []
     try:
@@ -111,7 +117,7 @@ def _weights(source: Source, backbone: Any, dtype: str) -> Iterator[str]:
             yield f"weights: {ours} has the shape {found.shape}, not {shapes.get(ours)}"
             continue
         wanted = backbone.xp.get(get(ours))
-        kind = dtype if len(info.shape) > 1 and "norm" not in ours else "float32" if dtype == "q8_0" else dtype
+        kind = dtype if dtype in _ROUNDING else info.dtype
         if not _largest_excess(found, wanted, kind) <= 1.0:  # NaN must not pass
             yield f"weights: {ours} differs by more than {dtype} rounds"
     for name in left:
@@ -120,8 +126,6 @@ def _weights(source: Source, backbone: Any, dtype: str) -> Iterator[str]:
 
 def _largest_excess(found: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
     """The largest difference, as a share of what rounding can make; some rows at a time, which stay in the cache."""
-    if dtype == "q8_0" and wanted.shape[-1] % _Q8_BLOCK:
-        dtype = "float16"
     found, wanted = (x.reshape(-1, x.shape[-1]) for x in (found, wanted))
     step = max(1, _TILE // found.shape[1])
     parts = (slice(at, at + step) for at in range(0, len(found), step))
@@ -131,9 +135,11 @@ def _largest_excess(found: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
 
 def _excess(found: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
     difference, allowed = np.abs(found - wanted), np.abs(wanted)
-    if dtype == "q8_0":
-        difference = difference.reshape(-1, _Q8_BLOCK).max(1)
-        allowed = allowed.reshape(-1, _Q8_BLOCK).max(1) * _Q8_STEP + _SMALLEST["float16"] * 127
+    if dtype in _BLOCKS:
+        size, share = _BLOCKS[dtype]
+        difference = difference.reshape(-1, size).max(1)
+        allowed = allowed.reshape(-1, size).max(1) * share + _SMALLEST["float16"] * 127
     else:
+        dtype = dtype if dtype in _ROUNDING else _STORED.get(dtype, "float32")
         allowed = allowed * (2 * _ROUNDING[dtype]) + (_SMALLEST[dtype] + 4 * _ROUNDING["float32"])
     return float((difference / allowed).max())

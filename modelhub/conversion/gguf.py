@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from modelhub.conversion.gguf_blocks import encode
 from modelhub.families import family_of
 from modelhub.families.naming import KEEP
 from modelhub.hub import gguf_writer
@@ -52,9 +53,9 @@ def write_gguf(
     def read(theirs: str) -> np.ndarray:
         if theirs in extra:
             return extra[theirs]
-        x, via = param(ours[theirs]), names.to_theirs(ours[theirs])[1]
+        x, via = lm.backbone.xp.get(param(ours[theirs])), names.to_theirs(ours[theirs])[1]
         return x if via is KEEP else via.to_theirs(np.array(x, np.float32))  # a copy, which via may write to
 
     shapes = {theirs: x.shape for theirs, x in extra.items()}
     shapes |= {theirs: lm.params[name].shape for theirs, name in ours.items()}
-    gguf_writer.write_gguf(target, metadata, shapes, read, dtype, check)
+    gguf_writer.write_gguf(target, metadata, shapes, read, dtype, check, encode)

@@ -201,54 +201,91 @@ def _rounded(
     """codes (N, G, 32), scales (N, G, halves) and minima (N, G) of a matrix, as src/pack.c rounds."""
     low, high = _RANGES[scheme]
     halves = 2 if scheme == "int8h" else 1
-    x = weight.reshape(len(weight), -1, GROUP)
-    w = np.ones(x.shape[1:], np.float32) if importance is None else importance.reshape(x.shape[1:])
-    w = np.broadcast_to(w, x.shape)
+    size = GROUP // halves
+    # Groups on the last axis: sums over the first are of whole vectors.
+    x = np.ascontiguousarray(weight.reshape(-1, size).T)
+    w = np.ones(weight.shape[1], np.float32) if importance is None else importance
+    w = np.tile(w.reshape(-1, size).T, len(weight))
     if scheme.endswith("m"):
-        scale, minimum = (part.astype(np.float16) for part in _best_range(x, w, high))
-        wide = scale.astype(np.float32)[..., None]
-        inverse = np.divide(1, wide, out=np.zeros_like(wide), where=wide != 0)
-        q = np.clip(np.rint((x - minimum.astype(np.float32)[..., None]) * inverse), low, high)
-        return q.astype(np.int8), scale[..., None], minimum
-    x, w = (part.reshape(*part.shape[:2], halves, -1) for part in (x, w))
-    scale = _best_scale(x, w, low, high) if scheme == "int4" else np.abs(x).max(-1) / np.float32(127)
-    scale = scale.astype(np.float16)
-    wide = scale.astype(np.float32)[..., None]
-    inverse = np.divide(1, wide, out=np.zeros_like(wide), where=wide != 0)
-    q = np.clip(np.rint(x * inverse), low, high).astype(np.int8)
-    return q.reshape(len(weight), -1, GROUP), scale, None
+        scale, minimum = (part.astype(np.float16) for part in best_range(x, w, high))
+        codes = nearest_codes(x - minimum.astype(np.float32), scale, low, high)
+        minimum = minimum.reshape(len(weight), -1)
+    else:
+        scale = best_scale(x, w, low, high) if scheme == "int4" else np.abs(x).max(0) / np.float32(127)
+        scale, minimum = scale.astype(np.float16), None
+        codes = nearest_codes(x, scale, low, high)
+    codes = codes.astype(np.int8).T.reshape(len(weight), -1, GROUP)
+    return codes, scale.reshape(len(weight), -1, halves), minimum
 
 
-def _best_scale(x: np.ndarray, w: np.ndarray, low: int, high: int) -> np.ndarray:
-    index = np.abs(x).argmax(-1)
-    largest = np.take_along_axis(x, index[..., None], -1)
-    best, most = np.zeros(x.shape[:-1], np.float32), np.full(x.shape[:-1], -1, np.float32)
+def nearest_codes(x: np.ndarray, scale: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Of values (size, N) of N groups with scales (N,), as floats; 0 where a scale is 0."""
+    scale = scale.astype(np.float32)
+    q = x * np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+    np.rint(q, out=q)
+    return np.clip(q, low, high, out=q)
+
+
+def best_scale(x: np.ndarray, w: np.ndarray | None, low: int, high: int) -> np.ndarray:
+    """Scales (N,) for N groups x (size, N) float32 and codes low ... high, negative ones too.
+
+    w: (size, N), how much an error counts; None: all the same. The scale with the least squared error among some around
+    the one that takes the largest value to an end of the range, each the best one for the codes that it leads to.
+    """
+    largest = np.take_along_axis(x, np.abs(x).argmax(0)[None], 0)[0]
+    best, most = np.zeros(x.shape[1], np.float32), np.full(x.shape[1], -1, np.float32)
     nothing = np.abs(largest) < 1e-30
-    safe = np.where(nothing, 1, largest)
+    divisor = np.where(nothing, np.float32(1), largest)
+    wx = x if w is None else w * x
+    q, product = np.empty_like(x), np.empty_like(x)
     for end in (low, high):
         for step in range(-8, 9):
-            q = np.clip(np.rint(x * (np.float32(end + 0.1 * step) / safe)), low, high)
-            with_x, with_q = (w * x * q).sum(-1), (w * q * q).sum(-1)
+            np.rint(np.multiply(x, np.float32(end + 0.1 * step) / divisor, out=q), out=q)
+            np.clip(q, low, high, out=q)
+            with_x = np.multiply(wx, q, out=product).sum(0)
+            np.multiply(q, q, out=product)
+            with_q = (product if w is None else np.multiply(product, w, out=product)).sum(0)
+            safe = np.where(with_q > 0, with_q, 1)
             better = (with_q > 0) & (with_x * with_x > most * with_q)
-            np.copyto(most, with_x * with_x / np.where(with_q > 0, with_q, 1), where=better)
-            np.copyto(best, with_x / np.where(with_q > 0, with_q, 1), where=better)
-    return np.where(nothing[..., 0], np.float32(0), best)
+            np.copyto(most, with_x * with_x / safe, where=better)
+            np.copyto(best, with_x / safe, where=better)
+    return np.where(nothing, np.float32(0), best)
 
 
-def _best_range(x: np.ndarray, w: np.ndarray, high: int) -> tuple[np.ndarray, np.ndarray]:
-    least, span = x.min(-1), x.max(-1) - x.min(-1)
-    scale, minimum, best = span / np.float32(high), least.copy(), np.full(least.shape, np.inf, np.float32)
+def best_range(
+    x: np.ndarray, w: np.ndarray | None, high: int, ceiling: float = np.inf
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Scales and minima (N,) for N groups x (size, N) float32 and codes 0 ... high; minima are at most `ceiling`.
+
+    w: (size, N), how much an error counts; None: all the same. Those with the least squared error, as in `best_scale`.
+    """
+    least = np.minimum(x.min(0), np.float32(ceiling))
+    shifted = x - least
+    span = shifted.max(0)
     flat = span < 1e-30
-    safe = np.where(flat, 1, span)[..., None]
-    sum_w, sum_x = w.sum(-1), (w * x).sum(-1)
-    for step in range(-5, 16):
-        q = np.clip(np.rint((x - least[..., None]) * (np.float32(high + 0.1 * step) / safe)), 0, high)
-        sum_q, sum_qq, sum_xq = (w * q).sum(-1), (w * q * q).sum(-1), (w * x * q).sum(-1)
+    divisor = np.where(flat, np.float32(1), span)
+    scale, minimum, best = span / np.float32(high), least.copy(), np.full_like(span, np.inf)
+    wx = x if w is None else w * x
+    sum_w, sum_x = np.float32(len(x)) if w is None else w.sum(0), wx.sum(0)
+    q, product = np.empty_like(x), np.empty_like(x)
+    for step in range(-10, 11):
+        np.rint(np.multiply(shifted, np.float32(high + 0.2 * step) / divisor, out=q), out=q)
+        np.minimum(q, np.float32(high), out=q)
+        sum_xq = np.multiply(wx, q, out=product).sum(0)
+        sum_q = q.sum(0) if w is None else np.multiply(w, q, out=product).sum(0)
+        sum_qq = np.multiply(q if w is None else product, q, out=product).sum(0)
         determinant = sum_w * sum_qq - sum_q * sum_q
         usable = (determinant > 0) & ~flat
         determinant = np.where(usable, determinant, 1)
         s, m = (sum_w * sum_xq - sum_x * sum_q) / determinant, (sum_qq * sum_x - sum_q * sum_xq) / determinant
-        error = (w * (s[..., None] * q + m[..., None] - x) ** 2).sum(-1)
+        if (above := usable & (m > ceiling)).any():
+            np.copyto(s, (sum_xq - np.float32(ceiling) * sum_q) / np.where(above, sum_qq, 1), where=above)
+            np.copyto(m, np.float32(ceiling), where=above)
+        q *= s
+        q += m
+        q -= x
+        q *= q
+        error = (q if w is None else np.multiply(q, w, out=q)).sum(0)
         better = usable & (error < best)
         for kept, new in ((best, error), (scale, s), (minimum, m)):
             np.copyto(kept, new, where=better)

@@ -394,8 +394,8 @@ def test_targets_that_are_there(tmp_path):
     (tmp_path / "folder.gguf").mkdir()
     with pytest.raises(InputError, match="is a folder"):
         convert(folder, tmp_path / "folder.gguf")
-    with pytest.raises(InputError, match="float32, float16, bfloat16, q8_0 for a GGUF file, got 'q4_0'"):
-        convert(folder, tmp_path / "b.gguf", "q4_0")
+    with pytest.raises(InputError, match="q8_0, q4_0, q4_1, q4_k_m, q5_k_m, q6_k for a GGUF file, got 'q3_k'"):
+        convert(folder, tmp_path / "b.gguf", "q3_k")
     with pytest.raises(InputError, match="for a folder, got 'q8_0'"):
         convert(folder, tmp_path / "b", "q8_0")
 
@@ -431,8 +431,8 @@ class TestReadAgain:
         """One weight in a hundred thousand is another one on the disk."""
         encoded, saved = gguf_writer._encoded, saving.save_tensors
 
-        def other(gguf, theirs, x, kind):
-            return encoded(gguf, theirs, changed(x) if theirs == "blk.1.ffn_up.weight" else x, kind)
+        def other(gguf, theirs, x, *more):
+            return encoded(gguf, theirs, changed(x) if theirs == "blk.1.ffn_up.weight" else x, *more)
 
         def others(shapes, read, *more):
             return saved(
@@ -447,10 +447,10 @@ class TestReadAgain:
         monkeypatch.setattr(gguf_writer, "_encoded", other)
         monkeypatch.setattr(saving, "save_tensors", others)
 
-    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0", "q4_k_m", "q4_1"])
     @pytest.mark.parametrize("target", ["a.gguf", "folder"])
     def test_other_weights(self, folder, tmp_path, monkeypatch, target, dtype):
-        if dtype == "q8_0" and target == "folder":
+        if dtype.startswith("q") and target == "folder":
             pytest.skip("folders have floats")
         path = convert(folder, tmp_path / target, dtype)
         before = {file: file.read_bytes() for file in ([path] if path.is_file() else path.iterdir())}

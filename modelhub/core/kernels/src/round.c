@@ -70,8 +70,8 @@ static void best_range(const vf *x, const vf *w, float high, float *scale, float
         return;
     }
     float best = INFINITY;
-    for (int step = -5; step <= 15; step++) {
-        const float inverse = (high + 0.1f * (float)step) / span;
+    for (int step = -10; step <= 10; step++) {
+        const float inverse = (high + 0.2f * (float)step) / span;
         vf q[ALL], qs = {0}, qqs = {0}, xqs = {0}, off = {0};
         for (int u = 0; u < ALL; u++) {
             q[u] = codes_at((x[u] - least) * inverse, 0, high);
