@@ -59,7 +59,7 @@ def load_weights(source: Source, xp: Backend, options: LoadOptions) -> Weights:
     origin = dataclasses.replace(origin_of(source.preset, source.told) if read else RANDOM, part_of=source.part_of)
     if source.new_layers:  # as they are now they are nowhere else; a new head goes with the adapters
         origin = dataclasses.replace(origin, identity=None)
-    if read and not source.new_layers and not source.new_parts and quantize is None:
+    if read and not source.new_layers and not source.new_parts and quantize is None and source.quantization is None:
         origin = dataclasses.replace(origin, untouched=source.preset.path)
     return Weights(source.model, params, xp, source.config, dtype, origin, source.layers, source.new_layers)
 

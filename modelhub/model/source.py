@@ -25,6 +25,8 @@ from modelhub.hub.gguf_settings import end_tokens, read_origin, read_settings
 from modelhub.hub.kerashub import has_weights, is_kerashub, open_kerashub
 from modelhub.hub.preset import Preset
 from modelhub.hub.provenance import Provenance
+from modelhub.hub.quantized_folders import KEY as QUANTIZATION
+from modelhub.hub.quantized_folders import QuantizedFolder, check_config, stored_dtype
 from modelhub.model.options import LoadOptions, resolve_preset
 from modelhub.processing.guards import read_json
 from modelhub.processing.tokenizer import Tokenizer
@@ -48,7 +50,8 @@ class Source:
     layers: {pattern: name} of the user's own, which are in `model` once `with_layers` has put them there; new_layers:
     where those stand that the files know nothing of, so that their parameters may be missing there. new_parts: names of
     parts of the model whose parameters start anew, whatever the files have. attention: the name of the user's own.
-    part_of: the model_type of the larger model that config.json describes.
+    part_of: the model_type of the larger model that config.json describes. quantization: how its weights are quantised,
+    where config.json says that they are.
     """
 
     kind: str
@@ -67,6 +70,7 @@ class Source:
     new_parts: tuple[str, ...] = ()
     attention: str | None = None
     part_of: str | None = None
+    quantization: Mapping[str, Any] | None = None
 
     @property
     def generation_config(self) -> dict[str, Any]:
@@ -118,6 +122,7 @@ def _open_hf(preset: Preset, data: dict[str, Any], opened: contextlib.ExitStack,
         raise ConfigError(f"{preset.path}: {LAYERS} must be [[pattern, name of a layer], ...], found {layers!r:.200}")
     if not isinstance(attention, str | None):
         raise ConfigError(f"{preset.path}: {ATTENTION} must be the name of a function, found {attention!r:.200}")
+    quantization = _quantization(preset.path, data)
     family = family_of(data.get("model_type"))
     config = family.Config.from_hf(data)
     if unknown := unknown_keys(config.extra):
@@ -130,11 +135,25 @@ def _open_hf(preset: Preset, data: dict[str, Any], opened: contextlib.ExitStack,
     return Source(
         kind="hf", preset=preset, config=config, model=family.Model.abstract(config), names=family.names("hf", config),
         tokenizer=lambda: Tokenizer.from_folder(preset.path),
-        checkpoint=functools.cache(lambda: opened.enter_context(open_folder(preset.path))),
+        checkpoint=functools.cache(lambda: opened.enter_context(_open_folder(preset.path, quantization))),
         settings=lambda: _read(preset.path / "generation_config.json") or {},
-        opened=opened, layers=dict(layers), attention=attention,
+        opened=opened, layers=dict(layers), attention=attention, quantization=quantization,
         part_of=data["model_type"] if "text_config" in data else None,
     )  # fmt: skip
+
+
+def _quantization(folder: Path, data: dict[str, Any]) -> Mapping[str, Any] | None:
+    """What config.json says of quantised weights, taken out of it: what is loaded and saved again says its own."""
+    parts = [data, text] if isinstance(text := data.get("text_config"), dict) else [data]
+    found = [entry for part in parts if (entry := part.pop(QUANTIZATION, None))]
+    if not found:
+        return None
+    check_config(found[0], folder)
+    return found[0]
+
+
+def _open_folder(folder: Path, quantization: Mapping[str, Any] | None) -> Checkpoint:
+    return open_folder(folder) if quantization is None else QuantizedFolder(folder, quantization)
 
 
 def _with_the_head_of_the_files(source: Source, strict: bool) -> Source:
@@ -161,7 +180,8 @@ def _with_the_head_of_the_files(source: Source, strict: bool) -> Source:
         return dataclasses.replace(source, new_parts=(*source.new_parts, "lm_head"))
     if not tied or HEAD not in found or TABLE not in found:
         return source
-    head, table = (checkpoint.read(found[name], checkpoint.tensors[found[name]].dtype) for name in (HEAD, TABLE))
+    names = (found[HEAD], found[TABLE])
+    head, table = (checkpoint.read(name, stored_dtype(checkpoint.tensors[name])) for name in names)
     if head.shape == table.shape and np.array_equal(head, table):
         return source
     log.warning(
