@@ -15,7 +15,7 @@ kv_cache_scheme) changes no weight and is not done here.
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from modelhub.hub.checkpoint import DTYPES, Checkpoint, TensorInfo, empty, find,
 
 KEY = "quantization_config"  # in config.json
 METHODS = ("compressed-tensors", "awq", "gptq", "fp8", "bitsandbytes")
+_CODES = ("int8", "uint8", "int32", "uint32")  # mean nothing without what is beside them
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 _ROWS = 256  # dequantised at a time
 
@@ -104,8 +105,7 @@ class QuantizedFolder(Checkpoint):
                 found[first[name]] = TensorInfo(module.kind, module.shape)
             elif name not in hidden:
                 found[name] = info
-        odd = [name for name, info in found.items() if name.endswith(".weight") and _is_code(info.dtype)]
-        if odd:
+        if odd := [name for name, info in found.items() if name.endswith(".weight") and info.dtype in _CODES]:
             raise CheckpointError(
                 f"{self._where}: {shown(odd[0])} is {found[odd[0]].dtype}, and has none of the tensors that "
                 f"{KEY} speaks of beside it. The folder is of several versions: download it again"
@@ -122,6 +122,11 @@ class QuantizedFolder(Checkpoint):
                 "Ask for float32, float16, bfloat16."
             )
         return module.weight(self._raw, dtype)
+
+    @property
+    def quantized(self) -> Container[str]:
+        """The names of the tensors that are not stored as what they are."""
+        return self._modules.keys()
 
     def codes(self, name: str) -> Codes | None:
         """A matrix's integers, scales and zero points; None where it has none, as fp8, nf4, and what is not quantised.
@@ -141,10 +146,6 @@ class QuantizedFolder(Checkpoint):
 def stored_dtype(info: TensorInfo) -> str:
     """The dtype in which reading a tensor loses nothing."""
     return info.dtype if info.dtype in DTYPES.values() else "float32"
-
-
-def _is_code(dtype: str) -> bool:
-    return dtype in ("int8", "uint8", "int32", "uint32")
 
 
 def check_config(config: Any, folder: Path) -> str:
@@ -219,7 +220,7 @@ class _Folder:
         return [name.removesuffix(f".{end}") for name in self.tensors if name.endswith(f".{end}")]
 
 
-_SCALES = ("float32", "float16", "bfloat16")
+_SCALES = ("float32", "float16", "bfloat16", "float8_e8m0fnu")
 
 
 # --- integers with scales ---------------------------------------------------------------------------------------------
@@ -400,7 +401,8 @@ def _compressed_tensors(folder: _Folder) -> dict[str, _Module]:
             blocks.add(_block(folder, "block_structure", block))
     if len(blocks) > 1:
         raise ConfigError(f"{folder.path}: {KEY} has blocks of several sizes ({blocks}); modelhub reads one size")
-    return _pack_quantized(folder, told) | _one_by_one(folder, next(iter(blocks), None), "weight_scale")
+    one_by_one = _one_by_one(folder, ("int8", *_FLOAT8), next(iter(blocks), None), "weight_scale")
+    return _pack_quantized(folder, told) | one_by_one
 
 
 def _block(folder: _Folder, key: str, value: Any) -> tuple[int, int]:
@@ -439,16 +441,18 @@ _ACTIVATIONS = (
 )  # fmt: skip
 
 
-def _one_by_one(folder: _Folder, block: tuple[int, int] | None, *scales: str) -> dict[str, _Module]:
-    """Of matrices that are int8 or float8, with a tensor that is called one of `scales` beside them."""
+def _one_by_one(
+    folder: _Folder, dtypes: Iterable[str], block: tuple[int, int] | None, *scales: str
+) -> dict[str, _Module]:
+    """Of matrices of one of the dtypes, with a tensor that is called one of `scales` beside them."""
     found: dict[str, _Module] = {}
     for module in folder.ending("weight"):
         info = folder.tensors[f"{module}.weight"]
         present = folder.names(module, *scales)
         if not present:
             continue
-        info = folder.info(f"{module}.weight", ("int8", *_FLOAT8))
-        kind = "int8" if info.dtype == "int8" else "fp8"
+        info = folder.info(f"{module}.weight", dtypes)
+        kind = "int8 with scales" if info.dtype == "int8" else "fp8 with scales"
         grid = _grid(folder, present[0], info.shape, block)
         zero = next(iter(folder.names(module, "weight_zero_point")), None)
         if zero is not None and (folder.info(zero, ("int8",), (0, 1, 2)).shape != folder.tensors[present[0]].shape):
@@ -507,13 +511,13 @@ def _awq(folder: _Folder) -> dict[str, _Module]:
 
 @dataclass(frozen=True)
 class _Gptq(_Packed):
-    """less: how much less than what is meant a zero point in the file is."""
+    """one_less: whether zero points in the file are one less than what is meant."""
 
     module: str
     shape: tuple[int, ...]
     bits: int
     size: int
-    less: int
+    one_less: bool
     hidden: tuple[str, ...]
 
     @property
@@ -523,8 +527,13 @@ class _Gptq(_Packed):
     def codes(self, read: Read) -> Codes:
         rows, columns = self.shape
         codes = unpacked(read(f"{self.module}.qweight").T, self.bits, columns).astype(np.int16)
-        zeros = unpacked(read(f"{self.module}.qzeros"), self.bits, rows).T.astype(np.int16)
-        zeros = (zeros + self.less) & (1 << self.bits) - 1
+        words = read(f"{self.module}.qzeros")
+        if self.one_less and self.bits != 3:
+            # As GPTQModel takes it off: of whole words, so that a zero point of 0 borrows from the next one.
+            words = words + np.int32(sum(1 << at for at in range(0, 31, self.bits)))
+        zeros = unpacked(words, self.bits, rows).T.astype(np.int16)
+        if self.one_less and self.bits == 3:
+            zeros = zeros + 1 & 7
         scales = np.ascontiguousarray(read(f"{self.module}.scales").T.astype(np.float32))
         order = f"{self.module}.g_idx"
         groups = read(order) if order in self.hidden else _Grid(self.shape, (1, self.size)).groups
@@ -537,7 +546,6 @@ def _gptq(folder: _Folder) -> dict[str, _Module]:
     folder.one_of("is_marlin_format", (False,), lost)
     folder.one_of("pack_dtype", ("int32",), lost)
     folder.one_of("bits", (2, 3, 4, 8), "codes of another size")
-    less = 0 if "gptq_v2" in formats else 1
     found: dict[str, _Module] = {}
     for module in folder.ending("qweight"):
         words, rows = folder.info(name := f"{module}.qweight", ("int32",)).shape
@@ -555,7 +563,7 @@ def _gptq(folder: _Folder) -> dict[str, _Module]:
         if not folder.order(f"{module}.g_idx", columns, groups) and -(-columns // size) != groups:
             raise folder.wrong(zeros, f"zero points of groups of {size} of {columns} columns")
         hidden = folder.names(module, "qweight", "qzeros", "scales", "g_idx")
-        found[f"{module}.weight"] = _Gptq(module, (rows, columns), bits, size, less, hidden)
+        found[f"{module}.weight"] = _Gptq(module, (rows, columns), bits, size, "gptq_v2" not in formats, hidden)
     return found
 
 
@@ -567,7 +575,7 @@ def _fp8(folder: _Folder) -> dict[str, _Module]:
     folder.one_of("activation_scheme", ("dynamic", "static"), "other numbers of 8 bits")
     block = folder.config.get("weight_block_size")
     size = (128, 128) if block is None else _block(folder, "weight_block_size", block)
-    found = _one_by_one(folder, size, "weight_scale_inv", "weight_scale")
+    found = _one_by_one(folder, _FLOAT8, size, "weight_scale_inv", "weight_scale")
     bare = [m for m in folder.ending("weight") if folder.tensors[f"{m}.weight"].dtype in _FLOAT8]
     if missing := [m for m in bare if f"{m}.weight" not in found]:
         folder.info(f"{missing[0]}.weight_scale_inv", _SCALES)

@@ -14,6 +14,8 @@ from modelhub.errors import CheckpointError, ConfigError
 from modelhub.families.naming import KEEP, Via
 from modelhub.hub import gguf
 from modelhub.hub.checkpoint import Checkpoint
+from modelhub.hub.quantized_folders import QuantizedFolder
+from modelhub.model.integer_codes import held
 from modelhub.model.weights import PARAMS, Change, Weights
 from modelhub.progress import bar
 
@@ -78,12 +80,34 @@ class Quantizer:
                 self._note(f"went from {info.dtype} to {scheme}, by rounding", name)
             elif via.rows_alone:
                 return _repacked(xp, checkpoint, theirs, via, scheme, shape, dtype)
+        elif isinstance(checkpoint, QuantizedFolder) and theirs in checkpoint.quantized:
+            found, scheme = self._from_codes(xp, name, checkpoint, theirs, scheme, dtype)
+            if found is not None:
+                return found
         if via is KEEP and scheme is None:
             return xp.put(checkpoint.read(theirs, dtype))
         weight = via.to_ours(checkpoint.read(theirs, "float32"))
         if scheme is None:
             return xp.put(weight.astype(dtype, copy=False))
         return tiles_of(xp, pack(weight, scheme), scheme, shape, dtype)
+
+    def _from_codes(
+        self, xp: Backend, name: str, folder: QuantizedFolder, theirs: str, scheme: str | None, dtype: str
+    ) -> tuple[Tiles | None, str | None]:  # fmt: skip
+        """Of a matrix that a Hugging Face folder has quantised: a leaf, or else the scheme to round it to, if any."""
+        info = folder.tensors[theirs]
+        keep = self.plan is not None and self.plan.keep and fits(info.shape)
+        if scheme is None and not keep:
+            return None, None
+        codes = folder.codes(theirs)
+        found = None if codes is None else held(codes, scheme)
+        if found is None:  # of kinds that no scheme holds int8 is the nearest
+            scheme = scheme or "int8"
+            self._note(f"went from {info.dtype} to {scheme}, by rounding", name)
+            return None, scheme
+        if found.clipped:
+            self._note("have codes of -128, which became -127", name)
+        return tiles_of(xp, found.arrays, found.scheme, info.shape, dtype), found.scheme
 
     def _scheme(self, name: str, shape: tuple[int, ...]) -> str | None:
         return self.plan.scheme(name) if self.plan is not None and fits(shape) else None

@@ -1,0 +1,112 @@
+"""Between the integer codes of quantised Hugging Face folders and the tiles of core/quantized.py: no code is rounded.
+
+| codes of a folder | scheme |
+|---|---|
+| 4 bits or fewer, no zero points, or the same for all groups | int4 |
+| 4 bits or fewer, zero points | int4m: the minimum is -zero * scale |
+| less zero points -127 to 127; groups of 16 columns | int8; int8h |
+| 7 bits or fewer, zero points | int8m |
+
+Scales and minima are float16, so that theirs may be off by 2^-11 of each. Groups are 16, 32, 64, 96 ... columns.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from modelhub.core.quantized import GROUP, TILE, empty_tiles, tiled
+from modelhub.hub.quantized_folders import Codes
+
+_AT_ONCE = 1 << 20  # codes put in order at a time
+_LEAST = 2.0**-11
+
+
+@dataclass(frozen=True)
+class Held:
+    """Arrays of Tiles. clipped: how many codes were -128, which no scheme has and kernels have no room for: they are
+    -127."""
+
+    arrays: dict[str, np.ndarray]
+    scheme: str
+    clipped: int
+
+
+def held(codes: Codes, asked: str | None) -> Held | None:
+    """The codes in the order of tiles; None if the scheme that is asked for, or, with None, any of them, cannot hold
+    them as they are."""
+    size = codes.group_size
+    if size is None or (size % GROUP and size != GROUP // 2):
+        return None
+    found = _chosen(codes, asked, size)
+    if found is None:
+        return None
+    scheme, shift = found
+    scales = codes.scales[:, codes.groups[:: min(size, GROUP)]]
+    scales = scales.reshape(*_groups(codes), -1)
+    # Where all groups have one zero point, or codes are of 8 bits, it is taken off them; else it makes the minima.
+    minima = None
+    zeros = None if codes.zeros is None else codes.zeros[:, codes.groups[:: min(size, GROUP)]]
+    if scheme.endswith("m"):
+        minima = -(zeros.astype(np.float32) - shift) * scales[..., 0]
+        zeros = np.full_like(zeros, shift)
+    half_scales, half_minima = _half(scales), None if minima is None else _half(minima)
+    if half_scales is None or (half_minima is None and minima is not None):
+        return None
+    return _arranged(codes.codes, zeros, scheme, half_scales, half_minima)
+
+
+def _groups(codes: Codes) -> tuple[int, int]:
+    return codes.codes.shape[0], codes.codes.shape[1] // GROUP
+
+
+def _chosen(codes: Codes, asked: str | None, size: int) -> tuple[str, int] | None:
+    """The scheme, and what is to be taken off all codes if it has minima."""
+    least, most = int(codes.codes.min()), int(codes.codes.max())
+    zeros = codes.zeros
+    low, high = (0, 0) if zeros is None else (int(zeros.min()), int(zeros.max()))
+    wide = "int8h" if size < GROUP else "int8"
+    possible: dict[str, int] = {}
+    if size % GROUP == 0 and low == high and least - low >= -8 and most - low <= 7:
+        possible["int4"] = 0
+    shift = min(least, 0)
+    if size % GROUP == 0 and zeros is not None and low != high and most - shift <= 15:
+        possible["int4m"] = shift
+    signed = codes.codes if zeros is None else codes.codes - zeros[:, codes.groups]
+    if signed.min() >= -128 and signed.max() <= 127:
+        possible[wide] = 0
+    if size % GROUP == 0 and zeros is not None and most - shift <= 127:
+        possible["int8m"] = shift
+    if asked == "int4" and "int4m" in possible:  # four bits of the file's own
+        asked = "int4m"
+    if asked == "int8" and wide in possible:
+        asked = wide
+    scheme = next(iter(possible), None) if asked is None else asked
+    return (scheme, possible[scheme]) if scheme in possible else None
+
+
+def _half(x: np.ndarray) -> np.ndarray | None:
+    """In float16; None if one of them goes beyond, or below what float16 has with all its bits."""
+    with np.errstate(over="ignore"):
+        half = x.astype(np.float16)
+    error = np.abs(half.astype(np.float32) - x)
+    return half if (error <= _LEAST * np.abs(x)).all() else None
+
+
+def _arranged(
+    codes: np.ndarray, zeros: np.ndarray | None, scheme: str, scales: np.ndarray, minima: np.ndarray | None
+) -> Held:  # fmt: skip
+    """zeros: (N, K / 32) or (N, K / 16), what is taken off the codes."""
+    found, clipped = empty_tiles(scheme, codes.shape), 0
+    rows = TILE * max(1, _AT_ONCE // (TILE * codes.shape[1]))
+    for at in range(0, len(codes), rows):
+        part = codes[at : at + rows]
+        if zeros is not None:
+            part = part - np.repeat(zeros[at : at + rows], codes.shape[1] // zeros.shape[1], axis=1)
+        if not scheme.startswith("int4"):
+            clipped += int((part == -128).sum())
+            part = np.maximum(part, -127)
+        part = part.astype(np.int8).reshape(len(part), -1, GROUP)
+        less = None if minima is None else minima[at : at + rows]
+        for name, x in tiled(part, scales[at : at + rows], less, scheme).items():
+            found[name][at // TILE : at // TILE + len(x)] = x
+    return Held(found, scheme, clipped)
