@@ -46,7 +46,7 @@ def held(codes: Codes, asked: str | None) -> Held | None:
     # Where all groups have one zero point, or codes are of 8 bits, it is taken off them; else it makes the minima.
     minima = None
     zeros = None if codes.zeros is None else codes.zeros[:, codes.groups[:: min(size, GROUP)]]
-    if scheme.endswith("m"):
+    if scheme.endswith("m") and zeros is not None:
         minima = -(zeros.astype(np.float32) - shift) * scales[..., 0]
         zeros = np.full_like(zeros, shift)
     half_scales, half_minima = _half(scales), None if minima is None else _half(minima)
