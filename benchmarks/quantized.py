@@ -2,8 +2,8 @@
 
     python benchmarks/quantized.py FILE.gguf [--kernels] [--decode] [--repeats 5] [--backends jax torch ...]
 
-FILE.gguf: a quantised model, such as Gemma 3 270M in Q4_K_M. Every figure of decoding is the median of processes of their
-own, which take turns. llama.cpp: llama-cpp-python, built with what the processor has except AMX; its system line is
+FILE.gguf: a quantised model, such as Gemma 3 270M in Q4_K_M. Every figure of decoding is the median of processes of
+their own, which take turns. llama.cpp: llama-cpp-python, built with what the processor has except AMX; its system line is
 printed. Share: bytes of weights a token times tokens a second, of the stream: a plain read on all threads of four times
 the last cache and 300 MB at least, in the same minute.
 """
@@ -204,7 +204,7 @@ def main() -> None:
         system = found[("llama",)][0]["system"]
         print(f"- stream {speed / 1e9:.1f} GB/s; llama.cpp: {system}\n")
         print(
-            "| what | MB of weights | load s | first token s | tokens/s (all processes) | share | of llama.cpp | peak MB |"
+            "| what | MB of weights | load s | first token s | tokens/s (each process) | share | of llama.cpp | peak MB |"
         )
         print("|---|---|---|---|---|---|---|---|")
         for job, rows in found.items():
@@ -212,10 +212,11 @@ def main() -> None:
                 continue
             median = {key: statistics.median(row[key] for row in rows) for key in ("load", "first", "rate")}
             size = rows[0].get("bytes", Path(args.file).stat().st_size if job[0] == "llama" else 0)
+            share = size * median["rate"] / speed
             every = ", ".join(f"{rate:.1f}" for rate in sorted(row["rate"] for row in rows))
             peak = statistics.median(row.get("peak", 0) for row in rows) / 1e6
             print(f"| {' '.join(map(str, job))} | {size / 1e6:,.0f} | {median['load']:.2f} | {median['first']:.2f} | "
-                  f"{median['rate']:.1f} ({every}) | {size * median['rate'] / speed:.2f} | {median['rate'] / peer:.2f} | "
+                  f"{median['rate']:.1f} ({every}) | {share:.2f} | {median['rate'] / peer:.2f} | "
                   f"{peak:,.0f} |")  # fmt: skip
 
 
