@@ -3,8 +3,8 @@
     python benchmarks/quantized.py FILE.gguf [--kernels] [--decode] [--repeats 5] [--backends jax torch ...]
 
 FILE.gguf: a quantised model, such as Gemma 3 270M in Q4_K_M. Every figure of decoding is the median of processes of
-their own, which take turns. llama.cpp: llama-cpp-python, built with what the processor has except AMX; its system line is
-printed. Share: bytes of weights a token times tokens a second, of the stream: a plain read on all threads of four times
+their own, which take turns. llama.cpp: llama-cpp-python, built with what the processor has except AMX; its system line
+is printed. Share: bytes of weights a token times tokens a second, of the stream: a plain read on all threads of four times
 the last cache and 300 MB at least, in the same minute.
 """
 
@@ -203,9 +203,7 @@ def main() -> None:
         peer = statistics.median(row["rate"] for row in found[("llama",)])
         system = found[("llama",)][0]["system"]
         print(f"- stream {speed / 1e9:.1f} GB/s; llama.cpp: {system}\n")
-        print(
-            "| what | MB of weights | load s | first token s | tokens/s (each process) | share | of llama.cpp | peak MB |"
-        )
+        print("| what | MB | load s | first token s | tokens/s (each process) | share | of llama.cpp | peak MB |")
         print("|---|---|---|---|---|---|---|---|")
         for job, rows in found.items():
             if not rows:
