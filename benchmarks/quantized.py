@@ -4,8 +4,8 @@
 
 FILE.gguf: a quantised model, such as Gemma 3 270M in Q4_K_M. Every figure of decoding is the median of processes of
 their own, which take turns. llama.cpp: llama-cpp-python, built with what the processor has except AMX; its system line
-is printed. Share: bytes of weights a token times tokens a second, of the stream: a plain read on all threads of four times
-the last cache and 300 MB at least, in the same minute.
+is printed. Share: bytes of weights a token times tokens a second, of the stream: a plain read on all threads of four
+times the last cache and 300 MB at least, in the same minute.
 """
 
 import argparse
