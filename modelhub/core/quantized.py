@@ -312,6 +312,27 @@ def tiled(codes: np.ndarray, scales: np.ndarray, minima: np.ndarray | None, sche
     return found
 
 
+def untiled(
+    arrays: Mapping[str, np.ndarray], scheme: str, rows: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:  # fmt: skip
+    """The inverse of `tiled`: codes (N, G, 32) int8, scales (N, G, halves) and minima (N, G) float16."""
+    q = arrays["codes"]
+    tiles, groups = q.shape[:2]
+    if scheme in ("int4", "int4m"):
+        q = np.stack([q & 15, q >> 4]).reshape(2, tiles, groups, 4, TILE, 4).transpose(1, 4, 2, 0, 3, 5)
+    else:
+        q = q.reshape(tiles, groups, 8, TILE, 4).transpose(0, 3, 1, 2, 4)
+    codes = q.reshape(tiles * TILE, groups, GROUP)[:rows].astype(np.int8)
+    if scheme == "int4":
+        codes -= 8
+    scales = arrays["scales"].reshape(tiles, groups, -1, TILE).transpose(0, 3, 1, 2)
+    scales = scales.reshape(tiles * TILE, groups, -1)[:rows]
+    minima = arrays.get("minima")
+    if minima is not None:
+        minima = minima.transpose(0, 2, 1).reshape(tiles * TILE, groups)[:rows]
+    return codes, scales, minima
+
+
 # --- what is asked for ------------------------------------------------------------------------------------------------
 
 

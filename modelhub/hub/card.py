@@ -34,7 +34,8 @@ class CardFacts:
     published; None: a folder. curve: name of a picture in the folder. licence_files: names of texts in it.
     provenance: of an adapter, base and base_model are the weights that it goes on. layers: (pattern, name) of layers of
     the user's own, attention: the name of such a function, own_family: whether model_type is one's too: of all these
-    nothing but the names is in the folder. classes: of an adapter's own head. problem_type: the config's.
+    nothing but the names is in the folder. classes: of an adapter's own head. problem_type: the config's. quantized:
+    (scheme, number of matrices) of quantised weights, in compressed-tensors' form.
     """
 
     title: str
@@ -56,6 +57,7 @@ class CardFacts:
     own_family: bool = False
     classes: int = 0
     problem_type: str | None = None
+    quantized: tuple[tuple[str, int], ...] = ()
 
     @property
     def kind(self) -> TaskKind:
@@ -179,9 +181,10 @@ def _front_matter(facts: CardFacts) -> str:
     results = _validation(runs)
     base_model = _base_model(provenance)
     lora = ["lora"] if facts.adapter or any(run.adapter for run in runs) else []
-    tags = [clean(tag, 60) for tag in ("modelhub", facts.model_type, *lora, *facts.tags)]
+    packed = ["compressed-tensors", *(f"{scheme[:4]}" for scheme, _ in facts.quantized)] if facts.quantized else []
+    tags = [clean(tag, 60) for tag in dict.fromkeys(("modelhub", facts.model_type, *lora, *packed, *facts.tags))]
     relation = "adapter" if facts.adapter else "finetune" if runs else None
-    if facts.dtype not in _FLOATS and relation is None:
+    if (facts.quantized or facts.dtype not in _FLOATS) and relation is None:
         relation = "quantized"
     data = ModelCardData(
         language=[name for name in facts.languages if _LANGUAGE.fullmatch(name)] or None,
@@ -255,6 +258,13 @@ def _summary(facts: CardFacts) -> list[str]:
         text += f" {how} {named} with modelhub."
     elif provenance.from_scratch:
         text += " Trained from scratch with modelhub: there is no base model."
+    if facts.quantized:
+        kinds = ", ".join(f"{count} in {code(scheme)}" for scheme, count in facts.quantized)
+        text += (
+            f" Its weights are quantised: of the matrices {kinds}, with a scale for each 16 or 32 columns, in "
+            'compressed-tensors\' form (transformers takes `pip install compressed-tensors`; `quantize="keep"` keeps '
+            "them in modelhub)."
+        )
     terms = _terms(provenance)
     return [text, *([f"**{terms.credit}**"] if terms and terms.credit else [])]
 

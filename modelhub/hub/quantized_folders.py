@@ -13,11 +13,13 @@ What a model does with its activations or its cache when it runs elsewhere (inpu
 kv_cache_scheme) changes no weight and is not done here.
 """
 
+import dataclasses
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,13 +40,16 @@ Read = Callable[[str], np.ndarray]  # a tensor of the file as it is stored
 class Codes:
     """A matrix (N, K) of integers: weight[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g], g = groups[k].
 
-    codes: int16 (N, K). scales: float32 (N, G). zeros: int16 (N, G), or None for none. groups: int32 (K,).
+    codes: int16 (N, K), of `bits` bits, from `lowest` on. scales: float32 (N, G). zeros: int16 (N, G), or None for
+    none. groups: int32 (K,).
     """
 
     codes: np.ndarray
     scales: np.ndarray
     zeros: np.ndarray | None
     groups: np.ndarray
+    bits: int
+    lowest: int
 
     @property
     def group_size(self) -> int | None:
@@ -80,16 +85,23 @@ class QuantizedFolder(Checkpoint):
 
     tensors: as those of other checkpoints; the dtype of a quantised matrix is its format's name, such as "gptq 4 bits".
 
+    same: {name: another}, tensors that are one: what is read is the second, which is quantised, under the first's name.
+
     Raises ConfigError for a config that cannot be read exactly, naming the key; CheckpointError for tensors that are
     not what the config says.
     """
 
-    def __init__(self, folder: Path, config: Any):
+    def __init__(self, folder: Path, config: Any, same: Mapping[str, str] = MappingProxyType({})):
         self._where = folder
         method = check_config(config, folder)
         self._files = open_folder(folder)
         try:
             self._modules = _PARSERS[method](_Folder(folder, config, self._files.tensors, self._raw))
+            for name, other in same.items():
+                if other not in self._modules:
+                    raise CheckpointError(f"{folder}: {KEY} says that {other} is quantised, and no file has it so")
+                module = self._modules.pop(other)
+                self._modules[name] = dataclasses.replace(module, hidden=(*module.hidden, name))  # type: ignore[type-var]
             self.tensors = self._shown()
         except BaseException:
             self._files.close()
@@ -319,7 +331,7 @@ class _Scaled(_Module):
         if values.dtype != np.int8:
             return None
         zeros = None if self.zero is None else self.grid.spread(read(self.zero)).astype(np.int16)
-        return Codes(values.astype(np.int16), self._scales(read), zeros, self.grid.groups)
+        return Codes(values.astype(np.int16), self._scales(read), zeros, self.grid.groups, 8, -128)
 
     def _scales(self, read: Read) -> np.ndarray:
         return self.grid.spread(read(self.scale).astype(np.float32)) / np.float32(self.divisor)
@@ -365,7 +377,7 @@ class _PackQuantized(_Packed):
         if (name := f"{self.module}.weight_g_idx") in self.hidden:
             order = read(name)
             groups = groups if (order < 0).any() else order.astype(np.int32)  # -1: it was never set
-        return Codes(found, scales, zeros, groups)
+        return Codes(found, scales, zeros, groups, self.bits, -int(middle))
 
 
 def _compressed_tensors(folder: _Folder) -> dict[str, _Module]:
@@ -479,7 +491,7 @@ class _Awq(_Packed):
     def codes(self, read: Read) -> Codes:
         codes, zeros = (self._ordered(read(f"{self.module}.{name}")) for name in ("qweight", "qzeros"))
         scales = np.ascontiguousarray(read(f"{self.module}.scales").T.astype(np.float32))
-        return Codes(codes, scales, zeros, _Grid(self.shape, (1, self.size)).groups)
+        return Codes(codes, scales, zeros, _Grid(self.shape, (1, self.size)).groups, 4, 0)
 
     def _ordered(self, words: np.ndarray) -> np.ndarray:
         x = unpacked(words, 4, self.shape[0]).reshape(len(words), -1, 8)
@@ -537,7 +549,7 @@ class _Gptq(_Packed):
         scales = np.ascontiguousarray(read(f"{self.module}.scales").T.astype(np.float32))
         order = f"{self.module}.g_idx"
         groups = read(order) if order in self.hidden else _Grid(self.shape, (1, self.size)).groups
-        return Codes(codes, scales, zeros, groups)
+        return Codes(codes, scales, zeros, groups, self.bits, 0)
 
 
 def _gptq(folder: _Folder) -> dict[str, _Module]:

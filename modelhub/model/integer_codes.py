@@ -2,7 +2,7 @@
 
 | codes of a folder | scheme |
 |---|---|
-| 4 bits or fewer, no zero points, or the same for all groups | int4 |
+| 4 bits or fewer, no zero points, or all the same in their middle | int4 |
 | 4 bits or fewer, zero points | int4m: the minimum is -zero * scale |
 | less zero points -127 to 127; groups of 16 columns | int8; int8h |
 | 7 bits or fewer, zero points | int8m |
@@ -37,18 +37,17 @@ def held(codes: Codes, asked: str | None) -> Held | None:
     size = codes.group_size
     if size is None or (size % GROUP and size != GROUP // 2):
         return None
-    found = _chosen(codes, asked, size)
-    if found is None:
+    scheme = _chosen(codes, asked, size)
+    if scheme is None:
         return None
-    scheme, shift = found
     scales = codes.scales[:, codes.groups[:: min(size, GROUP)]]
     scales = scales.reshape(*_groups(codes), -1)
     # Where all groups have one zero point, or codes are of 8 bits, it is taken off them; else it makes the minima.
     minima = None
     zeros = None if codes.zeros is None else codes.zeros[:, codes.groups[:: min(size, GROUP)]]
     if scheme.endswith("m") and zeros is not None:
-        minima = -(zeros.astype(np.float32) - shift) * scales[..., 0]
-        zeros = np.full_like(zeros, shift)
+        minima = (codes.lowest - zeros.astype(np.float32)) * scales[..., 0]
+        zeros = np.full_like(zeros, codes.lowest)
     half_scales, half_minima = _half(scales), None if minima is None else _half(minima)
     if half_scales is None or (half_minima is None and minima is not None):
         return None
@@ -59,29 +58,26 @@ def _groups(codes: Codes) -> tuple[int, int]:
     return codes.codes.shape[0], codes.codes.shape[1] // GROUP
 
 
-def _chosen(codes: Codes, asked: str | None, size: int) -> tuple[str, int] | None:
-    """The scheme, and what is to be taken off all codes if it has minima."""
-    least, most = int(codes.codes.min()), int(codes.codes.max())
+def _chosen(codes: Codes, asked: str | None, size: int) -> str | None:
     zeros = codes.zeros
-    low, high = (0, 0) if zeros is None else (int(zeros.min()), int(zeros.max()))
     wide = "int8h" if size < GROUP else "int8"
-    possible: dict[str, int] = {}
-    if size % GROUP == 0 and low == high and least - low >= -8 and most - low <= 7:
-        possible["int4"] = 0
-    shift = min(least, 0)
-    if size % GROUP == 0 and zeros is not None and low != high and most - shift <= 15:
-        possible["int4m"] = shift
+    possible: list[str] = []
+    if size % GROUP == 0 and codes.bits <= 4:
+        zero = 0 if zeros is None else int(zeros[0, 0])
+        low, high = codes.lowest - zero, codes.lowest - zero + (1 << codes.bits) - 1
+        symmetric = low >= -8 and high <= 7 and (zeros is None or (zeros == zero).all())
+        possible.append("int4" if symmetric else "int4m")
     signed = codes.codes if zeros is None else codes.codes - zeros[:, codes.groups]
     if signed.min() >= -128 and signed.max() <= 127:
-        possible[wide] = 0
-    if size % GROUP == 0 and zeros is not None and most - shift <= 127:
-        possible["int8m"] = shift
+        possible.append(wide)
+    if size % GROUP == 0 and zeros is not None and codes.codes.max() - codes.lowest <= 127:
+        possible.append("int8m")
     if asked == "int4" and "int4m" in possible:  # four bits of the file's own
         asked = "int4m"
     if asked == "int8" and wide in possible:
         asked = wide
     scheme = next(iter(possible), None) if asked is None else asked
-    return (scheme, possible[scheme]) if scheme in possible else None
+    return scheme if scheme in possible else None
 
 
 def _half(x: np.ndarray) -> np.ndarray | None:

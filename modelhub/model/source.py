@@ -35,6 +35,9 @@ log = logging.getLogger("modelhub")
 
 # In config.json, of the user's own: [[pattern, name of a layer], ...], in that order; the name of an attention function
 LAYERS, ATTENTION = "modelhub_layers", "modelhub_attention"
+# In its quantization_config: the head, which is quantised, is the table of the embeddings, of which the files have
+# floats too, for other tools. A tool that changes one of the two writes a quantization_config of its own.
+TIED = "modelhub_tied"
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"  # of models of text
 
 
@@ -123,6 +126,8 @@ def _open_hf(preset: Preset, data: dict[str, Any], opened: contextlib.ExitStack,
     if not isinstance(attention, str | None):
         raise ConfigError(f"{preset.path}: {ATTENTION} must be the name of a function, found {attention!r:.200}")
     quantization = _quantization(preset.path, data)
+    if quantization is not None and quantization.get(TIED):
+        data["tie_word_embeddings"] = True
     family = family_of(data.get("model_type"))
     config = family.Config.from_hf(data)
     if unknown := unknown_keys(config.extra):
@@ -153,7 +158,9 @@ def _quantization(folder: Path, data: dict[str, Any]) -> Mapping[str, Any] | Non
 
 
 def _open_folder(folder: Path, quantization: Mapping[str, Any] | None) -> Checkpoint:
-    return open_folder(folder) if quantization is None else QuantizedFolder(folder, quantization)
+    if quantization is None:
+        return open_folder(folder)
+    return QuantizedFolder(folder, quantization, {TABLE: HEAD} if quantization.get(TIED) else {})
 
 
 def _with_the_head_of_the_files(source: Source, strict: bool) -> Source:

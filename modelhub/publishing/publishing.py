@@ -13,7 +13,7 @@ import numpy as np
 
 from modelhub.core import custom
 from modelhub.core.backends.base import Array
-from modelhub.core.leaves import count
+from modelhub.core.leaves import Packed, count
 from modelhub.errors import BackendNotInstalled, CheckpointError
 from modelhub.hub import publish as hub
 from modelhub.hub.cache import staging
@@ -25,13 +25,14 @@ from modelhub.hub.sources import HubSource
 from modelhub.kinds import IMAGES
 from modelhub.model.loading import DTYPES, check_dtype, stored_dtype
 from modelhub.model.origin import at_address
-from modelhub.model.saving import write_backbone
+from modelhub.model.saving import compressed_of, write_backbone
 from modelhub.model.weights import Snapshot
 from modelhub.training.history import History
 
 # How far outputs may be from those in memory, relative to the largest: a merged adapter sums in another order and
 # rounds to the weights' dtype.
 _TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
+_PACKED = 2e-2
 
 
 def provenance(task: Any) -> Provenance:
@@ -41,16 +42,24 @@ def provenance(task: Any) -> Provenance:
 
 
 def save_to_preset(
-    task: Any, folder: str | os.PathLike[str], dtype: str | None = None, *, max_shard_size: int = MAX_SHARD_SIZE
-) -> None:
+    task: Any, folder: str | os.PathLike[str], dtype: str | None = None, *, max_shard_size: int = MAX_SHARD_SIZE,
+    dequantize: bool = False,
+) -> None:  # fmt: skip
     """Write a Hugging Face model folder: config, weights (an active adapter merged in), tokenizer, model card.
 
     transformers and `from_preset` load it. The folder is replaced as a whole, or not at all; the task stays as it
     is. With layers or attention of the user's own only `from_preset` loads it, where they are registered. dtype: of
     the weights in the files, "float32", "bfloat16" or "float16"; None: the model's. max_shard_size:
     bytes of a file of weights; more are split, with an index.
+
+    Quantised weights are written as they are, in compressed-tensors' pack-quantized form, which transformers and vLLM
+    load where compressed-tensors is installed; `from_preset(folder, quantize="keep")` gives them back bit for bit. A
+    table of embeddings is written in floats, and if it is the head quantised beside them. dtype is then that of all
+    floats. dequantize: write floats alone.
+
+    Raises ConfigError for quantised weights that the format cannot hold, naming them, and with an adapter on them.
     """
-    write_model(task, Path(folder).expanduser().resolve(), dtype, max_shard_size)
+    write_model(task, Path(folder).expanduser().resolve(), dtype, max_shard_size, dequantize=dequantize)
 
 
 def save_adapter(task: Any, folder: str | os.PathLike[str]) -> None:
@@ -62,7 +71,7 @@ def publish(
     task: Any, address: str, private: bool = True, adapter_only: bool = False, revision: str | None = None,
     message: str | None = None, licence: str | None = None, dry_run: bool = False,
     *, base_model: str | None = None, from_scratch: bool = False, datasets: Sequence[str] = (),
-    dtype: str | None = None, token: str | None = None,
+    dtype: str | None = None, token: str | None = None, dequantize: bool = False,
 ) -> hub.Published | hub.Plan:  # fmt: skip
     """Send the model, or its adapter alone, to a hub: save it, load it again and compare, then upload.
 
@@ -75,6 +84,7 @@ def publish(
     datasets: names on the Hub of what it was trained on, for the card.
     dtype: of the weights in the files; None: the model's, or the files' own where it is published as it was loaded.
     dry_run: send nothing and return what would be sent.
+    dequantize: send floats in place of quantised weights; as in `save_to_preset`.
 
     Raises InputError for a card without a licence or an origin, and for an adapter on weights that are published
     nowhere; CheckpointError if what was written does not compute what the model in memory computes; DownloadError
@@ -96,7 +106,9 @@ def publish(
                 _save_adapter(task, folder, **facts)
                 _compare_adapter(task, folder)
             else:
-                write_model(task, folder, dtype or _stored_dtype(task), MAX_SHARD_SIZE, digests, **facts)
+                write_model(
+                    task, folder, dtype or _stored_dtype(task), MAX_SHARD_SIZE, digests, dequantize=dequantize, **facts
+                )
                 _compare(task, folder)
             remarks = tuple(filter(None, [missing_licence(card)]))
             if dry_run:
@@ -135,14 +147,17 @@ def _stored_dtype(task: Any) -> str | None:
 
 def write_model(
     task: Any, target: Path, dtype: str | None, max_shard_size: int, digests: dict[str, str] | None = None,
-    check: Callable[[Path], None] | None = None, **facts: Any,
+    check: Callable[[Path], None] | None = None, dequantize: bool = False, **facts: Any,
 ) -> None:  # fmt: skip
     """As `save_to_preset`. digests: gets the sha256 of each file of weights. check: is given the finished folder before
     it takes the place of `target`; what it raises leaves things as they were. facts: further ones for the card."""
     dtype = check_dtype(dtype)
+    compressed = None if dequantize else compressed_of(task.backbone)
+    if compressed is not None:
+        facts |= {"quantized": tuple(compressed.schemes.items())}
     with model_folder(target) as work:
         task.write_processors(work)
-        write_backbone(work, task.backbone, dtype, max_shard_size, digests)
+        write_backbone(work, task.backbone, dtype, max_shard_size, digests, compressed)
         _write_companions(task, work, target, adapter=False, **facts)
         if check is not None:
             check(work)
@@ -232,7 +247,7 @@ def probe(task: Any) -> np.ndarray:
 
 def _compare(task: Any, folder: Path) -> None:
     backbone = task.backbone
-    placed = {"backend": backbone.xp.name, "device": backbone.xp.device, "dtype": backbone.dtype}
+    placed = {"backend": backbone.xp.name, "device": backbone.xp.device, "dtype": backbone.dtype, "quantize": "keep"}
     _check_equal(task, probe(type(task).from_preset(folder, **placed)), probe(task), folder)
 
 
@@ -253,7 +268,9 @@ def _compare_adapter(task: Any, folder: Path) -> None:
 def _check_equal(task: Any, found: np.ndarray, expected: np.ndarray, folder: Path) -> None:
     dtype = task.dtype
     difference = float(np.abs(found - expected).max())
-    allowed = _TOLERANCE[dtype] * float(np.abs(expected).max())
+    # Quantised weights round what they are multiplied with to 8 bits, where it is a few rows.
+    share = max(_TOLERANCE[dtype], _PACKED if any(isinstance(x, Packed) for x in task.params.values()) else 0)
+    allowed = share * float(np.abs(expected).max())
     if not difference <= allowed:  # NaN must not pass
         raise CheckpointError(
             f"{folder} was written and loaded again, and its {task.kind.output} differ from those of the model in "

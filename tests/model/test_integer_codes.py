@@ -20,7 +20,9 @@ def codes(low, high, group, zeros=None, rows=37, columns=256, order=None, dtype=
     if zeros is not None:
         zeros = rng.integers(zeros[0], zeros[1] + 1, scales.shape).astype(np.int16)
         zeros[0, 0], zeros[-1, -1] = zeros.min(), zeros.max()
-    return Codes(q, scales, zeros, groups if order is None else groups[order])
+    bits = 8 if high - low > 15 else 4
+    lowest = low if low >= 0 else -(1 << bits - 1)
+    return Codes(q, scales, zeros, groups if order is None else groups[order], bits, lowest)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def test_codes_are_held(low, high, group, zeros, asked, scheme):
         assert found.clipped == (at == -128).sum() > 0
         assert np.abs(weight - wanted)[at != -128].max() == 0
     elif scheme.endswith("m"):
-        minima = (given.zeros[:, given.groups] - min(low, 0)) * given.scales[:, given.groups]
+        minima = (given.zeros[:, given.groups] - given.lowest) * given.scales[:, given.groups]
         assert (np.abs(weight - wanted) <= 2.0**-11 * np.abs(minima) + 1e-9).all()
     else:
         np.testing.assert_array_equal(weight, wanted)
@@ -76,5 +78,5 @@ def test_codes_that_no_scheme_holds(given, asked):
 def test_scales_beyond_float16_are_not_held():
     given = codes(-8, 7, 32)
     for factor in (1e8, 1e-6):
-        assert held(Codes(given.codes, given.scales * np.float32(factor), None, given.groups), None) is None
-    assert held(Codes(given.codes, np.zeros_like(given.scales), None, given.groups), None) is not None
+        assert held(Codes(given.codes, given.scales * np.float32(factor), None, given.groups, 4, -8), None) is None
+    assert held(Codes(given.codes, np.zeros_like(given.scales), None, given.groups, 4, -8), None) is not None
