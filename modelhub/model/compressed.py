@@ -112,11 +112,12 @@ class Compressed:
         leaf = self._leaves[module]
         arrays = self._arrays(leaf)
         _, scales, minima = untiled(arrays, leaf.scheme, leaf.shape[0])
-        scale, minimum = scales[..., 0].astype(np.float32), minima.astype(np.float32)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            zeros = np.nan_to_num(np.rint(-minimum / scale), nan=0.0).clip(0, 15)
-        if leaf.scheme == "int4m" and np.array_equal((-zeros * scale).astype(np.float16), minima):
-            return zeros.astype(np.uint8)
+        if leaf.scheme == "int4m" and minima is not None:
+            scale = scales[..., 0].astype(np.float32)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                zeros = np.nan_to_num(np.rint(-minima.astype(np.float32) / scale), nan=0.0).clip(0, 15)
+            if np.array_equal((-zeros * scale).astype(np.float16), minima):
+                return zeros.astype(np.uint8)
         raise ConfigError(
             f"{module}.weight is {leaf.scheme}: each group of 32 columns has a minimum of its own, and "
             "compressed-tensors has none, but whole zero points of as many bits as a code. Rounding minima to those "

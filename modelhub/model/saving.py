@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from modelhub.core import custom, leaves, lora
+from modelhub.core.quantized import Tiles
 from modelhub.errors import ConfigError
 from modelhub.hub.files import write_json
 from modelhub.hub.model_folder import write_tensors
@@ -55,7 +56,7 @@ def compressed_of(backbone: Any) -> Compressed | None:
 
     Raises ConfigError for some that the format cannot hold, and for an adapter on them.
     """
-    packed = {name: x for name in backbone.plain_names() if isinstance(x := backbone.params[name], leaves.Packed)}
+    packed = {name: x for name in backbone.plain_names() if isinstance(x := backbone.params[name], Tiles)}
     if not packed:
         return None
     if adapted := packed.keys() & lora.folding(backbone.xp, backbone.model, backbone.params).keys():
