@@ -85,7 +85,7 @@ def test_bars_for_lists_of_texts(bars, monkeypatch):
     lm.generate(["The river", "The"], 6, num_beams=2)
     assert bars.pop()[:2] == ("generating", 6) and not bars
     told = []
-    monkeypatch.setattr("modelhub.tasks.causal_lm.bar", lambda steps, **options: told.append(options) or steps)
+    monkeypatch.setattr("modelhub.generation.answers.bar", lambda steps, **options: told.append(options) or steps)
     assert "".join(lm.generate("The river", 6, stream=True)) and not told  # it shows by itself how far it is
     assert len(lm.generate(["The river", "The"], 6)) == 2
     assert told == [{"desc": "generating", "total": 6, "unit": "token"}]

@@ -1,7 +1,8 @@
 """From arrays, and from the blocks of quantised files, to quantised weights: as a model is loaded, and in memory."""
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from modelhub.core import kernels, leaves
 from modelhub.core.backends.base import Backend
 from modelhub.core.quantized import GROUP, TILE, Plan, Tiles, empty_tiles, fits, in_threads, pack, tiled, tiles_of
-from modelhub.core.tree import flatten
+from modelhub.core.tree import bind, flatten
 from modelhub.errors import CheckpointError, ConfigError
 from modelhub.families.naming import KEEP, Via
 from modelhub.hub import gguf
@@ -60,11 +61,11 @@ class Quantizer:
             for name in odd:
                 self._note("stay as they are: their rows are not whole groups of 32 columns", name)
 
-    def leaf(self, xp: Backend, name: str, weight: np.ndarray, dtype: str) -> Any:
-        """Of an array in memory, which the caller gives up."""
+    def leaf(self, xp: Backend, name: str, weight: np.ndarray, dtype: str, importance: np.ndarray | None = None) -> Any:
+        """Of an array in memory, which the caller gives up. importance: as `pack` has it."""
         if (scheme := self._scheme(name, weight.shape)) is None:
             return xp.put(weight)
-        return tiles_of(xp, pack(weight, scheme), scheme, weight.shape, dtype)
+        return tiles_of(xp, pack(weight, scheme, importance), scheme, weight.shape, dtype)
 
     def from_file(self, xp: Backend, name: str, checkpoint: Checkpoint, theirs: str, via: Via, dtype: str) -> Any:
         """Of a tensor in a file: read, and rounded if that is asked for; or made of its blocks as they are."""
@@ -172,10 +173,12 @@ def repack(kind: str, rows: np.ndarray, scheme: str, shape: tuple[int, ...]) -> 
     return found
 
 
-def quantize(weights: Weights, scheme: Any) -> None:
+def quantize(weights: Weights, scheme: Any, calibration: Sequence[np.ndarray] = ()) -> None:
     """Quantise the weights in memory, one matrix after the other, so that no more than one is there twice.
 
     scheme: "int8", "int4", or {pattern: scheme}; see Plan. Matrices that are quantised already stay as they are.
+    calibration: token ids (time,) of texts like those to come: of a matrix, an error in a column that gets large inputs
+    from them counts more, in the square of the inputs' mean (the diagonal of GPTQ's Hessian; llama.cpp's imatrix).
     Raises ConfigError: for what is no scheme, and with an adapter merged into the weights.
     """
     if scheme == "keep":
@@ -185,13 +188,40 @@ def quantize(weights: Weights, scheme: Any) -> None:
     params, xp = dict(weights.params), weights.xp
     base = flatten(weights.layout.base)
     matrices = {name: tuple(params[name].shape) for name in base if is_matrix(name, params[name])}
-    quantizer = Quantizer(scheme, {name: shape for name, shape in matrices.items()})
+    quantizer = Quantizer(scheme, matrices)
+    importance = _importance(weights, calibration)
     for name in bar(matrices, desc="quantizing", unit="tensor"):
         if not isinstance(params[name], leaves.Packed) and quantizer.plan and quantizer.plan.scheme(name):
             weight = np.array(xp.get(xp.cast(params[name], "float32")))
-            params[name] = quantizer.leaf(xp, name, weight, weights.dtype)
+            params[name] = quantizer.leaf(xp, name, weight, weights.dtype, importance.get(name))
     quantizer.tell("quantize")
     weights.change(Change.QUANTIZED, {PARAMS: params})
+
+
+def _importance(weights: Weights, calibration: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """{name of a matrix: mean squares of its inputs (K,) float32}, over all tokens of the rows of ids."""
+    names = {id(x): name for name, x in weights.params.items()}
+    sums: dict[str, np.ndarray] = {}
+    count = 0
+
+    def note(name: str, x: Any) -> None:
+        values = xp.get(xp.cast(x, "float32")).reshape(-1, x.shape[-1])
+        sums[name] = sums.get(name, 0) + np.square(values, dtype=np.float64).sum(0)
+
+    class Watched(type(weights.xp)):  # type: ignore[misc]
+        def linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
+            if id(weight) in names:
+                note(names[id(weight)], x)
+            return super().linear(x, weight, bias)
+
+    xp = copy.copy(weights.xp)
+    xp.__class__ = Watched
+    module: Any = bind(weights.layout.skeleton, weights.params)
+    for ids in bar(calibration, desc="calibrating", unit="text"):
+        hidden = module.hidden(xp, xp.array(ids[None], "int32"))
+        note(names[id(module.head_weight)], hidden)
+        count += len(ids)
+    return {name: (total / count).astype(np.float32) for name, total in sums.items()}
 
 
 def is_matrix(name: str, leaf: Any) -> bool:

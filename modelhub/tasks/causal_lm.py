@@ -260,6 +260,10 @@ class CausalLM(Task):
         text = template.render(messages, add_generation_prompt=True, tools=tools, options=template_options)
         return self.generate(_Rendered(text), max_new_tokens, **options)
 
+    def calibration_rows(self, calibration: Any) -> list[np.ndarray]:
+        length = self.preprocessor.sequence_length
+        return [np.array(self._prompt_ids(text)[:length], np.int32) for text in as_prompts(calibration, "text")]
+
     def score(self, texts: str | Sequence[str] | Sequence[Sequence[int]]) -> Any:
         """How likely the model finds a text (returns a Score), or each of a list of texts (returns a list).
 

@@ -1,9 +1,11 @@
 """Task: what all tasks have in common. A new one says what it is (a TaskKind) and what makes its inputs."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
+
+import numpy as np
 
 from modelhub.bench.compare import choose_backend
 from modelhub.core.leaves import count
@@ -110,7 +112,21 @@ class Task(Habits):
         return f"{type(self).__name__}({self.described()})"
 
     load_params = delegate("backbone", Backbone.load_params)
-    quantize = delegate("backbone", Backbone.quantize)
+
+    def quantize(self, scheme: str | Mapping[str, str | None], calibration: Any = None) -> None:
+        """Quantise the weights in memory, one matrix after the other.
+
+        scheme: "int8", "int4", or {pattern: scheme}, as from_preset(quantize=...) takes it. Matrices that are quantised
+        already stay as they are. calibration: of a language model, texts like those to come, a few hundred tokens or
+        more: of a matrix, errors in columns that get large inputs count more.
+        Raises ConfigError for what is no scheme, and with an adapter merged into the weights; InputError.
+        """
+        self.backbone.quantize(scheme, () if calibration is None else self.calibration_rows(calibration))
+
+    def calibration_rows(self, calibration: Any) -> list[np.ndarray]:
+        """What the model gets of texts to calibrate with."""
+        raise InputError("quantize: calibration is for language models, which learn from it what their inputs are like")
+
     enable_lora = delegate("backbone.adapters", AdapterSet.enable_lora)
     set_adapter = delegate("backbone.adapters", AdapterSet.set_adapter)
     merge_lora = delegate("backbone.adapters", AdapterSet.merge_lora)

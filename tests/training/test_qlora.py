@@ -144,6 +144,20 @@ def test_moved_and_quantised_in_memory(preset):
     assert {x.scheme for x in lm.params.values() if isinstance(x, Tiles)} == {"int8"}
 
 
+@pytest.mark.parametrize("name", installed())
+def test_calibration(preset, name):
+    """What the model makes of texts like those that it was calibrated on is nearer to what it made of them before."""
+    ids = np.array([CausalLM.from_preset(preset, backend="numpy").tokenizer.encode(TEXTS[0])])
+    wanted, off = CausalLM.from_preset(preset, backend=name).logits(ids), {}
+    for calibration in (None, TEXTS):
+        lm = CausalLM.from_preset(preset, backend=name)
+        lm.quantize({"*": "int4", "embed_tokens": None}, calibration)
+        off[calibration is None] = np.linalg.norm(lm.logits(ids) - wanted)
+    assert off[False] < off[True]
+    with pytest.raises(ValueError, match="text"):
+        lm.quantize("int4", [])
+
+
 @pytest.mark.parametrize("name", TRAINING)
 def test_what_cannot_be_done(preset, name):
     lm = load(preset, name)

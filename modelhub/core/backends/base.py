@@ -29,6 +29,8 @@ from modelhub.errors import ConfigError, DeviceError, MixedBackends
 
 Array = Any
 Shape = Sequence[int]
+# Rows of x up to which integers are multiplied. It is the same on all processors, as x is rounded for it.
+FEW_PACKED = 64
 Parts = tuple[Array, Array | None, Array | None]  # of a matrix: values or codes; scales and minima of quantised ones
 
 
@@ -497,16 +499,13 @@ class Backend:
         *shape, _ = self.shape(x)
         flat = self.reshape(x, (-1, width))
         rows = self.shape(flat)[0]
-        if self.training:
-            y = self.without_gradient(self._widened_product, self._widened_back, flat, leaf)
-        elif self.kernels() is not None and isinstance(rows, int) and rows <= self.few_packed_rows:
-            y = self.kernel_linear(self.cast(flat, "float32"), leaf.kind, leaf.parts, outputs)
-            y = self.cast(y, self.dtype(x))
-        else:
-            y = self._widened_product(flat, leaf)
-        return self.reshape(y, (*shape, outputs))
+        few = not self.training and self.kernels() is not None and isinstance(rows, int) and rows <= FEW_PACKED
+        product = self._integer_product if few else self._widened_product
+        return self.reshape(self.without_gradient(product, self._widened_back, flat, leaf), (*shape, outputs))
 
-    few_packed_rows = 64
+    def _integer_product(self, x: Array, leaf: Any) -> Array:
+        y = self.kernel_linear(self.cast(x, "float32"), leaf.kind, leaf.parts, leaf.shape[0])
+        return self.cast(y, self.dtype(x))
 
     def _widened_product(self, x: Array, leaf: Any) -> Array:
         """x (R, K) times the matrix, a block of its rows after the other: in floats it never exists as a whole."""

@@ -385,9 +385,7 @@ class JaxBackend(Backend):
         rows = x.size // width
         few = isinstance(rows, int) and rows <= kernels.FEW  # jax.export's symbolic sizes have no truth
         if few and not self.training and weight.dtype.name in kernels.FLOATS and self.kernels() is not None:
-            flat = jnp.reshape(x, (rows, width)).astype(jnp.float32)
-            y = self.kernel_linear(flat, kernels.FLOATS[weight.dtype.name], (weight, None, None), outputs)
-            y = jnp.reshape(y.astype(x.dtype), (*x.shape[:-1], outputs))
+            y = jnp.reshape(_few(self, jnp.reshape(x, (rows, width)), weight), (*x.shape[:-1], outputs))
             return y if bias is None else self.plus(y, bias)
         y = super()._linear(x, weight, bias)
         # The second half of a LoRA is cheaper to compute again than to keep.
@@ -395,3 +393,16 @@ class JaxBackend(Backend):
 
     def einsum(self, equation: str, *operands: Array) -> Array:
         return jnp.einsum(equation, *operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _few(xp: JaxBackend, x: Array, weight: Array) -> Array:
+    """x (R, D) times weight (N, D), transposed, by a native product; its gradients are XLA's."""
+    kind = kernels.FLOATS[weight.dtype.name]
+    return xp.kernel_linear(x.astype(jnp.float32), kind, (weight, None, None), weight.shape[0]).astype(x.dtype)
+
+
+_few.defvjp(
+    lambda xp, x, weight: (_few(xp, x, weight), (x, weight)),
+    lambda xp, kept, upstream: (upstream @ kept[1], upstream.T @ kept[0]),
+)

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import functools
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -511,8 +510,9 @@ class TensorflowBackend(Backend):
         outputs, width = leaf.shape
         if None in ids.shape:
             return leaf.plain_take(self, ids)
-        count = math.prod(ids.shape)
-        return _native("take", leaf.kind, count, outputs, width, (*ids.shape, width))(ids, *leaf.arrays.values())
+        return _native("take", leaf.kind, ids.shape.num_elements(), outputs, width, (*ids.shape, width))(
+            ids, *leaf.arrays.values()
+        )
 
     def without_gradient(self, product: Callable, back: Callable, x: Array, leaf: Any) -> Array:
         @tf.custom_gradient
@@ -521,14 +521,22 @@ class TensorflowBackend(Backend):
 
         return run(x)
 
+    @tf.custom_gradient
+    def _few(self, x: Array, weight: Array) -> tuple[Array, Callable]:
+        """x (R, D) times weight (N, D), transposed, by a native product."""
+
+        def back(upstream: Array) -> tuple[Array, Array]:
+            return tf.matmul(upstream, weight), tf.matmul(upstream, x, transpose_a=True)
+
+        kind, parts = kernels.FLOATS[weight.dtype.name], (weight, None, None)
+        return tf.cast(self.kernel_linear(tf.cast(x, tf.float32), kind, parts, weight.shape[0]), x.dtype), back
+
     def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
         flat = tf.reshape(x, (-1, x.shape[-1]))
         outputs, rows = weight.shape[0], flat.shape[0]
         few = rows is not None and rows <= kernels.FEW and weight.dtype.name in kernels.FLOATS
         if few and not self.training and isinstance(weight, tf.Tensor) and self.kernels() is not None:
-            parts = (weight, None, None)
-            y = self.kernel_linear(tf.cast(flat, tf.float32), kernels.FLOATS[weight.dtype.name], parts, outputs)
-            y = tf.cast(y, x.dtype)
+            y = self._few(flat, weight)
         else:
             y = tf.matmul(flat, weight, transpose_b=True)
         y = tf.reshape(y, (*self.shape(x)[:-1], outputs))

@@ -465,7 +465,8 @@ class TorchBackend(Backend):
         return y
 
     def without_gradient(self, product: Callable, back: Callable, x: Array, leaf: Any) -> Array:
-        return _Frozen.apply(x, leaf, product, back)
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        return _Frozen.apply(x, leaf, product, back) if wanted else product(x, leaf)
 
     def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
         if not self._on_cpu or x.dtype != weight.dtype or torch.compiler.is_compiling():
