@@ -154,7 +154,9 @@ def _native(what: str, kind: int, rows: int, outputs: int, width: int, shape: tu
             has_side_effect=False, result_dtypes=[tf.float32], result_shapes=[tf.TensorShape(shape)],
         )[0]  # fmt: skip
 
-    return tf.function(run, jit_compile=True, autograph=False)
+    program = tf.function(run, jit_compile=True, autograph=False)
+    # A tape that watches an argument would look for the gradient of what is inside.
+    return lambda *args: program(*map(tf.stop_gradient, args))
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
