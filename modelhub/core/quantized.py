@@ -28,6 +28,7 @@ from modelhub.errors import ConfigError
 Array = Any
 TILE, GROUP = 16, 32  # rows of a tile, columns of a group
 SCHEMES = tuple(kernels.SCHEMES)
+_AT_ONCE = 1 << 17  # elements
 ASKED = ("int8", "int4")  # what people ask for
 _RANGES = {"int8": (-127, 127), "int8m": (0, 127), "int8h": (-127, 127), "int4": (-8, 7), "int4m": (0, 15)}
 
@@ -162,8 +163,7 @@ def pack(weight: np.ndarray, scheme: str, importance: np.ndarray | None = None) 
     if importance is not None:
         importance = np.ascontiguousarray(importance, np.float32)
     if (library := kernels.library()) is None:
-        for name, x in tiled(*_rounded(weight, scheme, importance), scheme).items():
-            found[name][...] = x
+        fill(found, weight, lambda rows: tiled(*_rounded(rows, scheme, importance), scheme))
         return found
     width, number = weight.shape[1], kernels.SCHEMES[scheme]
 
@@ -174,6 +174,22 @@ def pack(weight: np.ndarray, scheme: str, importance: np.ndarray | None = None) 
 
     in_threads(work, len(found["codes"]))
     return found
+
+
+def fill(
+    found: Mapping[str, np.ndarray], rows: np.ndarray, make: Callable[[np.ndarray], Mapping[str, np.ndarray]]
+) -> None:  # fmt: skip
+    """Fill the arrays of a packed matrix with what make(some rows) gives for these, as `tiled` does; so many at a time
+    that what is made on the way stays in the cache."""
+    tiles, groups, _ = found["codes"].shape
+    step = max(1, _AT_ONCE // (TILE * GROUP * groups))
+
+    def work(index: int) -> None:
+        at = slice(index * step, (index + 1) * step)
+        for name, x in make(rows[at.start * TILE : at.stop * TILE]).items():
+            found[name][at] = x
+
+    in_threads(work, -(-tiles // step))
 
 
 def in_threads(work: Callable[[int], None], count: int) -> None:
@@ -204,8 +220,7 @@ def _rounded(
     size = GROUP // halves
     # Groups on the last axis: sums over the first are of whole vectors.
     x = np.ascontiguousarray(weight.reshape(-1, size).T)
-    w = np.ones(weight.shape[1], np.float32) if importance is None else importance
-    w = np.tile(w.reshape(-1, size).T, len(weight))
+    w = None if importance is None else np.tile(importance.reshape(-1, size).T, len(weight))
     if scheme.endswith("m"):
         scale, minimum = (part.astype(np.float16) for part in best_range(x, w, high))
         codes = nearest_codes(x - minimum.astype(np.float32), scale, low, high)

@@ -9,7 +9,7 @@ import numpy as np
 
 from modelhub.core import kernels, leaves
 from modelhub.core.backends.base import Backend
-from modelhub.core.quantized import GROUP, TILE, Plan, Tiles, empty_tiles, fits, in_threads, pack, tiled, tiles_of
+from modelhub.core.quantized import GROUP, TILE, Plan, Tiles, empty_tiles, fill, fits, in_threads, pack, tiled, tiles_of
 from modelhub.core.tree import bind, flatten
 from modelhub.errors import CheckpointError, ConfigError
 from modelhub.families.naming import KEEP, Via
@@ -32,7 +32,6 @@ EXACT = {
 KEPT = EXACT | {"Q2_K": "int4m"}
 # ggml's numbers of those that kernels repack; the others are repacked in numpy.
 _NATIVE = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
-_AT_ONCE = 1 << 18  # elements repacked at a time in numpy
 
 
 class Quantizer:
@@ -144,7 +143,6 @@ def repack(kind: str, rows: np.ndarray, scheme: str, shape: tuple[int, ...]) -> 
     scheme: EXACT[kind], or "int8" for a type that is an "int4".
     """
     found, library = empty_tiles(scheme, shape), kernels.library()
-    tiles, groups = found["codes"].shape[:2]
     if library is not None and kind in _NATIVE and scheme == EXACT[kind]:
 
         def native(tile: int) -> None:
@@ -153,24 +151,20 @@ def repack(kind: str, rows: np.ndarray, scheme: str, shape: tuple[int, ...]) -> 
             codes, scales = found["codes"][tile], found["scales"][tile]
             library.pack_gguf(_NATIVE[kind], part, rows.shape[1], len(part), shape[1], codes, scales, minima)
 
-        in_threads(native, tiles)
+        in_threads(native, len(found["codes"]))
         return found
-    step = max(1, _AT_ONCE // (TILE * shape[1]))
 
-    def work(index: int) -> None:
-        at = slice(index * step, (index + 1) * step)
-        part = rows[at.start * TILE : at.stop * TILE]
+    def make(part: np.ndarray) -> dict[str, np.ndarray]:
         codes, scales, minima = gguf.parts(kind, part.reshape(-1, gguf.BLOCKS[kind][1]))
-        codes = codes.view(np.int8).reshape(len(part), groups, GROUP)
+        codes = codes.view(np.int8).reshape(len(part), -1, GROUP)
         if kind == "Q8_0":
             codes = np.maximum(codes, -127)  # -128, which no writer makes: some kernels have no room for it
         with np.errstate(over="ignore"):
-            scales = scales.astype(np.float16).reshape(len(part), groups, -1)
-            minima = minima if minima is None else minima.astype(np.float16).reshape(len(part), groups)
-        for name, x in tiled(codes, scales, minima, scheme).items():
-            found[name][at] = x
+            scales = scales.astype(np.float16).reshape(*codes.shape[:2], -1)
+            minima = minima if minima is None else minima.astype(np.float16).reshape(codes.shape[:2])
+        return tiled(codes, scales, minima, scheme)
 
-    in_threads(work, -(-tiles // step))
+    fill(found, rows, make)
     return found
 
 
