@@ -297,6 +297,7 @@ class _Grid:
 def _grid(folder: _Folder, name: str, shape: tuple[int, ...], block: tuple[int, int] | None) -> _Grid:
     """Of the scales called `name` of a matrix: one for all, for each row, for groups of a row, or for blocks."""
     found, (rows, columns) = folder.info(name, _SCALES, (0, 1, 2)).shape, shape
+    block = block and (min(block[0], rows), min(block[1], columns))
     if all(x == 1 for x in found):
         return _Grid(shape, (rows, columns))
     if found == (rows,):
@@ -437,10 +438,12 @@ def _pack_quantized(folder: _Folder, told: set[Any]) -> dict[str, _Module]:
             raise folder.wrong(name, f"what {shape}, in {module}.weight_shape, takes with 1 to 8 bits")
         grid = _grid(folder, f"{module}.weight_scale", shape, None)
         if (zero := f"{module}.weight_zero_point") in folder.tensors:
-            info, (_, across) = folder.info(zero, ("int32", "int8"), (1, 2)), grid.size
-            expected = (-(-rows * bits // 32), -(-shape[1] // across))
-            if info.dtype == "int32" and (info.shape != expected or grid.size[0] != 1):
-                raise folder.wrong(zero, f"int32 of shape {expected}")
+            info, (down, across) = folder.info(zero, ("int32", "int8"), (0, 1, 2)), grid.size
+            expected = folder.tensors[f"{module}.weight_scale"].shape
+            if info.dtype == "int32":
+                expected = (-(-rows * bits // 32), -(-shape[1] // across))
+            if info.shape != expected or (info.dtype == "int32" and down != 1):
+                raise folder.wrong(zero, f"{info.dtype} of shape {expected}, for scales of rows or of groups")
         folder.order(f"{module}.weight_g_idx", shape[1], -(-shape[1] // grid.size[1]), least=-1)
         ends = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", *_ACTIVATIONS)
         found[f"{module}.weight"] = _PackQuantized(module, shape, bits, grid, folder.names(module, *ends))
@@ -667,7 +670,9 @@ def _four_bit(folder: _Folder, module: str, kind: str) -> _FourBit:
     if not sound:
         raise folder.wrong(name, "JSON with the shape of a matrix and an even blocksize")
     count, at = shape[0] * shape[1], f"{module}.weight"
+    block = min(block, count + count % 2)
     blocks = -(-count // block)
+    nested = nested and min(nested, blocks)
     expected = {at: (("uint8",), -(-count // 2)), f"{at}.quant_map": (("float32",), 16)}
     expected[f"{at}.absmax"] = (("float32",) if nested is None else ("uint8",), blocks)
     if nested is not None:

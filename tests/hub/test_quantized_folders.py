@@ -109,6 +109,24 @@ def test_compressed_tensors(tmp_path, format_, args, scale_dtype):
         np.testing.assert_array_equal(found.read("model.layer.weight"), wanted)
 
 
+def test_compressed_tensors_with_columns_in_another_order(tmp_path):
+    """Older versions' actorder "group"; -1 in all of weight_g_idx: there is none."""
+    rng = np.random.default_rng(0)
+    codes, scales = rng.integers(-8, 8, (16, 64)), rng.random((16, 2)).astype(np.float32)
+    order = rng.permutation(np.arange(64) // 32).astype(np.int32)
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    for groups in (order, np.full(64, -1, np.int32)):
+        tensors = {
+            "l.weight_packed": torch.from_numpy(packed((codes + 8).astype(np.uint8), 4)),
+            "l.weight_scale": torch.from_numpy(scales),
+            "l.weight_shape": torch.tensor([16, 64]),
+            "l.weight_g_idx": torch.from_numpy(groups),
+        }
+        at = groups if (groups >= 0).all() else np.arange(64) // 32
+        with folder(tmp_path, config, tensors) as found:
+            np.testing.assert_array_equal(found.read("l.weight"), codes.astype(np.float32) * scales[:, at])
+
+
 # --- AWQ and GPTQ -----------------------------------------------------------------------------------------------------
 
 
@@ -296,3 +314,96 @@ QZEROS = {"l.qzeros": torch.zeros(1, 2, dtype=torch.int32)}
 def test_tensors_that_do_not_fit_the_config(tmp_path, config, tensors, named):
     with pytest.raises(CheckpointError, match=named):
         folder(tmp_path, config, tensors)
+
+
+# Sound folders of each kind, made here; each is then broken in every way of a list.
+INT32 = torch.arange(64, dtype=torch.int32)
+NF4 = {"quant_type": "nf4", "blocksize": 64, "shape": [16, 32], "nested_blocksize": 256, "nested_offset": 0.5}
+
+
+def state(entries):
+    return torch.frombuffer(bytearray(json.dumps(entries).encode()), dtype=torch.uint8)
+
+
+def four_bits(entries):
+    return {
+        "l.weight": torch.zeros(256, 1, dtype=torch.uint8), "l.weight.absmax": torch.zeros(8, dtype=torch.uint8),
+        "l.weight.quant_map": torch.ones(16), "l.weight.nested_absmax": torch.ones(1),
+        "l.weight.nested_quant_map": torch.ones(256), "l.weight.quant_state.bitsandbytes__nf4": state(entries),
+    }  # fmt: skip
+
+
+GROUP = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}, "targets": ["Linear"]}
+SOUND = {
+    "gptq": (GPTQ, QWEIGHT | QZEROS | {"l.g_idx": torch.zeros(32, dtype=torch.int32)}),
+    "awq": (
+        {"quant_method": "awq", "bits": 4, "group_size": 32},
+        {
+            "l.qweight": INT32.reshape(32, 2), "l.qzeros": torch.zeros(1, 2).int(),
+            "l.scales": torch.ones(1, 16).half(),
+        },
+    ),
+    "pack": (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"a": GROUP}},
+        {
+            "l.weight_packed": INT32.reshape(16, 4), "l.weight_scale": torch.ones(16, 1),
+            "l.weight_shape": torch.tensor([16, 32]), "l.weight_zero_point": torch.zeros(2, 1).int(),
+        },
+    ),
+    "int": (
+        {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"a": GROUP}},
+        {"l.weight": torch.ones(16, 32).to(torch.int8), "l.weight_scale": torch.ones(16, 1)},
+    ),
+    "fp8": (
+        {"quant_method": "fp8", "weight_block_size": [8, 16]},
+        {"l.weight": torch.ones(16, 32).to(torch.float8_e4m3fn), "l.weight_scale_inv": torch.ones(2, 2)},
+    ),
+    "int8": (
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"l.weight": torch.ones(16, 32).to(torch.int8), "l.SCB": torch.ones(16)},
+    ),
+    "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, four_bits(NF4)),
+}  # fmt: skip
+JUNK = [None, True, -1, 0, 1 << 40, 1.5, float("nan"), "x" * 1000, [], [1], [1 << 31, 1 << 31], {}, {"a": {"a": []}}]
+
+
+def broken(config, tensors):
+    """Configs with another value for a key, tensors that are gone, or of another shape, dtype or values."""
+    for key in config:
+        yield from (({**config, key: junk}, tensors) for junk in JUNK)
+    for name, x in tensors.items():
+        yield config, {n: y for n, y in tensors.items() if n != name}
+        changed = [x.flatten(), x[..., None], x[:1], x[:0], torch.cat([x, x]), x.float(), x.to(torch.int64), x.view(-1)]
+        changed += [x.to(torch.int8), x.to(torch.uint8), torch.full_like(x.float(), -7).to(x.dtype)]
+        yield from ((config, {**tensors, name: y}) for y in changed)
+
+
+def read_all(path, config, tensors):
+    with folder(path, config, tensors) as found:
+        for name in found.tensors:
+            assert found.read(name).shape == found.tensors[name].shape
+            if (codes := found.codes(name)) is not None:
+                codes.group_size  # noqa: B018
+
+
+@pytest.mark.parametrize("kind", SOUND)
+def test_broken_folders_are_refused_or_read(tmp_path, kind):
+    config, tensors = SOUND[kind]
+    read_all(tmp_path, config, tensors)
+    refused = 0
+    for one in broken(config, tensors):
+        try:
+            read_all(tmp_path, *one)
+        except (ConfigError, CheckpointError) as error:
+            refused += 1
+            assert len(str(error)) < 1000
+    assert refused > 10
+
+
+@pytest.mark.parametrize("key", NF4)
+def test_a_broken_state_of_4_bits_is_refused_or_read(tmp_path, key):
+    for junk in JUNK:
+        try:
+            read_all(tmp_path, {"quant_method": "bitsandbytes"}, four_bits({**NF4, key: junk}))
+        except CheckpointError as error:
+            assert "l.weight" in str(error)
