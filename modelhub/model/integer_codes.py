@@ -67,13 +67,13 @@ def _chosen(codes: Codes, asked: str | None, size: int) -> str | None:
         low, high = codes.lowest - zero, codes.lowest - zero + (1 << codes.bits) - 1
         symmetric = low >= -8 and high <= 7 and (zeros is None or (zeros == zero).all())
         possible.append("int4" if symmetric else "int4m")
+        if asked in (None, "int4", possible[0]):  # four bits of the file's own are what "int4" means
+            return possible[0]
     signed = codes.codes if zeros is None else codes.codes - zeros[:, codes.groups]
     if signed.min() >= -128 and signed.max() <= 127:
         possible.append(wide)
     if size % GROUP == 0 and zeros is not None and codes.codes.max() - codes.lowest <= 127:
         possible.append("int8m")
-    if asked == "int4" and "int4m" in possible:  # four bits of the file's own
-        asked = "int4m"
     if asked == "int8" and wide in possible:
         asked = wide
     scheme = next(iter(possible), None) if asked is None else asked

@@ -1,15 +1,17 @@
 """Models with quantised weights as Hugging Face folders: written, read again, and loaded by transformers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from tiny_preset import CONFIG, write_preset
 
-from modelhub import CausalLM
+from modelhub import CausalLM, ImageClassifier, convert
 from modelhub.core import leaves
 from modelhub.core.backends import get_backend
 from modelhub.core.quantized import tiles_of, untiled
+from modelhub.core.tree import bind
 from modelhub.errors import ConfigError
 from modelhub.model.weights import PARAMS, Change
 
@@ -177,3 +179,52 @@ def test_transformers_loads_what_is_written(tmp_path, tied, untied, scheme, is_t
     assert "modelhub_tied" not in (tmp_path / "theirs" / "config.json").read_text()
     lm.save_to_preset(tmp_path / "floats", dequantize=True)
     np.testing.assert_allclose(logits, load(tmp_path / "floats").logits(IDS), atol=1e-3 * np.abs(logits).max())
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_folder_that_transformers_has_saved(tmp_path, tied, untied, is_tied):
+    pytest.importorskip("compressed_tensors")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    lm = load(tied if is_tied else untied, "int4")
+    lm.save_to_preset(tmp_path / "saved")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).save_pretrained(tmp_path / "theirs")
+    for path in (tmp_path / "saved").glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "theirs")
+    kept = packed(load(tmp_path / "theirs", "keep"))
+    assert {leaf.scheme for leaf in kept.values()} == {"int4"} and len(kept) == 15
+    head = lm.params.get("lm_head.weight", lm.params[TABLE])
+    for name, x in load(tmp_path / "theirs").params.items():
+        np.testing.assert_array_equal(x, XP.values(lm.params.get(name, head)), err_msg=name)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_image_models(tmp_path, scheme):
+    pytest.importorskip("compressed_tensors")
+    import torch
+    from transformers import AutoModelForImageClassification
+
+    images = ImageClassifier.from_preset("vit_tiny_fashion", backend="numpy", quantize=scheme)
+    images.save_to_preset(tmp_path / "saved")
+    check_same_leaves(ImageClassifier.from_preset(tmp_path / "saved", backend="numpy", quantize="keep"), images)
+    wide = ImageClassifier.from_preset(tmp_path / "saved", backend="numpy")
+    config = wide.backbone.config
+    pixels = np.random.default_rng(0).standard_normal((2, config.num_channels, *config.size)).astype(np.float32)
+    wanted = wide.kind.forward(XP, bind(wide.backbone.model, wide.params), pixels)
+    theirs = AutoModelForImageClassification.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    with torch.no_grad():
+        found = theirs(torch.from_numpy(pixels)).logits.numpy()
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_a_quantised_folder_is_converted_as_floats(tmp_path, tied):
+    lm = load(tied, "int4")
+    lm.save_to_preset(tmp_path / "saved")
+    convert(tmp_path / "saved", tmp_path / "floats")
+    convert(tmp_path / "saved", tmp_path / "model.gguf", "float32")
+    assert "quantization_config" not in json.loads((tmp_path / "floats" / "config.json").read_text())
+    for path in ("floats", "model.gguf"):
+        again = load(tmp_path / path)
+        for name, x in floats(lm).items():
+            np.testing.assert_allclose(again.params[name], x, atol=1e-6, err_msg=name)
