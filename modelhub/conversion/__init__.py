@@ -9,7 +9,7 @@ from modelhub.conversion.checking import check_written
 from modelhub.conversion.gguf import gguf_metadata, write_gguf
 from modelhub.core.backends import get_backend
 from modelhub.errors import ConfigError, InputError
-from modelhub.habits import dtype_name, explained
+from modelhub.habits import dtype_name, explained, near
 from modelhub.hub import gguf_writer
 from modelhub.hub.model_folder import MAX_SHARD_SIZE
 from modelhub.model.loading import DTYPES
@@ -66,7 +66,7 @@ def convert_files(
     dtype = dtype_name(dtype)
     if dtype is not None and dtype not in (allowed := gguf_writer.DTYPES if to_gguf else DTYPES):
         kind = "a GGUF file" if to_gguf else "a folder"
-        raise InputError(f"dtype must be one of {', '.join(allowed)} for {kind}, got {dtype!r}")
+        raise InputError(f"dtype must be one of {', '.join(allowed)} for {kind}, got {dtype!r}{near(dtype, allowed)}")
     if to_gguf and target.is_dir():
         raise InputError(f"{target} is a folder; give the GGUF file another name")
     if not to_gguf and target.is_file():

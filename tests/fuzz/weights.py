@@ -57,7 +57,9 @@ TARGETS["shards"] = Target(
     {"model.safetensors.index.json": mutations.json_text, "model-0.safetensors": mutations.safetensors},
 )
 
-_BLOCK_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+_BLOCK_TYPES = [
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
+]  # fmt: skip
 
 
 def _write_gguf(folder: Path) -> None:

@@ -396,6 +396,8 @@ def test_targets_that_are_there(tmp_path):
         convert(folder, tmp_path / "folder.gguf")
     with pytest.raises(InputError, match="q8_0, q4_0, q4_1, q4_k_m, q5_k_m, q6_k for a GGUF file, got 'q3_k'"):
         convert(folder, tmp_path / "b.gguf", "q3_k")
+    with pytest.raises(InputError, match="got 'q4_km'; did you mean q4_k_m"):
+        convert(folder, tmp_path / "b.gguf", "q4_km")
     with pytest.raises(InputError, match="for a folder, got 'q8_0'"):
         convert(folder, tmp_path / "b", "q8_0")
 
