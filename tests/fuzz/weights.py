@@ -14,11 +14,15 @@ from fuzz.target import TARGETS, Target, write_json
 from safetensors.numpy import save_file
 from tiny_preset import write_preset
 
-from modelhub.errors import CheckpointError
+from modelhub.errors import CheckpointError, ConfigError
 from modelhub.hub.adapters import AdapterFiles, write_adapter
 from modelhub.hub.checkpoint import open_folder
+from modelhub.hub.files import save_arrays
 from modelhub.hub.gguf import open_gguf
 from modelhub.hub.kerashub import open_kerashub
+from modelhub.hub.quantized_folders import QuantizedFolder
+from modelhub.model.integer_codes import held
+from modelhub.processing.guards import read_json
 from modelhub.tasks.backbone import Backbone
 from modelhub.training import checkpoints
 
@@ -171,3 +175,73 @@ TARGETS["run"] = Target(
         "finished": mutations.raw,
     },
 )
+
+
+# Quantised folders
+
+_LAYERS = [f"model.layers.{i}.q_proj" for i in range(2)]
+_GROUPS = {"a": {"weights": {"num_bits": 4, "type": "int", "group_size": 32}, "targets": ["Linear"]}}
+_NF4 = {"quant_type": "nf4", "blocksize": 64, "shape": [16, 32], "nested_blocksize": 256, "nested_offset": 0.5}
+_NF4_STATE = np.frombuffer(json.dumps(_NF4).encode(), np.uint8)
+_QUANTIZED: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {
+    "gptq": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq", "pack_dtype": "int32"},
+        {
+            "qweight": np.ones((4, 16), "int32"), "qzeros": np.ones((1, 2), "int32"),
+            "scales": np.ones((1, 16), "float16"), "g_idx": np.zeros(32, "int32"),
+        },
+    ),
+    "awq": (
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
+        {
+            "qweight": np.ones((32, 2), "int32"), "qzeros": np.ones((1, 2), "int32"),
+            "scales": np.ones((1, 16), "float16"),
+        },
+    ),
+    "compressed-tensors": (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": _GROUPS},
+        {
+            "weight_packed": np.ones((16, 4), "int32"), "weight_scale": np.ones((16, 1), "float16"),
+            "weight_shape": np.array([16, 32]), "weight_zero_point": np.ones((2, 1), "int32"),
+            "weight_g_idx": np.zeros(32, "int32"),
+        },
+    ),
+    "fp8": (
+        {"quant_method": "fp8", "weight_block_size": [8, 16], "fmt": "e4m3"},
+        {"weight": np.ones((16, 32), "float8_e4m3fn"), "weight_scale_inv": np.ones((2, 2), "float32")},
+    ),
+    "bitsandbytes": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {
+            "weight": np.ones((256, 1), "uint8"), "weight.absmax": np.ones(8, "uint8"),
+            "weight.quant_map": np.ones(16, "float32"), "weight.nested_absmax": np.ones(1, "float32"),
+            "weight.nested_quant_map": np.ones(256, "float32"),
+            "weight.quant_state.bitsandbytes__nf4": _NF4_STATE,
+        },
+    ),
+}  # fmt: skip
+
+
+def _write_quantized(folder: Path, method: str) -> None:
+    config, tensors = _QUANTIZED[method]
+    save_arrays(
+        {f"{layer}.{name}": x for layer in _LAYERS for name, x in tensors.items()}, folder / "model.safetensors"
+    )
+    write_json(folder / "quantization.json", config)
+
+
+def _read_quantized(folder: Path) -> None:
+    with QuantizedFolder(folder, read_json(folder / "quantization.json", ConfigError)) as found:
+        for name in found.tensors:
+            found.read(name)
+            if (codes := found.codes(name)) is not None:
+                held(codes, None)
+
+
+for _method in _QUANTIZED:
+    TARGETS[f"quantized-{_method}"] = Target(
+        functools.partial(_write_quantized, method=_method),
+        _read_quantized,
+        {"quantization.json": mutations.json_text, "model.safetensors": mutations.safetensors},
+        weight=0.3,
+    )
