@@ -12,6 +12,7 @@ from rich.table import Table
 
 import modelhub
 from modelhub.cli import bench, cache, classify, conformance, convert, options, presets, publish
+from modelhub.cli import quantize as quantizing
 from modelhub.cli.options import DATA, option
 from modelhub.errors import InputError
 
@@ -48,6 +49,7 @@ app.command()(presets.info)
 app.command()(presets.pull)
 app.command()(presets.register)
 app.command()(convert.convert)
+app.command()(quantizing.quantize)
 app.command()(publish.publish)
 app.command()(classify.classify)
 app.command()(bench.bench)

@@ -163,3 +163,24 @@ def test_the_limit_of_the_process_counts_as_memory():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert 1 << 30 < after < 3 << 30 <= before or after <= before
+
+
+def test_quantize(preset, tmp_path):
+    """A folder that loads as it is, of all weights and with texts to calibrate on."""
+    from modelhub import CausalLM
+    from modelhub.core.quantized import Tiles
+
+    texts = tmp_path / "texts.txt"
+    texts.write_text("The river runs past the mill.\n\nThe baker opens the shop.")
+    schemes = "*=int4,embed_tokens=int8"
+    for name, extra, wanted in (
+        ("plain", (), {"int4"}),
+        ("calibrated", ("--scheme", schemes, "--calibration", str(texts)), {"int4", "int8"}),
+    ):
+        done = run("quantize", preset, str(tmp_path / name), *extra)
+        assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / name), done.stderr
+        lm = CausalLM.from_preset(str(tmp_path / name), backend="numpy", quantize="keep")
+        assert {x.scheme for x in lm.params.values() if isinstance(x, Tiles)} == wanted
+    done = run("quantize", preset, str(tmp_path / "model.gguf"))
+    assert done.returncode and "modelhub convert" in done.stderr
+    assert "quantize must be one of" in run("quantize", preset, str(tmp_path / "no"), "--scheme", "int3").stderr
