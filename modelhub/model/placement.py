@@ -1,5 +1,6 @@
 """Where weights are: moving them to other backends and devices, into and out of training loops of the user's own."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 from weakref import ref
@@ -66,9 +67,14 @@ def take(weights: Weights, params: Mapping[str, Any], needed: Collection[str]) -
         )
     taken: Params = {}
     for name, x in params.items():
-        holder = get_backend(owner.name, owner.device_of(x))
-        taken[name] = xp.copy(xp.adopt(holder.cast(x, leaves.dtype_of(current[name])), holder))
+        holder = get_backend(owner.name, owner.device_of(leaves.arrays_of(x)[0]))
+        x = leaves.cast(holder, x, leaves.dtype_of(current[name]))
+        taken[name] = leaves.mapped(functools.partial(_taken, xp, holder), x)
     return taken
+
+
+def _taken(xp: Backend, holder: Backend, x: Array) -> Array:
+    return xp.copy(xp.adopt(x, holder))
 
 
 def same(xp: Backend, x: Array, y: Array) -> bool:

@@ -140,6 +140,9 @@ def test_moved_and_quantised_in_memory(preset):
         lm.to(backend=name)
         assert sum(isinstance(x, Tiles) for x in lm.params.values()) == 15
         np.testing.assert_allclose(lm.logits(IDS), small, atol=1e-3)
+    other = load(preset, "numpy", "int8")
+    lm.load_params(other.params)  # of another backend, packed
+    np.testing.assert_allclose(lm.logits(IDS), small, atol=1e-3)
     lm.quantize("int4")  # what is quantised stays
     assert {x.scheme for x in lm.params.values() if isinstance(x, Tiles)} == {"int8"}
 
