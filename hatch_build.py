@@ -73,8 +73,12 @@ def build(root: Path, target: Path, options: str = OPTIONS) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_unit, units))
         extra = ["-undefined", "dynamic_lookup"] if "apple" in f"{cc}" or platform.system() == "Darwin" else []
-        link = [*cc, "-shared", *extra, "-o", str(target), *objects.values(), "-lpthread", "-lm"]
+        made = Path(work, target.name)
+        link = [*cc, "-shared", *extra, "-o", str(made), *objects.values(), "-lpthread", "-lm"]
         subprocess.run(link, check=True, capture_output=True, text=True)
+        beside = target.with_suffix(f".{os.getpid()}.new")
+        shutil.copyfile(made, beside)
+        os.replace(beside, target)  # at once: a process may be loading the one before
 
 
 class KernelsHook(BuildHookInterface):

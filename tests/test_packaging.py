@@ -1,6 +1,7 @@
 """The wheel works on its own: built from the repository, unpacked in an empty folder, used from another one."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -76,3 +77,51 @@ def test_the_command_is_installed(installed, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(installed)}
     command = installed / "bin" / "modelhub"
     assert "usage" in run(sys.executable, command, "--help", cwd=tmp_path, env=environment).lower()
+
+
+@pytest.mark.slow
+def test_without_a_compiler(tmp_path):
+    """The package is whole all the same, and says once what it lacks."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in ("modelhub", "presets", "finetune"):
+        shutil.copytree(REPO / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "hatch_build.py"):
+        shutil.copy(REPO / name, copy)
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", tmp_path, copy]
+    environment = {k: v for k, v in os.environ.items() if k != "CC"} | {"PATH": str(tmp_path)}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert said.count("native kernels were not built: no C compiler") == 1 and "Install a C compiler" in said
+    [wheel] = tmp_path.glob("modelhub-*-py3-none-any.whl")
+    target = tmp_path / "installed"
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel)
+    code = """
+import numpy as np
+from modelhub import CausalLM
+from modelhub.core import kernels
+assert kernels.library() is None and "were not built" in kernels.problem(), kernels.problem()
+lm = CausalLM.from_preset("gemma3_tiny", backend="numpy", quantize="int4")
+print(len(lm.generate("The cat", 4)) > 0)
+"""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=empty, env=os.environ | {"PYTHONPATH": str(target)}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert found.stdout.strip() == "True", found.stderr
+    required = subprocess.run([*map(str, command)], env=environment | {"MODELHUB_KERNELS": "require"},
+                              capture_output=True, text=True)  # fmt: skip
+    assert required.returncode != 0 and "no C compiler was found" in required.stdout + required.stderr
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
+def test_the_wheel_has_native_kernels(installed, tmp_path):
+    code = "from modelhub.core import kernels; print(kernels.library().__file__, kernels.describe())"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert found.stdout.startswith(str(installed)) and "thread" in found.stdout, found.stderr
