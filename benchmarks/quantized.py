@@ -1,6 +1,6 @@
 """Native kernels and quantised decoding against memory's speed and llama.cpp, in one run; writes a Markdown table.
 
-    python benchmarks/quantized.py FILE.gguf [--kernels] [--decode] [--repeats 5] [--backends jax torch ...]
+    python benchmarks/quantized.py FILE.gguf [--kernels] [--decode] [--repeats 5] [--backends jax ...] [--schemes int4 ...]
 
 FILE.gguf: a quantised model, such as Gemma 3 270M in Q4_K_M. Every figure of decoding is the median of processes of
 their own, which take turns. llama.cpp: llama-cpp-python, built with what the processor has except AMX; its system line
@@ -22,7 +22,6 @@ from pathlib import Path
 PROMPT = "The history of the world begins with"
 SHAPES = ((16384, 640), (2048, 640), (640, 2048), (1024, 640))
 BACKENDS = ("numpy", "jax", "torch", "tensorflow")
-SCHEMES = (None, "int8", "int4", "keep")
 
 
 def processor() -> str:
@@ -161,6 +160,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--backends", nargs="+", default=BACKENDS)
+    parser.add_argument("--schemes", nargs="+", default=["None", "int8", "int4", "keep"])
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -190,7 +190,7 @@ def main() -> None:
                     print(f"| {kind} | " + " | ".join(f"{rate / 1e9:.1f}" for rate in rates)
                           + f" | {min(rates) / found['stream']:.2f} | {slower:.2f} |")  # fmt: skip
     if args.decode:
-        jobs = [("llama",)] + [("decode", name, scheme) for name in args.backends for scheme in SCHEMES]
+        jobs = [("llama",)] + [("decode", name, scheme) for name in args.backends for scheme in args.schemes]
         found: dict = {job: [] for job in jobs}
         streams = []
         for _ in range(args.repeats):
