@@ -1,6 +1,6 @@
 """Native kernels and quantised decoding against memory's speed and llama.cpp, in one run; writes a Markdown table.
 
-    python benchmarks/quantized.py FILE.gguf [--kernels] [--decode] [--repeats 5] [--backends jax ...] [--schemes int4 ...]
+    python benchmarks/quantized.py FILE.gguf [--kernels] [--decode] [--repeats 5] [--backends jax] [--schemes int4]
 
 FILE.gguf: a quantised model, such as Gemma 3 270M in Q4_K_M. Every figure of decoding is the median of processes of
 their own, which take turns. llama.cpp: llama-cpp-python, built with what the processor has except AMX; its system line
