@@ -32,8 +32,8 @@ def identity_rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(identity_rows, tmp_path_factory):
-    """Trained on JAX; that the others learn the same from the same rows is in tests/training."""
-    lm = CausalLM.from_preset(PRESET, backend="jax", device="cpu")
+    """Trained on torch; that the others learn the same from the same rows is in tests/training."""
+    lm = CausalLM.from_preset(PRESET, backend="torch", device="cpu")
     assert NAME not in lm.chat(QUESTION, max_new_tokens=40)
     lm.preprocessor.sequence_length = 512
     lm.enable_lora(rank=8)
