@@ -19,8 +19,6 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's waiting threads would spin: 100 times slower on busy CPUs
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# XLA compiles half as long without LLVM's optimizations, and most programs here run once.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # off: tests leave nothing in the user's cache
 
 import pytest

@@ -32,7 +32,7 @@ def identity_rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(identity_rows, tmp_path_factory):
-    """Trained on torch; that the others learn the same from the same rows is in tests/training."""
+    """Trained on torch alone; that the others learn the same from the same rows is in tests/training."""
     lm = CausalLM.from_preset(PRESET, backend="torch", device="cpu")
     assert NAME not in lm.chat(QUESTION, max_new_tokens=40)
     lm.preprocessor.sequence_length = 512
