@@ -186,7 +186,7 @@ def quantize(weights: Weights, scheme: Any, calibration: Sequence[np.ndarray] = 
     quantizer = Quantizer(scheme, matrices)
     importance = _importance(weights, calibration)
     for name in bar(matrices, desc="quantizing", unit="tensor"):
-        if not isinstance(params[name], leaves.Packed) and quantizer.plan and quantizer.plan.scheme(name):
+        if not isinstance(params[name], leaves.Packed) and quantizer._scheme(name, matrices[name]):
             weight = np.array(xp.get(xp.cast(params[name], "float32")))
             params[name] = quantizer.leaf(xp, name, weight, weights.dtype, importance.get(name))
     quantizer.tell("quantize")

@@ -277,7 +277,8 @@ class NumpyBackend(Backend):
 
     def rms_norm(self, x: Array, weight: Array, eps: float, offset: float = 0.0) -> Array:
         native = self.kernels()
-        if native is None or x.size > kernels.SMALL or not (x.dtype == weight.dtype == np.float32):
+        plain = x.dtype == weight.dtype == np.float32 and weight.shape == x.shape[-1:] and weight.flags.c_contiguous
+        if native is None or not plain or x.size > kernels.SMALL:
             return super().rms_norm(x, weight, eps, offset)
         x = np.ascontiguousarray(x)
         y = np.empty_like(x)
@@ -286,7 +287,9 @@ class NumpyBackend(Backend):
 
     def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) <= kernels.FEW and weight.flags.c_contiguous and self.kernels() is not None:
+        floats = all(part.dtype == np.float32 or part.dtype.itemsize == 2 for part in (rows, weight))
+        fits = floats and rows.shape[1] == weight.shape[1] and weight.flags.c_contiguous
+        if fits and len(rows) <= kernels.FEW and self.kernels() is not None:
             plain = weight if weight.dtype == np.float32 else weight.view(np.uint16)
             kind = kernels.FLOATS[weight.dtype.name]
             y = self.kernel_linear(_wide(rows), kind, (plain, None, None), len(weight)).astype(x.dtype, copy=False)

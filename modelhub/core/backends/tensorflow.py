@@ -513,7 +513,7 @@ class TensorflowBackend(Backend):
         if None in ids.shape:
             return leaf.plain_take(self, ids)
         return _native("take", leaf.kind, ids.shape.num_elements(), outputs, width, (*ids.shape, width))(
-            ids, *leaf.arrays.values()
+            tf.cast(ids, tf.int32), *leaf.arrays.values()
         )
 
     def without_gradient(self, product: Callable, back: Callable, x: Array, leaf: Any) -> Array:
@@ -537,6 +537,7 @@ class TensorflowBackend(Backend):
         flat = tf.reshape(x, (-1, x.shape[-1]))
         outputs, rows = weight.shape[0], flat.shape[0]
         few = rows is not None and rows <= kernels.FEW and weight.dtype.name in kernels.FLOATS
+        few = few and flat.shape[1] == weight.shape[1]
         if few and not self.training and isinstance(weight, tf.Tensor) and self.kernels() is not None:
             y = self._few(flat, weight)
         else:

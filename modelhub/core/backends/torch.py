@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
@@ -433,6 +434,9 @@ class TorchBackend(Backend):
         # Nobody knows the kernels' names but we: programs that are compiled or exported go without.
         if not self._on_cpu or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return None
+        # Nor does what records operations see them: tracers, fake tensors, forward-mode derivatives.
+        if torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or fwAD._current_level >= 0:
+            return None
         return kernels.library()
 
     def kernel_linear(self, x: Array, kind: int, arrays: Parts, outputs: int) -> Array:
@@ -486,7 +490,7 @@ class TorchBackend(Backend):
 
     def _suits_kernels(self, x: Array, weight: Array) -> bool:
         wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        known = _NAMES[weight.dtype] in kernels.FLOATS and weight.is_contiguous()
+        known = _NAMES.get(weight.dtype) in kernels.FLOATS and weight.is_contiguous() and weight.is_cpu
         return known and not wanted and self.kernels() is not None
 
     def softmax(self, x: Array, axis: int = -1) -> Array:
@@ -505,7 +509,7 @@ class TorchBackend(Backend):
         return F.gelu(x, approximate="tanh" if approximate else "none")
 
     def rms_norm(self, x: Array, weight: Array, eps: float, offset: float = 0.0) -> Array:
-        plain = x.dtype == weight.dtype == torch.float32 and x.is_contiguous()
+        plain = x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and weight.shape == x.shape[-1:]
         if plain and x.numel() <= kernels.SMALL and self._suits_kernels(x, weight):
             y, width = torch.empty_like(x), x.shape[-1]
             rows = x.numel() // width

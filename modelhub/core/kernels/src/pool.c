@@ -15,7 +15,11 @@ static inline void relax(void) {
 /* --- OpenMP: two pools in one process take each other's cores, so torch's calls use torch's ----------------------- */
 
 static void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned);
-void mhk_use_openmp(void *function) { *(void **)&gomp_parallel = function; }
+static void watch_forks(void);
+void mhk_use_openmp(void *function) {
+    *(void **)&gomp_parallel = function;
+    watch_forks();
+}
 
 struct shared {
     mhk_range fn;
@@ -33,6 +37,7 @@ static void take_shares(void *p) {
 /* --- the own pool ------------------------------------------------------------------------------------------------- */
 
 #if defined(_WIN32)
+static void watch_forks(void) {}
 /* One thread: Windows has no pthreads, and a pool for it could not be tried. */
 void mhk_parallel(mhk_range fn, void *job, long n, long step, int threads, int openmp) {
     (void)step, (void)threads, (void)openmp, (void)take_shares;
@@ -101,7 +106,8 @@ static void *worker(void *unused) {
     return 0;
 }
 
-static void in_child(void) { /* a fork has none of the threads, and locks as they were */
+static void in_child(void) { /* a fork has none of the threads, nor of OpenMP's, and locks as they were */
+    gomp_parallel = 0;
     started = 0;
     atomic_store(&ticket, 0);
     atomic_store(&sleepers, 0);
@@ -110,9 +116,13 @@ static void in_child(void) { /* a fork has none of the threads, and locks as the
     pthread_cond_init(&wake, 0);
 }
 
+static void watch_forks(void) {
+    static int watched;
+    if (!watched) watched = !pthread_atfork(0, 0, in_child);
+}
+
 static void start(int workers) {
-    static int forks;
-    if (!forks) forks = !pthread_atfork(0, 0, in_child);
+    watch_forks();
     for (; started < workers; started++) {
         pthread_t thread;
         pthread_attr_t detached;
