@@ -13,7 +13,6 @@ multiply integers (relative error of a product 0.5% to 0.8%); with many, and in 
 Rounding: of the scales and minima that are tried, those with the least squared error, as in llama.cpp's ggml-quants.c.
 """
 
-import fnmatch
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from modelhub.core import kernels
+from modelhub.core import custom, kernels
 from modelhub.core.leaves import Packed, size
 from modelhub.errors import ConfigError
 
@@ -31,6 +30,20 @@ SCHEMES = tuple(kernels.SCHEMES)
 _AT_ONCE = 1 << 17  # elements
 ASKED = ("int8", "int4")  # what people ask for
 _RANGES = {"int8": (-127, 127), "int8m": (0, 127), "int8h": (-127, 127), "int4": (-8, 7), "int4m": (0, 15)}
+
+
+def bits(scheme: str) -> int:
+    """Of a code."""
+    return 4 if scheme.startswith("int4") else 8
+
+
+def has_minima(scheme: str) -> bool:
+    return scheme.endswith("m")
+
+
+def scales_of_group(scheme: str) -> int:
+    """How many scales a group of 32 columns has."""
+    return 2 if scheme == "int8h" else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +116,7 @@ class Tiles(Packed):
             q = xp.transpose(q, (0, 3, 1, 2, 4))
             q = q - 256.0 * xp.cast(q > 127.0, "float32")  # bytes are signed
         scales = xp.cast(self.scales, "float32")
-        halves = 2 if self.scheme == "int8h" else 1
+        halves = scales_of_group(self.scheme)
         scales = xp.transpose(xp.reshape(scales, (tiles, groups, halves, TILE)), (0, 3, 1, 2))
         q = xp.reshape(q, (tiles, TILE, groups, halves, GROUP // halves)) * xp.expand_dims(scales, 4)
         return xp.reshape(self._shifted(xp, q), (tiles * TILE, groups * GROUP))
@@ -138,12 +151,12 @@ def fits(shape: tuple[int, ...]) -> bool:
 def empty_tiles(scheme: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     """Arrays of a packed matrix, to be filled tile by tile; aligned, as frameworks want what they adopt."""
     tiles, groups = -(-shape[0] // TILE), shape[1] // GROUP
-    scales = (tiles, groups, 2, TILE) if scheme == "int8h" else (tiles, groups, TILE)
+    scales = (tiles, groups, 2, TILE) if scales_of_group(scheme) == 2 else (tiles, groups, TILE)
     found = {
-        "codes": _aligned((tiles, groups, TILE * GROUP // (2 if scheme in ("int4", "int4m") else 1)), "uint8"),
+        "codes": _aligned((tiles, groups, TILE * GROUP * bits(scheme) // 8), "uint8"),
         "scales": _aligned(scales, "float16"),
     }
-    return found | ({"minima": _aligned((tiles, groups, TILE), "float16")} if scheme.endswith("m") else {})
+    return found | ({"minima": _aligned((tiles, groups, TILE), "float16")} if has_minima(scheme) else {})
 
 
 def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -216,12 +229,12 @@ def _rounded(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """codes (N, G, 32), scales (N, G, halves) and minima (N, G) of a matrix, as src/pack.c rounds."""
     low, high = _RANGES[scheme]
-    halves = 2 if scheme == "int8h" else 1
+    halves = scales_of_group(scheme)
     size = GROUP // halves
     # Groups on the last axis: sums over the first are of whole vectors.
     x = np.ascontiguousarray(weight.reshape(-1, size).T)
     w = None if importance is None else np.tile(importance.reshape(-1, size).T, len(weight))
-    if scheme.endswith("m"):
+    if has_minima(scheme):
         scale, minimum = (part.astype(np.float16) for part in best_range(x, w, high))
         codes = nearest_codes(x - minimum.astype(np.float32), scale, low, high)
         minimum = minimum.reshape(len(weight), -1)
@@ -313,7 +326,7 @@ def tiled(codes: np.ndarray, scales: np.ndarray, minima: np.ndarray | None, sche
     missing = -rows % TILE
     codes = np.pad(codes, ((0, missing), (0, 0), (0, 0)))
     tiles = len(codes) // TILE
-    if scheme in ("int4", "int4m"):
+    if bits(scheme) == 4:
         q = (codes + (8 if scheme == "int4" else 0)).astype(np.uint8)
         q[rows:] = 0
         q = q.reshape(tiles, TILE, groups, 2, 4, 4).transpose(3, 0, 2, 4, 1, 5)  # half, tile, group, 4, row, 4
@@ -321,7 +334,10 @@ def tiled(codes: np.ndarray, scales: np.ndarray, minima: np.ndarray | None, sche
     else:
         q = codes.view(np.uint8).reshape(tiles, TILE, groups, 8, 4).transpose(0, 2, 3, 1, 4)
     scales = np.pad(scales, ((0, missing), (0, 0), (0, 0))).reshape(tiles, TILE, groups, -1).transpose(0, 2, 3, 1)
-    found = {"codes": q.reshape(tiles, groups, -1), "scales": scales if scheme == "int8h" else scales[:, :, 0]}
+    found = {
+        "codes": q.reshape(tiles, groups, -1),
+        "scales": scales if scales_of_group(scheme) == 2 else scales[:, :, 0],
+    }
     if minima is not None:
         found["minima"] = np.pad(minima, ((0, missing), (0, 0))).reshape(tiles, TILE, groups).transpose(0, 2, 1)
     return found
@@ -333,7 +349,7 @@ def untiled(
     """The inverse of `tiled`: codes (N, G, 32) int8, scales (N, G, halves) and minima (N, G) float16."""
     q = arrays["codes"]
     tiles, groups = q.shape[:2]
-    if scheme in ("int4", "int4m"):
+    if bits(scheme) == 4:
         q = np.stack([q & 15, q >> 4]).reshape(2, tiles, groups, 4, TILE, 4).transpose(1, 4, 2, 0, 3, 5)
     else:
         q = q.reshape(tiles, groups, 8, TILE, 4).transpose(0, 3, 1, 2, 4)
@@ -381,13 +397,9 @@ class Plan:
 
     def scheme(self, name: str) -> str | None:
         """For a parameter's dotted name; None: it stays as it is."""
-        return next((scheme for pattern, scheme in reversed(self.patterns) if _means(pattern, name)), None)
-
-    def means(self, name: str) -> bool:
-        """Whether one of the patterns means a parameter."""
-        return any(_means(pattern, name) for pattern, _ in self.patterns)
+        return next((scheme for pattern, scheme in reversed(self.patterns) if means(pattern, name)), None)
 
 
-def _means(pattern: str, name: str) -> bool:
-    module = name.removesuffix(".weight")
-    return f".{module}".endswith(f".{pattern}") or fnmatch.fnmatchcase(module, pattern)
+def means(pattern: str, name: str) -> bool:
+    """Whether a pattern, as custom.means has it, is for the layer of a parameter."""
+    return custom.means(pattern, name.removesuffix(".weight"))

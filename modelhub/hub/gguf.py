@@ -67,6 +67,7 @@ _TYPES = {
     40: ("NVFP4", 64, 36),
     41: ("Q1_0", 128, 18),
 }
+NUMBERS = {name: number for number, (name, *_) in _TYPES.items()}
 BLOCKS = {name: (elements, nbytes) for name, elements, nbytes in _TYPES.values()}
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from modelhub.core.quantized import GROUP, Tiles, untiled
+from modelhub.core.quantized import GROUP, Tiles, bits, has_minima, scales_of_group, untiled
 from modelhub.errors import ConfigError
 from modelhub.hub.quantized_folders import packed
 
@@ -39,7 +39,7 @@ class Compressed:
         self._leaves = {name.removesuffix(".weight"): leaf for name, leaf in packed.items()}
         self._linears = [*linears, "lm_head"] if is_tied else list(linears)
         for module, leaf in self._leaves.items():
-            if leaf.scheme.endswith("m"):
+            if has_minima(leaf.scheme):
                 self._zero_points(module)
 
     @property
@@ -54,8 +54,8 @@ class Compressed:
             # What transformers and vLLM have kernels for is told by the kind of a layer, where that says it all.
             plain = len(by_scheme) == 1
             weights = {
-                "num_bits": _bits(scheme), "type": "int", "symmetric": scheme != "int4m", "strategy": "group",
-                "group_size": GROUP // 2 if scheme == "int8h" else GROUP, "dynamic": False, "actorder": None,
+                "num_bits": bits(scheme), "type": "int", "symmetric": scheme != "int4m", "strategy": "group",
+                "group_size": GROUP // scales_of_group(scheme), "dynamic": False, "actorder": None,
                 "block_structure": None, "observer": "minmax", "observer_kwargs": {},
             }  # fmt: skip
             groups[f"group_{number}"] = {
@@ -80,13 +80,13 @@ class Compressed:
         """{name in the file: (shape, dtype)}."""
         found: dict[str, tuple[tuple[int, ...], str]] = {}
         for module, leaf in self._leaves.items():
-            (rows, columns), bits = leaf.shape, _bits(leaf.scheme)
-            groups = columns // GROUP * (2 if leaf.scheme == "int8h" else 1)
-            found[f"{module}.weight_packed"] = (rows, columns * bits // 32), "int32"
+            (rows, columns), size = leaf.shape, bits(leaf.scheme)
+            groups = columns // GROUP * scales_of_group(leaf.scheme)
+            found[f"{module}.weight_packed"] = (rows, columns * size // 32), "int32"
             found[f"{module}.weight_scale"] = (rows, groups), "float16"
             found[f"{module}.weight_shape"] = (2,), "int64"
             if leaf.scheme == "int4m":
-                found[f"{module}.weight_zero_point"] = (-(-rows * bits // 32), groups), "int32"
+                found[f"{module}.weight_zero_point"] = (-(-rows * size // 32), groups), "int32"
         return found
 
     def read(self, name: str) -> np.ndarray:
@@ -101,8 +101,8 @@ class Compressed:
         codes, scales, _ = untiled(self._arrays(leaf), leaf.scheme, rows)
         if what == "weight_scale":
             return np.ascontiguousarray(scales.reshape(rows, -1))
-        least = 0 if leaf.scheme == "int4m" else -(1 << _bits(leaf.scheme) - 1)
-        return packed((codes - np.int16(least)).astype(np.uint8).reshape(rows, columns), _bits(leaf.scheme))
+        least = 0 if leaf.scheme == "int4m" else -(1 << bits(leaf.scheme) - 1)
+        return packed((codes - np.int16(least)).astype(np.uint8).reshape(rows, columns), bits(leaf.scheme))
 
     def _arrays(self, leaf: Tiles) -> dict[str, np.ndarray]:
         return {name: np.asarray(self._xp.get(x)) for name, x in leaf.arrays.items()}
@@ -123,7 +123,3 @@ class Compressed:
             "compressed-tensors has none, but whole zero points of as many bits as a code. Rounding minima to those "
             f"would change the weights by up to half a step. {_WAYS}"
         )
-
-
-def _bits(scheme: str) -> int:
-    return 4 if scheme.startswith("int4") else 8

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modelhub.core.quantized import GROUP, TILE, empty_tiles, tiled
+from modelhub.core.quantized import GROUP, TILE, bits, empty_tiles, has_minima, tiled
 from modelhub.hub.quantized_folders import Codes
 
 _AT_ONCE = 1 << 20  # codes put in order at a time
@@ -45,7 +45,7 @@ def held(codes: Codes, asked: str | None) -> Held | None:
     # Where all groups have one zero point, or codes are of 8 bits, it is taken off them; else it makes the minima.
     minima = None
     zeros = None if codes.zeros is None else codes.zeros[:, codes.groups[:: min(size, GROUP)]]
-    if scheme.endswith("m") and zeros is not None:
+    if has_minima(scheme) and zeros is not None:
         minima = (codes.lowest - zeros.astype(np.float32)) * scales[..., 0]
         zeros = np.full_like(zeros, codes.lowest)
     half_scales, half_minima = _half(scales), None if minima is None else _half(minima)
@@ -98,7 +98,7 @@ def _arranged(
         part = codes[at : at + rows]
         if zeros is not None:
             part = part - np.repeat(zeros[at : at + rows], codes.shape[1] // zeros.shape[1], axis=1)
-        if not scheme.startswith("int4"):
+        if bits(scheme) == 8:
             clipped += int((part == -128).sum())
             part = np.maximum(part, -127)
         part = part.astype(np.int8).reshape(len(part), -1, GROUP)

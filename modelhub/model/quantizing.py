@@ -9,7 +9,21 @@ import numpy as np
 
 from modelhub.core import kernels, leaves
 from modelhub.core.backends.base import Backend
-from modelhub.core.quantized import GROUP, TILE, Plan, Tiles, empty_tiles, fill, fits, in_threads, pack, tiled, tiles_of
+from modelhub.core.quantized import (
+    GROUP,
+    TILE,
+    Plan,
+    Tiles,
+    bits,
+    empty_tiles,
+    fill,
+    fits,
+    in_threads,
+    means,
+    pack,
+    tiled,
+    tiles_of,
+)
 from modelhub.core.tree import bind, flatten
 from modelhub.errors import CheckpointError, ConfigError
 from modelhub.families.naming import KEEP, Via
@@ -30,8 +44,8 @@ EXACT = {
 }  # fmt: skip
 # Q2_K has a scale and a minimum for each 16 columns, which no scheme has: its values are rounded.
 KEPT = EXACT | {"Q2_K": "int4m"}
-# ggml's numbers of those that kernels repack; the others are repacked in numpy.
-_NATIVE = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
+# Those that kernels repack; the others are repacked in numpy.
+_NATIVE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 
 
 class Quantizer:
@@ -48,7 +62,7 @@ class Quantizer:
         if self.plan is None:
             return
         for pattern, scheme in self.plan.patterns:
-            found = [name for name in matrices if Plan(((pattern, scheme),)).means(name)]
+            found = [name for name in matrices if means(pattern, name)]
             if not found:
                 raise ConfigError(f"quantize: {pattern!r} means no matrix of this model; there are {_kinds(matrices)}")
             odd = [name for name in found if not fits(matrices[name])]
@@ -74,7 +88,7 @@ class Quantizer:
         if self.plan is not None and self.plan.keep and fits(shape):
             scheme = own
         if scheme is not None and own is not None:
-            if scheme.startswith("int4") and own.startswith("int4"):
+            if bits(scheme) == bits(own) == 4:
                 scheme = own  # four bits of the file's own are not rounded once more; finer ones are
             if info.dtype not in EXACT or (own, scheme) not in ((own, own), ("int4", "int8")):
                 self._note(f"went from {info.dtype} to {scheme}, by rounding", name)
@@ -149,7 +163,7 @@ def repack(kind: str, rows: np.ndarray, scheme: str, shape: tuple[int, ...]) -> 
             part = rows[tile * TILE : (tile + 1) * TILE]
             minima = found["minima"][tile] if "minima" in found else None
             codes, scales = found["codes"][tile], found["scales"][tile]
-            library.pack_gguf(_NATIVE[kind], part, rows.shape[1], len(part), shape[1], codes, scales, minima)
+            library.pack_gguf(gguf.NUMBERS[kind], part, rows.shape[1], len(part), shape[1], codes, scales, minima)
 
         in_threads(native, len(found["codes"]))
         return found

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from stop_at import StopAt
 from tiny_preset import CONFIG, LINES, write_preset
 
 from modelhub import CausalLM, optim
@@ -233,17 +234,6 @@ def test_killed_and_resumed(preset, unbroken, tmp_path, caplog):
     assert "is finished" in caplog.text and f"{total} steps" in caplog.text
     assert_same(weights(lm), wanted)
     assert losses(again) == losses(curve)
-
-
-class StopAt(Callback):
-    """Breaks the run off as an error in the user's code would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, step, logs):
-        if step == self.step:
-            raise RuntimeError("broken off")
 
 
 @pytest.mark.slow

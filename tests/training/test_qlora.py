@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from stop_at import StopAt
 from tiny_preset import CONFIG, LINES, write_preset
 
 from modelhub import CausalLM
@@ -9,7 +10,6 @@ from modelhub.core import leaves
 from modelhub.core.backends import installed
 from modelhub.core.quantized import Tiles
 from modelhub.errors import ConfigError
-from modelhub.training import Callback
 
 TRAINING = [name for name in installed() if name != "numpy"]
 TEXTS = sorted(set(LINES))
@@ -67,15 +67,6 @@ def test_curves_are_those_of_the_dequantised_weights(curves, name):
     wanted = curves["torch", False]
     np.testing.assert_allclose(curves[name, True], wanted, rtol=1e-3)
     assert np.mean(wanted[-3:]) < np.mean(wanted[:3]) - 0.1
-
-
-class StopAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, step, logs):
-        if step == self.step:
-            raise RuntimeError("broken off")
 
 
 @pytest.mark.parametrize("name", TRAINING)

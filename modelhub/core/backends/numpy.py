@@ -291,7 +291,7 @@ class NumpyBackend(Backend):
         fits = floats and rows.shape[1] == weight.shape[1] and weight.flags.c_contiguous
         if fits and len(rows) <= kernels.FEW and self.kernels() is not None:
             plain = weight if weight.dtype == np.float32 else weight.view(np.uint16)
-            kind = kernels.FLOATS[weight.dtype.name]
+            kind = kernels.FLOATS[self.dtype(weight)]
             y = self.kernel_linear(_wide(rows), kind, (plain, None, None), len(weight)).astype(x.dtype, copy=False)
         elif weight.dtype.itemsize == 2:
             y = _blockwise_linear(rows, weight)

@@ -443,7 +443,7 @@ class TorchBackend(Backend):
         x = x.contiguous()
         rows, width = x.shape
         y = x.new_empty((rows, outputs))
-        self.kernels().linear(
+        kernels.library().linear(
             kind, *_addresses(arrays), x.data_ptr(), y.data_ptr(), rows, outputs, width, torch.get_num_threads(),
             kernels.openmp(_PACKAGE),
         )  # fmt: skip
@@ -452,7 +452,7 @@ class TorchBackend(Backend):
     def kernel_rows(self, leaf: Any, start: Array, size: int) -> Array:
         outputs, width = leaf.shape
         y = torch.empty((size, width))
-        self.kernels().widen(
+        kernels.library().widen(
             leaf.kind, *_addresses(leaf.parts), y.data_ptr(), int(start), size, outputs, width,
             torch.get_num_threads(), kernels.openmp(_PACKAGE),
         )  # fmt: skip
@@ -462,7 +462,7 @@ class TorchBackend(Backend):
         outputs, width = leaf.shape
         ids = ids.to(torch.int32).contiguous()
         y = torch.empty((*ids.shape, width))
-        self.kernels().take(
+        kernels.library().take(
             leaf.kind, *_addresses(leaf.parts), ids.data_ptr(), y.data_ptr(), ids.numel(), outputs,
             width,
         )  # fmt: skip
@@ -513,7 +513,7 @@ class TorchBackend(Backend):
         if plain and x.numel() <= kernels.SMALL and self._suits_kernels(x, weight):
             y, width = torch.empty_like(x), x.shape[-1]
             rows = x.numel() // width
-            self.kernels().rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, width, eps, offset)
+            kernels.library().rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, width, eps, offset)
             return y
         scale = weight.float() + offset if offset else weight.float()
         if self._on_cpu and x.dtype == torch.float32:  # F.rms_norm's CPU form copies three times: 14 us against 8
