@@ -2,8 +2,9 @@
 from source. Without a compiler the package is whole all the same: the frameworks' own products are used.
 
 MODELHUB_KERNELS=off leaves them out, =require makes it an error that they cannot be built. CC: the compiler, with
-options if need be ("zig cc -target x86_64-linux-gnu.2.17"); MODELHUB_BUILD_MACHINE: what it compiles for, if not this
-machine: "x86_64" or "aarch64".
+options if need be ("zig cc -target x86_64-linux-gnu.2.17"); LDFLAGS: options of the linker;
+MODELHUB_BUILD_PLATFORM: what it compiles for, if not this machine, as a wheel's name says it ("win_amd64",
+"manylinux_2_17_aarch64", "macosx_11_0_arm64"). .ci/release builds for all of them.
 """
 
 import os
@@ -11,6 +12,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +36,7 @@ SETS = {  # the instruction sets that src/rows.c and src/round.c are compiled fo
     },
     "aarch64": {"neon": "", "dotprod": "-march=armv8.2-a+dotprod"},
 }
+_MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}  # the same under another name
 OPTIONS = "-O3 -std=gnu11 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast -Wall -Wextra -Wno-psabi"
 
 
@@ -44,14 +47,28 @@ def compiler() -> list[str] | None:
     return next(([name] for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
 
 
+def goal() -> tuple[str, str]:
+    """The system ("linux", "darwin" or "windows") and the kind of machine that is built for."""
+    asked = os.environ.get("MODELHUB_BUILD_PLATFORM", "")
+    machine = next((name for name in ("x86_64", "aarch64", *_MACHINES) if asked.endswith(name)), "")
+    system = {"win": "windows", "mac": "darwin", "man": "linux", "lin": "linux"}.get(asked[:3], "")
+    machine, system = machine or platform.machine().lower(), system or platform.system().lower()
+    return system, _MACHINES.get(machine, machine)
+
+
+def library(root: Path) -> Path:
+    """The file that Python looks for."""
+    return root / KERNELS / ("_kernels.pyd" if goal()[0] == "windows" else "_kernels.abi3.so")
+
+
 def build(root: Path, target: Path, options: str = OPTIONS) -> None:
     """Compile the kernels into `target`, all instruction sets of the machine's kind in one library.
 
     Raises OSError without a compiler, or for a kind of machine that there are no kernels for;
     subprocess.CalledProcessError, whose stderr says what the compiler says.
     """
-    machine = os.environ.get("MODELHUB_BUILD_MACHINE") or platform.machine().lower()
-    sets = SETS.get({"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine))
+    system, machine = goal()
+    sets = SETS.get(machine)
     if (cc := compiler()) is None:
         raise OSError("no C compiler was found (cc, gcc, clang or $CC)")
     if sets is None:
@@ -72,9 +89,10 @@ def build(root: Path, target: Path, options: str = OPTIONS) -> None:
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_unit, units))
-        extra = ["-undefined", "dynamic_lookup"] if "apple" in f"{cc}" or platform.system() == "Darwin" else []
+        extra = {"darwin": "-undefined dynamic_lookup", "windows": f"-L{sys.base_prefix}/libs -lpython3 -static-libgcc"}
+        extra_words = extra.get(system, "-lpthread -lm").split() + shlex.split(os.environ.get("LDFLAGS", ""))
         made = Path(work, target.name)
-        link = [*cc, "-shared", *extra, "-o", str(made), *objects.values(), "-lpthread", "-lm"]
+        link = [*cc, "-shared", "-o", str(made), *objects.values(), *extra_words]
         subprocess.run(link, check=True, capture_output=True, text=True)
         beside = target.with_suffix(f".{os.getpid()}.new")
         shutil.copyfile(made, beside)
@@ -84,8 +102,13 @@ def build(root: Path, target: Path, options: str = OPTIONS) -> None:
 class KernelsHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         wanted = os.environ.get("MODELHUB_KERNELS", "")
-        target = Path(self.root, KERNELS, "_kernels.abi3.so")
-        if wanted == "off" or self.target_name != "wheel":
+        if self.target_name != "wheel":
+            return
+        target = library(Path(self.root))
+        for old in target.parent.glob("_kernels.*"):  # of another build: not into this wheel
+            if wanted == "off" or old != target:
+                old.unlink()
+        if wanted == "off":
             return
         try:
             build(Path(self.root), target)
@@ -108,4 +131,4 @@ class KernelsHook(BuildHookInterface):
 
 if __name__ == "__main__":  # for who works on the kernels: into the checkout
     here = Path(__file__).resolve().parent
-    build(here, here / KERNELS / "_kernels.abi3.so")
+    build(here, library(here))

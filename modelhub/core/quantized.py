@@ -96,7 +96,7 @@ class Tiles(Packed):
 
     def plain_take(self, xp: Any, ids: Array) -> Array:
         """As `embedding`, in float32, of operations that every framework has."""
-        flat = xp.reshape(ids, (-1,))
+        flat = xp.take(xp.arange(self.shape[0]), xp.reshape(ids, (-1,)))  # ids outside: as of a plain table
         part = self.with_arrays({name: xp.take(x, flat // TILE, axis=0) for name, x in self.arrays.items()})
         rows = xp.reshape(part.plain_rows(xp), (-1, TILE, self.shape[1]))
         index = xp.broadcast_to(xp.reshape(flat % TILE, (-1, 1, 1)), (xp.shape(rows)[0], 1, self.shape[1]))
@@ -166,15 +166,38 @@ def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return memory[first : first + nbytes].view(dtype).reshape(shape)
 
 
-def pack(weight: np.ndarray, scheme: str, importance: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def pack(
+    weight: np.ndarray, scheme: str, importance: np.ndarray | None = None, name: str = "the matrix"
+) -> dict[str, np.ndarray]:  # fmt: skip
     """A float32 matrix (N, K) as the arrays of Tiles.
 
-    importance: (K,) float32, how much an error in each column counts; None: all the same.
+    importance: (K,) float32, how much an error in each column counts; None: all the same. name: for errors.
+    Raises ConfigError for weights that no codes and float16 scales can mean, and for such an importance.
     """
+    try:
+        return _packed(weight, scheme, importance)
+    except OverflowError:
+        bad = np.argwhere(~np.isfinite(weight))
+        layer = name.removesuffix(".weight")
+        found = (
+            f"there are {len(bad)} that are not finite, the first in row {bad[0][0]}, column {bad[0][1]}: look whether "
+            "the file is damaged, or training has diverged"
+            if len(bad)
+            else f"they go up to {np.abs(weight).max():.3g}, which is beyond float16 scales"
+        )
+        raise ConfigError(
+            f"{name}: its weights cannot be {scheme}: {found}. quantize={{'*': {scheme!r}, {layer!r}: None}} leaves "
+            "them as they are"
+        ) from None
+
+
+def _packed(weight: np.ndarray, scheme: str, importance: np.ndarray | None) -> dict[str, np.ndarray]:
     weight = np.ascontiguousarray(weight, np.float32)
     found = empty_tiles(scheme, weight.shape)
     if importance is not None:
         importance = np.ascontiguousarray(importance, np.float32)
+        if not (importance >= 0).all() or not np.isfinite(importance).all():
+            raise ConfigError("the importance of columns must be finite and not negative: look at what it was made of")
     if (library := kernels.library()) is None:
         fill(found, weight, lambda rows: tiled(*_rounded(rows, scheme, importance), scheme))
         return found
@@ -227,7 +250,12 @@ def in_threads(work: Callable[[int], None], count: int) -> None:
 def _rounded(
     weight: np.ndarray, scheme: str, importance: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """codes (N, G, 32), scales (N, G, halves) and minima (N, G) of a matrix, as src/pack.c rounds."""
+    """codes (N, G, 32), scales (N, G, halves) and minima (N, G) of a matrix, as src/round.c rounds.
+
+    Raises OverflowError for what these cannot mean.
+    """
+    if not np.isfinite(weight).all():
+        raise OverflowError
     low, high = _RANGES[scheme]
     halves = scales_of_group(scheme)
     size = GROUP // halves
@@ -235,15 +263,21 @@ def _rounded(
     x = np.ascontiguousarray(weight.reshape(-1, size).T)
     w = None if importance is None else np.tile(importance.reshape(-1, size).T, len(weight))
     if has_minima(scheme):
-        scale, minimum = (part.astype(np.float16) for part in best_range(x, w, high))
+        scale, minimum = map(_half, best_range(x, w, high))
         codes = nearest_codes(x - minimum.astype(np.float32), scale, low, high)
         minimum = minimum.reshape(len(weight), -1)
     else:
         scale = best_scale(x, w, low, high) if scheme == "int4" else np.abs(x).max(0) / np.float32(127)
-        scale, minimum = scale.astype(np.float16), None
+        scale, minimum = _half(scale), None
         codes = nearest_codes(x, scale, low, high)
     codes = codes.astype(np.int8).T.reshape(len(weight), -1, GROUP)
     return codes, scale.reshape(len(weight), -1, halves), minimum
+
+
+def _half(x: np.ndarray) -> np.ndarray:
+    if not (np.abs(x) <= np.finfo(np.float16).max).all():
+        raise OverflowError
+    return x.astype(np.float16)
 
 
 def nearest_codes(x: np.ndarray, scale: np.ndarray, low: int, high: int) -> np.ndarray:

@@ -78,7 +78,7 @@ class Quantizer:
         """Of an array in memory, which the caller gives up. importance: as `pack` has it."""
         if (scheme := self._scheme(name, weight.shape)) is None:
             return xp.put(weight)
-        return tiles_of(xp, pack(weight, scheme, importance), scheme, weight.shape, dtype)
+        return tiles_of(xp, pack(weight, scheme, importance, name), scheme, weight.shape, dtype)
 
     def from_file(self, xp: Backend, name: str, checkpoint: Checkpoint, theirs: str, via: Via, dtype: str) -> Any:
         """Of a tensor in a file: read, and rounded if that is asked for; or made of its blocks as they are."""
@@ -103,7 +103,7 @@ class Quantizer:
         weight = via.to_ours(checkpoint.read(theirs, "float32"))
         if scheme is None:
             return xp.put(weight.astype(dtype, copy=False))
-        return tiles_of(xp, pack(weight, scheme), scheme, shape, dtype)
+        return tiles_of(xp, pack(weight, scheme, name=name), scheme, shape, dtype)
 
     def _from_codes(
         self, xp: Backend, name: str, folder: QuantizedFolder, theirs: str, scheme: str | None, dtype: str

@@ -373,7 +373,8 @@ class JaxBackend(Backend):
         return _native(f"widen_{leaf.scheme}", (size, leaf.shape[1]), start, *leaf.arrays.values())
 
     def kernel_take(self, leaf: Any, ids: Array) -> Array:
-        return _native(f"take_{leaf.scheme}", (*ids.shape, leaf.shape[1]), ids.astype("int32"), *leaf.arrays.values())
+        ids = jnp.clip(ids, 0, leaf.shape[0] - 1).astype("int32")  # as `take` does; tiles have more rows
+        return _native(f"take_{leaf.scheme}", (*ids.shape, leaf.shape[1]), ids, *leaf.arrays.values())
 
     def without_gradient(self, product: Callable, back: Callable, x: Array, leaf: Any) -> Array:
         run = jax.custom_vjp(product)

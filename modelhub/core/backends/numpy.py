@@ -269,8 +269,8 @@ class NumpyBackend(Backend):
 
     def kernel_take(self, leaf: Any, ids: Array) -> Array:
         codes, scales, minima = leaf.parts
-        ids = np.ascontiguousarray(ids, np.int32)
         outputs, width = leaf.shape
+        ids = np.ascontiguousarray(np.where(ids < 0, ids + outputs, ids), np.int32)
         y = np.empty((*ids.shape, width), np.float32)
         self.kernels().take(leaf.kind, codes, scales, minima, ids, y, ids.size, outputs, width)
         return y

@@ -24,13 +24,13 @@ struct mhk_group {
     uint16_t scale[2], minimum;
 };
 
-/* What one instruction set has; linear by kind. round: x (32) with weights w of the errors. */
+/* What one instruction set has; linear by kind. round: x (32) with weights w of the errors; 0 where it cannot hold x. */
 struct mhk_kernels {
     void (*linear[MHK_KINDS])(const struct mhk_job *, long, long);
     void (*quantise)(const float *, int8_t *, float *, int32_t *, long);
     void (*widen)(const mhk_matrix *w, long row, float *out);
     void (*rms_norm)(const float *x, const float *w, float *y, long n, float eps, float offset);
-    void (*round)(int kind, const float *x, const float *w, struct mhk_group *group);
+    int (*round)(int kind, const float *x, const float *w, struct mhk_group *group);
 };
 extern const struct mhk_kernels mhk_sse, mhk_avx2, mhk_avxvnni, mhk_avx512, mhk_avx512vnni, mhk_neon, mhk_dotprod;
 

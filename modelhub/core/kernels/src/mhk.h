@@ -22,11 +22,13 @@ typedef struct {
     long n, k;
 } mhk_matrix;
 
-/* All return 0, or -1 for arguments that do not fit together, -2 without memory. threads: at most so many;
+/* All return 0, or one of these: arguments that do not fit together, no memory, ids for which there was no row, weights
+ * that the kind cannot hold (not finite, or beyond what float16 scales reach). threads: at most so many;
  * openmp: those of the OpenMP in the process, if mhk_use_openmp was given one, in place of the own pool. */
+enum { MHK_MISFIT = -1, MHK_NO_MEMORY = -2, MHK_OUTSIDE = 1, MHK_UNHOLDABLE = -3 };
 int mhk_linear(const mhk_matrix *w, const float *x, float *y, long rows, int threads, int openmp);
 int mhk_widen(const mhk_matrix *w, long first, long count, float *out, int threads, int openmp); /* rows as floats */
-int mhk_take(const mhk_matrix *w, const int32_t *ids, long count, float *out); /* ids outside: the nearest row */
+int mhk_take(const mhk_matrix *w, const int32_t *ids, long count, float *out); /* outside: the nearest row */
 
 /* y = x / rms(x) * (w + offset) for each of `rows` rows of n, as Backend.rms_norm has it. */
 int mhk_rms_norm(const float *x, const float *w, float *y, long rows, long n, float eps, float offset);

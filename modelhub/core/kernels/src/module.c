@@ -34,8 +34,11 @@ static void release(array *arrays, int n) {
 }
 static PyObject *result(int code) {
     if (!code) Py_RETURN_NONE;
-    if (code == -2) return PyErr_NoMemory();
-    PyErr_SetString(PyExc_ValueError, "kernels: the arguments do not fit together, or there are none for this processor");
+    if (code == MHK_NO_MEMORY) return PyErr_NoMemory();
+    if (code == MHK_OUTSIDE) PyErr_SetString(PyExc_IndexError, "an id is outside the table");
+    else if (code == MHK_UNHOLDABLE) PyErr_SetString(PyExc_OverflowError, "weights are not finite, or too large");
+    else
+        PyErr_SetString(PyExc_ValueError, "kernels: the arguments do not fit together, or there are none for this processor");
     return 0;
 }
 

@@ -33,8 +33,9 @@ int mhk_pack(int kind, const float *rows, long count, long k, const float *impor
     if (!set || kind < MHK_INT8 || kind >= MHK_KINDS || k % MHK_GROUP || count < 0 || count > MHK_TILE) return -1;
     float equal[MHK_GROUP];
     for (int j = 0; j < MHK_GROUP; j++) equal[j] = 1;
-    EACH_GROUP(set->round(kind, rows + row * k + g * MHK_GROUP, importance ? importance + g * MHK_GROUP : equal, &group))
-    return 0;
+    int held = 1;
+    EACH_GROUP(held &= set->round(kind, rows + row * k + g * MHK_GROUP, importance ? importance + g * MHK_GROUP : equal, &group))
+    return held ? 0 : MHK_UNHOLDABLE;
 }
 
 /* --- blocks of GGUF files: ggml-common.h and ggml-quants.c of https://github.com/ggml-org/ggml --------------------- */

@@ -98,13 +98,15 @@ static void best_range(const vf *x, const vf *w, float high, float *scale, float
     }
 }
 
-void JOINED(mhk_round_, ISA)(int kind, const float *values, const float *weights, struct mhk_group *group) {
+int JOINED(mhk_round_, ISA)(int kind, const float *values, const float *weights, struct mhk_group *group) {
     const int minima = mhk_has_minima(kind);
     const float high = kind == MHK_INT4M ? 15 : kind == MHK_INT4 ? 7 : 127;
     const float low = minima ? 0 : kind == MHK_INT4 ? -8 : -127;
-    vf x[ALL], w[ALL];
+    vf x[ALL], w[ALL], finite = {0};
     memcpy(x, values, sizeof x);
     memcpy(w, weights, sizeof w);
+    for (int u = 0; u < ALL; u++) finite += x[u] * 0.f;
+    if (sum_of(finite) != 0) return 0;
     float scale[2] = {0, 0}, minimum = 0;
     if (minima) best_range(x, w, high, scale, &minimum);
     else if (kind == MHK_INT4) scale[0] = best_scale(x, w, low, high);
@@ -114,6 +116,8 @@ void JOINED(mhk_round_, ISA)(int kind, const float *values, const float *weights
         if (kind != MHK_INT8H && scale[1] > scale[0]) scale[0] = scale[1];
     }
     if (kind != MHK_INT8H) scale[1] = scale[0];
+    const float most = 65504; /* of a float16 */
+    if (!(fabsf(scale[0]) <= most && fabsf(scale[1]) <= most && fabsf(minimum) <= most)) return 0;
     group->minimum = mhk_half_of(minimum);
     minimum = mhk_float_of(group->minimum);
     for (int u = 0; u < ALL; u++) {
@@ -125,4 +129,5 @@ void JOINED(mhk_round_, ISA)(int kind, const float *values, const float *weights
         vq bytes = __builtin_convertvector(q, vq);
         memcpy(group->codes + u * VL, &bytes, VL);
     }
+    return 1;
 }

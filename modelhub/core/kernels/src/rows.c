@@ -269,6 +269,11 @@ static void quantise(const float *x, int8_t *q, float *scales, int32_t *sums, lo
         for (int i = 0; i < VL; i++) peak = largest[i] > peak ? largest[i] : peak;
         const float inverse = peak > 1e-30f ? 127 / peak : 0; /* below that there is nothing to speak of */
         scales[g] = (inverse ? peak / 127 : 0) + sum_of(finite);
+        if (scales[g] != scales[g]) { /* no integers for these */
+            memset(q, 0, MHK_GROUP);
+            sums[2 * g] = sums[2 * g + 1] = 0;
+            continue;
+        }
         for (int h = 0; h < 2; h++) {
             vi sum = {0};
             for (int u = 0; u < HALF; u++) {
@@ -319,7 +324,7 @@ static void rms_norm(const float *x, const float *w, float *y, long n, float eps
     for (; j < n; j++) y[j] = x[j] * scale * (w[j] + offset);
 }
 
-void JOINED(mhk_round_, ISA)(int kind, const float *x, const float *w, struct mhk_group *group); /* round.c */
+int JOINED(mhk_round_, ISA)(int kind, const float *x, const float *w, struct mhk_group *group); /* round.c */
 const struct mhk_kernels JOINED(mhk_, ISA) = {
     {float32, bfloat16, float16, int8, int8m, int8h, int4, int4m}, quantise, widen, rms_norm,
     JOINED(mhk_round_, ISA)};

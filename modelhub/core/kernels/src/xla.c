@@ -57,7 +57,7 @@ static XLA_FFI_Error *take(XLA_FFI_CallFrame *frame, int kind) {
     const XLA_FFI_Buffer *y = ret(frame), *ids = arg(frame, 0), *codes = arg(frame, 1);
     const mhk_matrix w = matrix(frame, kind, 1, codes->dims[0] * MHK_TILE, y->dims[y->rank - 1]);
     const int bad = mhk_take(&w, ids->data, count(ids, ids->rank), y->data);
-    return bad ? failed(frame, "modelhub's take: arguments that do not fit together") : 0;
+    return bad && bad != MHK_OUTSIDE ? failed(frame, "modelhub's take: arguments that do not fit together") : 0;
 }
 
 #define LINEAR(name, kind) \
