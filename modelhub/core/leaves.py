@@ -55,6 +55,10 @@ class Packed:
         """Rows of the matrix (V, D) at ids (...): (..., D)."""
         raise NotImplementedError
 
+    def matrix(self, xp: Any, index: Array) -> "Packed":
+        """Number `index` of a stack of matrices (E, N, D), index an int or an int32 scalar array: a leaf (N, D)."""
+        raise NotImplementedError
+
     @property
     def arrays(self) -> dict[str, Array]:
         return {name: getattr(self, name) for name in self.ARRAYS}

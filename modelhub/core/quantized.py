@@ -15,7 +15,7 @@ Rounding: of the scales and minima that are tried, those with the least squared 
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -48,7 +48,8 @@ def scales_of_group(scheme: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Tiles(Packed):
-    """A quantised matrix (N, K), K a multiple of 32, N rounded up to tiles of 16 rows.
+    """A quantised matrix (N, K), K a multiple of 32, N rounded up to tiles of 16 rows; or a stack of them (E, N, K), as
+    experts have, whose arrays have E in front: `matrix` takes one out.
 
     codes: uint8 (N / 16, K / 32, 512), 256 with 4 bits: [8][16 rows][4 columns] of a group; with 4 bits [4][16][4], the
         low halves columns 0 to 15, the high ones 16 to 31, and 8 more than what is meant unless there are minima.
@@ -73,16 +74,32 @@ class Tiles(Packed):
         return kernels.SCHEMES[self.scheme]
 
     def values(self, xp: Any) -> Array:
+        if len(self.shape) == 3:
+            return xp.stack([self.matrix(xp, index).values(xp) for index in range(self.shape[0])])
         return xp.cast(xp.packed_rows(self, 0, self.shape[0]), self.dtype)
 
+    def matrix(self, xp: Any, index: Array) -> "Tiles":
+        arrays = {name: xp.reshape(xp.slice_rows(x, index, 1), x.shape[1:]) for name, x in self.arrays.items()}
+        return replace(self, **arrays, shape=self.shape[1:])
+
     def rows(self, xp: Any, start: Array, size: int) -> Array:
+        self._needs_one("rows")
         return xp.cast(xp.packed_rows(self, start, size), self.dtype)
 
+    def _needs_one(self, what: str) -> None:
+        if len(self.shape) != 2:
+            raise ConfigError(
+                f"{what} of packed weights {self.shape}, which are a stack of matrices: take one with "
+                "Backend.matrix(weights, index)"
+            )
+
     def linear(self, xp: Any, x: Array, bias: Array | None) -> Array:
+        self._needs_one("a product")
         y = xp.packed_linear(x, self)
         return y if bias is None else xp.plus(y, bias)
 
     def embedding(self, xp: Any, ids: Array) -> Array:
+        self._needs_one("rows")
         return xp.cast(xp.packed_take(self, ids), self.dtype)
 
     def plain_window(self, xp: Any, start: Array, size: int) -> Array:
@@ -144,19 +161,27 @@ def tiles_of(xp: Any, arrays: Mapping[str, np.ndarray], scheme: str, shape: tupl
 
 
 def fits(shape: tuple[int, ...]) -> bool:
-    """Whether an array of that shape can be packed: a matrix whose rows are whole groups."""
-    return len(shape) == 2 and shape[1] % GROUP == 0
+    """Whether an array of that shape can be packed: a matrix whose rows are whole groups, or a stack of such."""
+    return len(shape) in (2, 3) and shape[-1] % GROUP == 0
 
 
 def empty_tiles(scheme: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Arrays of a packed matrix, to be filled tile by tile; aligned, as frameworks want what they adopt."""
-    tiles, groups = -(-shape[0] // TILE), shape[1] // GROUP
-    scales = (tiles, groups, 2, TILE) if scales_of_group(scheme) == 2 else (tiles, groups, TILE)
+    """Arrays of a packed matrix or stack, to be filled tile by tile; aligned, as frameworks want what they adopt."""
+    *stack, rows, columns = shape
+    groups = (*stack, -(-rows // TILE), columns // GROUP)
+    scales = (*groups, 2, TILE) if scales_of_group(scheme) == 2 else (*groups, TILE)
     found = {
-        "codes": _aligned((tiles, groups, TILE * GROUP * bits(scheme) // 8), "uint8"),
+        "codes": _aligned((*groups, TILE * GROUP * bits(scheme) // 8), "uint8"),
         "scales": _aligned(scales, "float16"),
     }
-    return found | ({"minima": _aligned((tiles, groups, TILE), "float16")} if has_minima(scheme) else {})
+    return found | ({"minima": _aligned((*groups, TILE), "float16")} if has_minima(scheme) else {})
+
+
+def matrices_of(found: Mapping[str, np.ndarray]) -> list[Mapping[str, np.ndarray]]:
+    """The arrays of each matrix of a packed stack, to be filled; of a packed matrix, they themselves."""
+    if found["codes"].ndim == 3:
+        return [found]
+    return [{name: x[index] for name, x in found.items()} for index in range(len(found["codes"]))]
 
 
 def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -169,7 +194,7 @@ def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 def pack(
     weight: np.ndarray, scheme: str, importance: np.ndarray | None = None, name: str = "the matrix"
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """A float32 matrix (N, K) as the arrays of Tiles.
+    """A float32 matrix (N, K), or a stack of them (E, N, K), as the arrays of Tiles.
 
     importance: (K,) float32, how much an error in each column counts; None: all the same. name: for errors.
     Raises ConfigError for weights that no codes and float16 scales can mean, and for such an importance.
@@ -180,7 +205,7 @@ def pack(
         bad = np.argwhere(~np.isfinite(weight))
         layer = name.removesuffix(".weight")
         found = (
-            f"there are {len(bad)} that are not finite, the first in row {bad[0][0]}, column {bad[0][1]}: look whether "
+            f"there are {len(bad)} that are not finite, the first in row {bad[0][-2]}, column {bad[0][-1]}: look whether "
             "the file is damaged, or training has diverged"
             if len(bad)
             else f"they go up to {np.abs(weight).max():.3g}, which is beyond float16 scales"
@@ -198,9 +223,17 @@ def _packed(weight: np.ndarray, scheme: str, importance: np.ndarray | None) -> d
         importance = np.ascontiguousarray(importance, np.float32)
         if not (importance >= 0).all() or not np.isfinite(importance).all():
             raise ConfigError("the importance of columns must be finite and not negative: look at what it was made of")
+    for part, values in zip(matrices_of(found), weight.reshape(-1, *weight.shape[-2:]), strict=True):
+        _pack_matrix(part, values, scheme, importance)
+    return found
+
+
+def _pack_matrix(
+    found: Mapping[str, np.ndarray], weight: np.ndarray, scheme: str, importance: np.ndarray | None
+) -> None:  # fmt: skip
     if (library := kernels.library()) is None:
         fill(found, weight, lambda rows: tiled(*_rounded(rows, scheme, importance), scheme))
-        return found
+        return
     width, number = weight.shape[1], kernels.SCHEMES[scheme]
 
     def work(tile: int) -> None:
@@ -209,7 +242,6 @@ def _packed(weight: np.ndarray, scheme: str, importance: np.ndarray | None) -> d
         library.pack(number, rows, len(rows), width, importance, found["codes"][tile], found["scales"][tile], minima)
 
     in_threads(work, len(found["codes"]))
-    return found
 
 
 def fill(

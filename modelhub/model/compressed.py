@@ -39,6 +39,11 @@ class Compressed:
         self._leaves = {name.removesuffix(".weight"): leaf for name, leaf in packed.items()}
         self._linears = [*linears, "lm_head"] if is_tied else list(linears)
         for module, leaf in self._leaves.items():
+            if len(leaf.shape) != 2:
+                raise ConfigError(
+                    f"{module} is a packed stack of {leaf.shape[0]} matrices, which compressed-tensors has no form for: "
+                    "load the model with quantize=None, or with None for this pattern, and save that"
+                )
             if has_minima(leaf.scheme):
                 self._zero_points(module)
 

@@ -19,6 +19,7 @@ from modelhub.core.quantized import (
     fill,
     fits,
     in_threads,
+    matrices_of,
     means,
     pack,
     tiled,
@@ -58,6 +59,7 @@ class Quantizer:
 
     def __init__(self, asked: Any, matrices: Mapping[str, tuple[int, ...]]):
         self.plan = Plan.of(asked)
+        self._matrices = frozenset(matrices)
         self.rounded: dict[str, list[str]] = {}  # {what happened: names}
         if self.plan is None:
             return
@@ -85,7 +87,7 @@ class Quantizer:
         info = checkpoint.tensors[theirs]
         shape = via.our_shape(info.shape)
         scheme, own = self._scheme(name, shape), KEPT.get(info.dtype)
-        if self.plan is not None and self.plan.keep and fits(shape):
+        if self._keeps(name, shape):
             scheme = own
         if scheme is not None and own is not None:
             if bits(scheme) == bits(own) == 4:
@@ -110,8 +112,7 @@ class Quantizer:
     ) -> tuple[Tiles | None, str | None]:  # fmt: skip
         """Of a matrix that a Hugging Face folder has quantised: a leaf, or else the scheme to round it to, if any."""
         info = folder.tensors[theirs]
-        keep = self.plan is not None and self.plan.keep and fits(info.shape)
-        if scheme is None and not keep:
+        if scheme is None and not self._keeps(name, info.shape):
             return None, None
         codes = folder.codes(theirs)
         found = None if codes is None else held(codes, scheme)
@@ -124,7 +125,13 @@ class Quantizer:
         return tiles_of(xp, found.arrays, found.scheme, info.shape, dtype), found.scheme
 
     def _scheme(self, name: str, shape: tuple[int, ...]) -> str | None:
-        return self.plan.scheme(name) if self.plan is not None and fits(shape) else None
+        return self.plan.scheme(name) if self.plan is not None and self._holds(name, shape) else None
+
+    def _keeps(self, name: str, shape: tuple[int, ...]) -> bool:
+        return self.plan is not None and self.plan.keep and self._holds(name, shape)
+
+    def _holds(self, name: str, shape: tuple[int, ...]) -> bool:
+        return name in self._matrices and fits(shape)
 
     def _note(self, what: str, name: str) -> None:
         self.rounded.setdefault(what, []).append(name)
@@ -151,22 +158,29 @@ def _repacked(
 
 
 def repack(kind: str, rows: np.ndarray, scheme: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Rows of blocks of a GGUF type, uint8 (N, bytes of a row), as the arrays of Tiles; nothing is rounded but scales
-    and minima, to float16.
+    """Rows of blocks of a GGUF type, uint8 (N, bytes of a row), of a stack (E, N, ...), as the arrays of Tiles; nothing
+    is rounded but scales and minima, to float16.
 
     scheme: EXACT[kind], or "int8" for a type that is an "int4".
     """
-    found, library = empty_tiles(scheme, shape), kernels.library()
+    found = empty_tiles(scheme, shape)
+    for part, blocks in zip(matrices_of(found), rows.reshape(-1, shape[-2], rows.shape[-1]), strict=True):
+        _repack_matrix(part, kind, blocks, scheme, shape[-1])
+    return found
+
+
+def _repack_matrix(found: Mapping[str, np.ndarray], kind: str, rows: np.ndarray, scheme: str, width: int) -> None:
+    library = kernels.library()
     if library is not None and kind in _NATIVE and scheme == EXACT[kind]:
 
         def native(tile: int) -> None:
             part = rows[tile * TILE : (tile + 1) * TILE]
             minima = found["minima"][tile] if "minima" in found else None
             codes, scales = found["codes"][tile], found["scales"][tile]
-            library.pack_gguf(gguf.NUMBERS[kind], part, rows.shape[1], len(part), shape[1], codes, scales, minima)
+            library.pack_gguf(gguf.NUMBERS[kind], part, rows.shape[1], len(part), width, codes, scales, minima)
 
         in_threads(native, len(found["codes"]))
-        return found
+        return
 
     def make(part: np.ndarray) -> dict[str, np.ndarray]:
         codes, scales, minima = gguf.parts(kind, part.reshape(-1, gguf.BLOCKS[kind][1]))
@@ -179,7 +193,6 @@ def repack(kind: str, rows: np.ndarray, scheme: str, shape: tuple[int, ...]) -> 
         return tiled(codes, scales, minima, scheme)
 
     fill(found, rows, make)
-    return found
 
 
 def quantize(weights: Weights, scheme: Any, calibration: Sequence[np.ndarray] = ()) -> None:
@@ -234,8 +247,8 @@ def _importance(weights: Weights, calibration: Sequence[np.ndarray]) -> dict[str
 
 
 def is_matrix(name: str, leaf: Any) -> bool:
-    """Whether a parameter is a weight of a Linear or a table: what can be quantised."""
-    return len(leaf.shape) == 2 and name.endswith(".weight")
+    """Whether a parameter is a weight of a Linear or a table, or a stack of experts' weights: what can be quantised."""
+    return name.endswith(".weight") and len(leaf.shape) == 2 or "experts" in name.split(".") and len(leaf.shape) == 3
 
 
 def _kinds(names: Any) -> str:

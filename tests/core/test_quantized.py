@@ -109,6 +109,45 @@ def test_in_blocks(name, monkeypatch):
     assert off(xp.get(xp.linear(xp.array(x), leaf)), x @ values.T) < 1e-6
 
 
+EXPERTS, CHOSEN = 4, 2
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", installed())
+def test_experts(name, scheme, form):
+    """A mixture: each token is multiplied with the matrices of its own experts, of a stack (E, N, K)."""
+    xp, rng = get_backend(name, "cpu"), np.random.default_rng(5)
+    weight = rng.normal(size=(EXPERTS, 37, 64)).astype(np.float32)  # 37: no whole tiles
+    arrays = pack(weight, scheme)
+    for index, one in enumerate(weight):
+        for part, x in pack(one, scheme).items():
+            np.testing.assert_array_equal(arrays[part][index], x)
+    leaf = tiles_of(xp, arrays, scheme, weight.shape, "float32")
+    assert leaves.shape_of(leaf) == weight.shape and leaves.count(leaf) == weight.size
+    assert leaves.nbytes(leaf) == EXPERTS * 48 * 64 * BITS[scheme] / 8
+    values = xp.get(leaf)
+    assert off(values, weight) < (0.1 if scheme.startswith("int4") else 0.01)
+    x = rng.normal(size=(3, 64)).astype(np.float32)
+    experts = np.array([[0, 3], [3, 1], [2, 2]], np.int32)
+    shares = rng.uniform(size=experts.shape).astype(np.float32)
+    wanted = np.einsum("tc,tcnk,tk->tn", shares, values[experts], x)
+
+    def mixture(params, x, experts, shares):
+        return xp.stack([
+            sum(xp.linear(x[t : t + 1], xp.matrix(params["w"], experts[t, c])) * shares[t, c] for c in range(CHOSEN))[0]
+            for t in range(len(wanted))
+        ])  # fmt: skip
+
+    given = (xp.array(x), xp.array(experts), xp.array(shares))
+    assert off(xp.get(xp.compile(mixture)({"w": leaf}, *given)), wanted) < max(form, 1e-5)
+    assert off(xp.get(mixture({"w": xp.array(values)}, *given)), wanted) < 1e-5  # plain arrays the same
+    third = xp.matrix(leaf, 3)
+    assert third.shape == (37, 64) and off(xp.get(xp.linear(given[0], third)), x @ values[3].T) < max(form, 1e-5)
+    for wrong in (lambda: xp.linear(given[0], leaf), lambda: xp.embedding(leaf, given[1]), lambda: leaf.rows(xp, 0, 2)):
+        with pytest.raises(ConfigError, match="stack of matrices"):
+            wrong()
+
+
 def test_what_patterns_mean():
     plan = Plan.of({"*": "int4", "lm_head": "int8", "model.layers.1?.mlp.*": None})
     assert plan.scheme("model.layers.3.mlp.up_proj.weight") == "int4"

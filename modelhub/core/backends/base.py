@@ -457,6 +457,15 @@ class Backend:
         """As `slice_rows`, of a matrix that is an array or a packed leaf: a plain array."""
         return weight.rows(self, start, size) if isinstance(weight, Packed) else self.slice_rows(weight, start, size)
 
+    def matrix(self, weights: Any, index: Array) -> Any:
+        """Number `index` of a stack of matrices (E, N, D), an array or a packed leaf, as experts have: the same (N, D).
+
+        index: an int or an int32 scalar array.
+        """
+        if isinstance(weights, Packed):
+            return weights.matrix(self, index)
+        return self.reshape(self.slice_rows(weights, index, 1), weights.shape[1:])
+
     # --- quantised weights: leaves of modelhub.core.quantized -----------------------------------------------
 
     def kernels(self) -> Any:
