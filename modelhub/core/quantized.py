@@ -205,8 +205,8 @@ def pack(
         bad = np.argwhere(~np.isfinite(weight))
         layer = name.removesuffix(".weight")
         found = (
-            f"there are {len(bad)} that are not finite, the first in row {bad[0][-2]}, column {bad[0][-1]}: look whether "
-            "the file is damaged, or training has diverged"
+            f"there are {len(bad)} that are not finite, the first in row {bad[0][-2]}, column {bad[0][-1]}: look "
+            "whether the file is damaged, or training has diverged"
             if len(bad)
             else f"they go up to {np.abs(weight).max():.3g}, which is beyond float16 scales"
         )

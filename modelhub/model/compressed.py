@@ -41,8 +41,8 @@ class Compressed:
         for module, leaf in self._leaves.items():
             if len(leaf.shape) != 2:
                 raise ConfigError(
-                    f"{module} is a packed stack of {leaf.shape[0]} matrices, which compressed-tensors has no form for: "
-                    "load the model with quantize=None, or with None for this pattern, and save that"
+                    f"{module} is a packed stack of {leaf.shape[0]} matrices, which compressed-tensors has no form "
+                    "for: load the model with quantize=None, or with None for this pattern, and save that"
                 )
             if has_minima(leaf.scheme):
                 self._zero_points(module)
