@@ -1,6 +1,7 @@
 """The native products: every instruction set of this processor against sums in float64, and how they are found."""
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 from modelhub.core import kernels
 from modelhub.core.backends import get_backend
 from modelhub.core.quantized import SCHEMES, _rounded, pack, tiled, tiles_of
+from modelhub.errors import ConfigError
 
 NATIVE = kernels.library()
 pytestmark = pytest.mark.skipif(NATIVE is None, reason=f"no native kernels: {kernels.problem()}")
@@ -218,3 +220,63 @@ def test_half_precision_weights_are_what_numpy_makes_of_them(isa):
         kind = kernels.FLOATS[np.dtype(dtype).name]
         y = product(kind, [bits.reshape(-1, 1)], np.ones((1, 1), np.float32), len(bits))
         np.testing.assert_array_equal(y[0], bits.view(dtype).astype(np.float32))
+
+
+FLUSH = {"x86_64": (28, 0x8040), "aarch64": (0, 1 << 24)}  # where C's fenv_t has the bits for it
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() not in FLUSH, reason="where the bits are is known for Linux alone"
+)
+def test_a_caller_that_flushes_small_numbers_changes_nothing_for_others():
+    """XLA's threads take the smallest floats for zero, and a thread hands that on to those that it starts."""
+    offset, bits = FLUSH[platform.machine()]
+    code = f"""
+import ctypes, threading
+import numpy as np
+from modelhub.core import kernels
+weights, x = np.full((65536, 1), 0x0001, np.uint16), np.ones((1, 1), np.float32)  # the smallest bfloat16
+def product():
+    y = np.empty((1, 65536), np.float32)
+    kernels.library().linear(1, weights, None, None, x, y, 1, 65536, 1, 4, 0)
+    return y
+def flushing():
+    libm, state = ctypes.CDLL("libm.so.6"), (ctypes.c_uint32 * 16)()
+    libm.fegetenv(state)
+    state[{offset} // 4] |= {bits}
+    libm.fesetenv(state)
+    flushed.append(product())
+flushed = []
+thread = threading.Thread(target=flushing)
+thread.start()
+thread.join()
+print((flushed[0] == 0).all(), all((product() > 0).all() for _ in range(100)))
+"""
+    assert says(code) == "True True"
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_that_cannot_be_packed(scheme, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    rng = np.random.default_rng(8)
+    for bad in (np.nan, np.inf, -np.inf):
+        weight = rng.normal(size=(37, 96)).astype(np.float32)
+        weight[35, 70] = bad
+        with pytest.raises(ConfigError, match=r"up_proj.weight: its weights .* 1 that are not finite.* row 35, column 70"):
+            pack(weight, scheme, name="layers.0.up_proj.weight")
+    with pytest.raises(ConfigError, match=rf"go up to .*'\*': '{scheme}', 'layers.0.up_proj': None"):
+        pack(np.outer(np.arange(16.0), np.linspace(-1e7, 1e7, 32)), scheme, name="layers.0.up_proj.weight")
+    for bad in (np.nan, np.inf, -1):
+        with pytest.raises(ConfigError, match="importance"):
+            pack(np.ones((16, 32)), scheme, np.full(32, bad, np.float32))
+
+
+def test_ids_outside_the_table(isa):
+    """Nothing outside is read, and the caller is told."""
+    leaf = any_leaf("int4", 37, 96, np.random.default_rng(9))
+    for ids in ([0, 37], [47], [-1], [2**31 - 1, -(2**31)]):
+        out = np.empty((len(ids), 96), np.float32)
+        with pytest.raises(IndexError, match="outside the table"):
+            NATIVE.take(leaf.kind, *leaf.parts, np.array(ids, np.int32), out, len(ids), 37, 96)

@@ -76,6 +76,27 @@ def dtype16(leaf):
     return leaves.cast(None, leaf, "bfloat16")
 
 
+@pytest.mark.parametrize("ids", [[0, OUTPUTS], [111], [-1], [-OUTPUTS], [-OUTPUTS - 1], [2**31 - 1]])
+@pytest.mark.parametrize("name", installed())
+def test_ids_outside_the_table_are_as_in_a_plain_one(name, ids, form):
+    """An error on numpy and torch, where numpy counts negative ones from the end; XLA takes the nearest row."""
+    xp, leaf, values = matrix(name, "int4", width=32)
+    table = xp.array(values)
+
+    def answer(run, given):
+        try:
+            return xp.get(xp.compile(lambda params, ids: run(ids))({}, given))
+        except (IndexError, RuntimeError):
+            return None
+
+    given = xp.array(np.array(ids, np.int32))
+    wanted = answer(lambda ids: xp.take(table, ids), given)
+    found = answer(lambda ids: xp.embedding(leaf, ids), given)
+    assert (wanted is None) == (found is None) == (name == "torch" or (name == "numpy" and ids not in ([-1], [-OUTPUTS])))
+    if wanted is not None:
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize("scheme", ["int8h", "int4"])
 @pytest.mark.parametrize("name", TRAINERS)
 def test_gradients_go_through_them(name, scheme, form):

@@ -25,7 +25,7 @@ emulated = pytest.mark.skipif(
 )
 
 
-def checkout(folder, cc, platform="", options=""):
+def checkout(folder, cc, built_for="", options=""):
     """A copy of the package and its tests whose library another compiler made."""
     skip = shutil.ignore_patterns("__pycache__", "*.so")
     for name in ("modelhub", "tests", "presets", "finetune", "tokenizers"):
@@ -40,7 +40,7 @@ try:
 except Exception as error:
     raise SystemExit(getattr(error, "stderr", None) or repr(error))
 """
-    env = clean() | {"CC": cc} | ({"MODELHUB_BUILD_PLATFORM": platform} if platform else {})
+    env = clean() | {"CC": cc} | ({"MODELHUB_BUILD_PLATFORM": built_for} if built_for else {})
     run([sys.executable, "-c", code], folder, env)
     return folder
 
