@@ -264,7 +264,9 @@ def test_weights_that_cannot_be_packed(scheme, native, monkeypatch):
     for bad in (np.nan, np.inf, -np.inf):
         weight = rng.normal(size=(37, 96)).astype(np.float32)
         weight[35, 70] = bad
-        with pytest.raises(ConfigError, match=r"up_proj.weight: its weights .* 1 that are not finite.* row 35, column 70"):
+        with pytest.raises(
+            ConfigError, match=r"up_proj.weight: its weights .* 1 that are not finite.* row 35, column 70"
+        ):
             pack(weight, scheme, name="layers.0.up_proj.weight")
     with pytest.raises(ConfigError, match=rf"go up to .*'\*': '{scheme}', 'layers.0.up_proj': None"):
         pack(np.outer(np.arange(16.0), np.linspace(-1e7, 1e7, 32)), scheme, name="layers.0.up_proj.weight")

@@ -92,7 +92,9 @@ def test_ids_outside_the_table_are_as_in_a_plain_one(name, ids, form):
     given = xp.array(np.array(ids, np.int32))
     wanted = answer(lambda ids: xp.take(table, ids), given)
     found = answer(lambda ids: xp.embedding(leaf, ids), given)
-    assert (wanted is None) == (found is None) == (name == "torch" or (name == "numpy" and ids not in ([-1], [-OUTPUTS])))
+    assert (
+        (wanted is None) == (found is None) == (name == "torch" or (name == "numpy" and ids not in ([-1], [-OUTPUTS])))
+    )
     if wanted is not None:
         np.testing.assert_allclose(found, wanted, atol=1e-6)
 
