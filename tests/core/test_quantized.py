@@ -187,3 +187,28 @@ def test_a_row_more_than_a_tile():
     assert isinstance(leaf, Tiles) and leaf.codes.shape == (2, 1, 256)
     x = np.ones((1, 32), np.float32)
     assert off(xp.linear(x, leaf), x @ values.T) < 1e-2
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", [name for name in installed() if name in ("jax", "torch")])
+def test_forward_mode(name, packed):
+    """Derivatives along a direction, through few rows; torch's with gradients wanted as well."""
+    xp, leaf, values = matrix(name, "int4m")
+    x, along = np.random.default_rng(1).normal(size=(2, 3, WIDTH)).astype(np.float32)
+    weight = leaf if packed else xp.array(values)
+    if name == "jax":
+        import jax
+
+        _, found = jax.jvp(lambda x: xp.linear(x, weight), (x,), (along,))
+        _, twice = jax.jvp(jax.grad(lambda x: (xp.linear(x, weight) ** 2).sum()), (x,), (along,))
+        assert off(twice, 2 * along @ values.T @ values) < 1e-5
+    else:
+        import torch
+        import torch.autograd.forward_ad as forward
+
+        with forward.dual_level():
+            dual = forward.make_dual(xp.array(x).requires_grad_(), xp.array(along))
+            found = forward.unpack_dual(xp.linear(dual, weight)).tangent.detach()
+        _, again = torch.func.jvp(lambda x: xp.linear(x, weight), (xp.array(x),), (xp.array(along),))
+        assert off(xp.get(again), along @ values.T) < 1e-5
+    assert off(xp.get(found), along @ values.T) < 1e-5

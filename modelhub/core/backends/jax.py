@@ -49,6 +49,7 @@ def _native(name: str, shape: Shape, *args: Array) -> Array:
     )(*args)
 
 
+_Zero = jax.custom_derivatives.SymbolicZero
 _KINDS = {number: name for name, number in {**kernels.FLOATS, **kernels.SCHEMES}.items()}
 
 
@@ -377,9 +378,17 @@ class JaxBackend(Backend):
         return _native(f"take_{leaf.scheme}", (*ids.shape, leaf.shape[1]), ids, *leaf.arrays.values())
 
     def without_gradient(self, product: Callable, back: Callable, x: Array, leaf: Any) -> Array:
-        run = jax.custom_vjp(product)
-        run.defvjp(lambda x, leaf: (product(x, leaf), leaf), lambda leaf, upstream: (back(upstream, leaf), None))
-        return run(x, leaf)
+        run = jax.custom_jvp(lambda x: product(x, leaf))
+
+        @run.defjvp
+        def tangent(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+            along = jax.custom_derivatives.linear_call(
+                lambda leaf, x: self._widened_product(x, leaf), lambda leaf, upstream: back(upstream, leaf), leaf,
+                *tangents,
+            )  # fmt: skip
+            return run(*primals), along
+
+        return run(x)
 
     def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
         outputs, width = weight.shape
@@ -396,14 +405,18 @@ class JaxBackend(Backend):
         return jnp.einsum(equation, *operands)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _few(xp: JaxBackend, x: Array, weight: Array) -> Array:
-    """x (R, D) times weight (N, D), transposed, by a native product; its gradients are XLA's."""
+    """x (R, D) times weight (N, D), transposed, by a native product; its derivatives are XLA's."""
     kind = kernels.FLOATS[weight.dtype.name]
     return xp.kernel_linear(x.astype(jnp.float32), kind, (weight, None, None), weight.shape[0]).astype(x.dtype)
 
 
-_few.defvjp(
-    lambda xp, x, weight: (_few(xp, x, weight), (x, weight)),
-    lambda xp, kept, upstream: (upstream @ kept[1], upstream.T @ kept[0]),
-)
+@functools.partial(_few.defjvp, symbolic_zeros=True)
+def _along(xp: JaxBackend, primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    (x, weight), (by_x, by_weight) = primals, tangents
+    pairs = [(by_x, weight)] if not isinstance(by_x, _Zero) else []
+    pairs += [(x, by_weight)] if not isinstance(by_weight, _Zero) else []
+    y = _few(xp, x, weight)
+    parts = [left @ right.T for left, right in pairs]
+    return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)

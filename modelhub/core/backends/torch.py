@@ -469,7 +469,9 @@ class TorchBackend(Backend):
         return y
 
     def without_gradient(self, product: Callable, back: Callable, x: Array, leaf: Any) -> Array:
-        wanted = torch.is_grad_enabled() and x.requires_grad
+        # torch.func and forward mode go through what the product is made of.
+        others = torch._C._are_functorch_transforms_active() or fwAD._current_level >= 0
+        wanted = torch.is_grad_enabled() and x.requires_grad and not others
         return _Frozen.apply(x, leaf, product, back) if wanted else product(x, leaf)
 
     def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
