@@ -120,7 +120,7 @@ ADVICE = {
     "processing_class": "the preset's tokenizer is used; it is lm.tokenizer",
     "bias": "biases are not trained",
     "task_type": "it is known from the model",
-    "modules_to_save": "the head of a classifier is trained and saved with the model by itself",
+    "modules_to_save": "give enable_lora the names of modules to train whole; a new head is one of them by itself",
     "init_lora_weights": "A starts from uniform values as in PEFT, B from zeros",
     "trust_remote_code": "code of a repository is never run; leave it out",
     "low_cpu_mem_usage": "weights are read one by one anyway; leave it out",

@@ -14,9 +14,9 @@ from modelhub.hub import gguf_writer
 from modelhub.hub.model_folder import MAX_SHARD_SIZE
 from modelhub.model.loading import DTYPES
 from modelhub.model.options import LoadOptions, SourceOptions, takes
-from modelhub.model.quantizing import EXACT
 from modelhub.model.source import Source, open_source
 from modelhub.publishing.publishing import write_model
+from modelhub.quantizing.quantizer import EXACT
 from modelhub.tasks.backbone import Backbone
 from modelhub.tasks.causal_lm import CausalLM
 

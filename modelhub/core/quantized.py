@@ -461,9 +461,9 @@ class Plan:
                 )
         return cls(tuple(patterns.items()))
 
-    def scheme(self, name: str) -> str | None:
-        """For a parameter's dotted name; None: it stays as it is."""
-        return next((scheme for pattern, scheme in reversed(self.patterns) if means(pattern, name)), None)
+    def scheme(self, *names: str) -> str | None:
+        """For a parameter's dotted name, or names where it has several; None: it stays as it is."""
+        return next((s for pattern, s in reversed(self.patterns) if any(means(pattern, name) for name in names)), None)
 
 
 def means(pattern: str, name: str) -> bool:

@@ -1,6 +1,7 @@
 """The decode loop: prefill in buckets, then one token per step for all rows, over a cache that is never copied."""
 
 import functools
+import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ class GenerationEngine:
         self._take_rows = xp.compile(functools.partial(_take_rows, xp), hot=False)
         self._programs: dict[Any, Any] = {}
         self._kept: tuple[Params, list[int], Params] | None = None  # params, tokens and cache of the last prompt
+        self._lock = threading.Lock()
         self.reused = 0  # tokens of the last prompt that were in that cache already
 
     def logits(self, params: Params, ids: np.ndarray) -> np.ndarray:
@@ -313,7 +315,9 @@ class GenerationEngine:
         self, params: Params, prompts: list[list[int]], lengths: np.ndarray, max_new_tokens: int
     ) -> tuple[Params, int]:
         """A cache with room for the answers, and how many tokens of the prompt it already holds."""
-        reused, kept, self._kept = 0, self._kept, None
+        reused = 0
+        with self._lock:  # of several threads one alone gets it: what takes a cache consumes it
+            kept, self._kept = self._kept, None
         if kept is not None and len(prompts) == 1 and kept[0] is params:
             # The last token is always computed: its logits are what is asked for.
             reused = min(_common_prefix(kept[1], prompts[0]), len(prompts[0]) - 1)

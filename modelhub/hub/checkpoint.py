@@ -16,18 +16,21 @@ import reprlib
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import ml_dtypes  # noqa: F401 (registers bfloat16 and the 8-bit floats with numpy)
 import numpy as np
 
 from modelhub.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from modelhub.hub.quantized_folders import Codes
 
 # The format allows 100 MB. No known file has a tenth of it, and JSON can take 30 times as much in memory as on disk.
 MAX_HEADER_BYTES = 25_000_000
@@ -89,6 +92,16 @@ class Checkpoint(ABC):
         dtype: "float32", "float16", "bfloat16" (ml_dtypes), or the one it is stored in; casts round to nearest even.
         Raises CheckpointError for a name or dtype that is not there, and for a file that ends early.
         """
+
+    @property
+    def quantized(self) -> Container[str]:
+        """The names of tensors that are stored as codes beside their scales, in tensors of their own."""
+        return ()
+
+    def codes(self, name: str) -> "Codes | None":
+        """The integers, scales and zero points of one of `quantized`, 2 bytes a weight; None where it has none, as
+        fp8 and nf4."""
+        return None
 
     @abstractmethod
     def close(self) -> None:

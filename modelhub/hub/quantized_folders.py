@@ -137,14 +137,9 @@ class QuantizedFolder(Checkpoint):
 
     @property
     def quantized(self) -> Container[str]:
-        """The names of the tensors that are not stored as what they are."""
         return self._modules.keys()
 
     def codes(self, name: str) -> Codes | None:
-        """A matrix's integers, scales and zero points; None where it has none, as fp8, nf4, and what is not quantised.
-
-        They take 2 bytes a weight.
-        """
         module = self._modules.get(name)
         return None if module is None else module.codes(self._raw)
 

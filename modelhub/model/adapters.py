@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from modelhub.core import custom, leaves, lora
+from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Params, flatten
 from modelhub.errors import CheckpointError, InputError
 from modelhub.families import family_of
@@ -125,7 +126,7 @@ class AdapterSet(Mapping[str, Adapter]):
         base = _fitting(plain, self.weights.base_params())
         skeleton, specs = lora.attach(plain, config, modules)
         params = lora.initial(xp, base, specs, seed)
-        params |= {key: xp.copy(xp.stop_gradient(base[key])) for key in whole}
+        params |= {key: _own_copy(xp, base[key]) for key in whole}
         self._add(Adapter(self.weights, name, config, modules, tuple(params), skeleton, plain, tuple(whole)), params)
 
     def _add(self, adapter: Adapter, params: Params) -> None:
@@ -300,8 +301,8 @@ class AdapterSet(Mapping[str, Adapter]):
         _check_shapes(specs, flatten(plain), arrays, files, folder)
         base = _fitting(plain, base)
         params = {key: xp.array(files.tensors[key], "float32") for key in specs}
-        params |= {key: xp.array(array, xp.dtype(base[key])) for key, array in arrays.items()}
-        params |= {key: xp.copy(xp.stop_gradient(base[key])) for key in more if key not in params}
+        params |= {key: xp.array(array, leaves.dtype_of(base[key])) for key, array in arrays.items()}
+        params |= {key: _own_copy(xp, base[key]) for key in more if key not in params}
         whole = tuple(key for key in params if key not in specs)
         told = (made.runs, made.labels) if made else ()
         self._add(Adapter(weights, name, config, modules, tuple(params), skeleton, plain, whole, *told), params)
@@ -351,7 +352,7 @@ class AdapterSet(Mapping[str, Adapter]):
             base = params.get(table if tied else name)
             copied = name in files.copies or name.split(".")[-2] not in wanted
             if copied and base is not None and tuple(base.shape) == array.shape:
-                stored = self.weights.xp.get(self.weights.xp.stop_gradient(base))
+                stored = self.weights.xp.get(_own_copy(self.weights.xp, base))
                 if np.array_equal(stored, array.astype(stored.dtype)):
                     continue
             found[name] = array
@@ -393,6 +394,11 @@ def _fitting(skeleton: Any, base: Params) -> Params:
     """The base model's parameters for a skeleton that may have its head apart; it is no copy of the table."""
     table = base.get(f"{lora.TABLE}.weight")
     return {name: base.get(name, table) for name in flatten(skeleton) if lora.MARK not in name}
+
+
+def _own_copy(xp: Backend, x: Any) -> Array:
+    """What an adapter trains whole starts from: of packed weights the numbers that they stand for."""
+    return xp.copy(xp.stop_gradient(xp.values(x)))
 
 
 def _in_order(base: Any, modules: Iterable[str], folder: str | os.PathLike[str]) -> list[str]:

@@ -13,10 +13,10 @@ from modelhub.habits import dtype_name
 from modelhub.model.options import LoadOptions
 from modelhub.model.origin import RANDOM, origin_of
 from modelhub.model.own_layers import new_params, try_layers, with_layers
-from modelhub.model.quantizing import Quantizer, is_matrix
 from modelhub.model.source import HEAD, TABLE, Source
 from modelhub.model.weights import Weights
 from modelhub.progress import bar
+from modelhub.quantizing.quantizer import Quantizer, is_matrix
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -157,19 +157,21 @@ def hand_over(weights: Weights, xp: Backend, instead: Params | None = None) -> N
             places.setdefault(id(x), []).append((store, name))
     if instead is not None:
         places = {key: spots for key, spots in places.items() if spots[0][0] is not instead}
-    weights.change(Change.MOVED, stores, xp=old)  # without programs, so that old arrays are let go of one by one
-    moved: list[tuple[Places, Callable[[], Array | None]]] = []
-    try:
-        for spots in bar(places.values(), desc=f"moving to {xp.name}", unit="tensor"):
-            moved.append((spots, _move(weights, spots, old, xp)))
-    except BaseException:
-        for spots, outside in moved:
-            if (x := outside()) is None:
-                _move(weights, spots, xp, old)
-            else:  # a module still writes to it
-                _put(spots, x)
-        raise
-    weights.change(Change.MOVED, xp=xp)
+    with weights.moving:
+        # Without programs, so that old arrays are let go of one by one.
+        weights.change(Change.MOVED, stores, xp=old)
+        moved: list[tuple[Places, Callable[[], Array | None]]] = []
+        try:
+            for spots in bar(places.values(), desc=f"moving to {xp.name}", unit="tensor"):
+                moved.append((spots, _move(weights, spots, old, xp)))
+        except BaseException:
+            for spots, outside in moved:
+                if (x := outside()) is None:
+                    _move(weights, spots, xp, old)
+                else:  # a module still writes to it
+                    _put(spots, x)
+            raise
+        weights.change(Change.MOVED, xp=xp)
 
 
 def _move(weights: Weights, spots: Places, old: Backend, new: Backend) -> Callable[[], Array | None]:

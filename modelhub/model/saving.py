@@ -11,9 +11,9 @@ from modelhub.core.quantized import Tiles
 from modelhub.errors import ConfigError
 from modelhub.hub.files import write_json
 from modelhub.hub.model_folder import write_tensors
-from modelhub.model.compressed import Compressed
 from modelhub.model.source import ATTENTION, HEAD, LAYERS, QUANTIZATION, TABLE, TIED
 from modelhub.progress import bar
+from modelhub.quantizing.compressed import Compressed
 
 log = logging.getLogger("modelhub")
 

@@ -1,19 +1,23 @@
 """Weights: the one owner of a model's arrays, of the skeleton that they are in, and of what is known of them."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 from weakref import WeakValueDictionary
 
+import numpy as np
+
 from modelhub.core import lora
 from modelhub.core.backends import of
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Params, flatten
-from modelhub.errors import MixedBackends
+from modelhub.errors import ConfigError, MixedBackends
 from modelhub.model.origin import RANDOM, Origin
+from modelhub.quantizing.quantizer import importance_of, quantized
 
 PARAMS, REPLACED, OPTIMIZER = "params", "replaced", "optimizer"  # stores; and adapter_store(name)
 
@@ -117,6 +121,7 @@ class Weights:
         self.borrowed: WeakValueDictionary[int, Array] = WeakValueDictionary()
         self.outside: WeakValueDictionary[int, Array] = WeakValueDictionary()
         self._programs: dict[str, Any] = {}
+        self.moving = threading.RLock()  # held while arrays of two backends stand beside each other
         self.change(Change.TOLD, {PARAMS: params})
 
     @property
@@ -167,7 +172,25 @@ class Weights:
         self.change(Change.TOLD, origin=dataclasses.replace(self.origin, **known))
 
     def snapshot(self) -> Snapshot:
-        return self._snapshot
+        """The weights as they are now; in the middle of a move, as they are after it."""
+        with self.moving:
+            return self._snapshot
+
+    def quantize(self, scheme: Any, calibration: Sequence[np.ndarray] = ()) -> None:
+        """Quantise the base weights in memory; an adapter, and what it has in place of some of them, stays as it is.
+
+        scheme, calibration: see `quantized` and `importance_of` in modelhub.quantizing.quantizer.
+        Raises ConfigError: for what is no scheme, and with an adapter merged into the weights.
+        """
+        if self.layout.merged:
+            raise ConfigError(
+                "an adapter is merged into the weights: call unmerge_lora() first, or load the merged model"
+            )
+        importance = importance_of(self.xp, self.layout.skeleton, self.params, calibration) if calibration else {}
+        base = quantized(self.xp, self.base_params(), scheme, self.dtype, importance)
+        replaced = {name: base[name] for name in self.stores.get(REPLACED, {})}
+        params = self.params | {name: x for name, x in base.items() if name not in replaced}
+        self.change(Change.QUANTIZED, {PARAMS: params, REPLACED: replaced})
 
     # --- the model without adapters -------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from modelhub.errors import InputError
 from modelhub.habits import Habits
 from modelhub.hub.provenance import Provenance
 from modelhub.kinds import BACKBONE, IMAGES
-from modelhub.model import placement, quantizing
+from modelhub.model import placement
 from modelhub.model.adapters import AdapterSet
 from modelhub.model.delegate import attribute, delegate
 from modelhub.model.loading import load_weights
@@ -117,7 +117,7 @@ class Backbone(Habits):
 
     # --- where the arrays are -----------------------------------------------------------------------------------
 
-    quantize = delegate("weights", quantizing.quantize)
+    quantize = delegate("weights", Weights.quantize)
     own = delegate("weights", placement.own)
     owned = delegate("weights", placement.owned)
 

@@ -134,6 +134,12 @@ class Run:
             self._tell("on_test_begin", {})
             found = self.engine.evaluate(self.validation.epoch(0))
             logs |= {f"val_{name}": found[name] for name in self.engine.objective.sums}
+            if not math.isfinite(found["loss"]):
+                log.warning(
+                    "epoch %d: the validation loss is %s, which says nothing: some rows of the validation data make "
+                    "the model's numbers NaN or infinite. Look at them, or try a lower learning_rate or float32",
+                    self.epoch + 1, found["loss"],
+                )  # fmt: skip
             self._tell("on_test_end", logs)
         self._tell("on_epoch_end", self.epoch, logs)
 

@@ -21,8 +21,8 @@ from modelhub.hub.files import save_arrays
 from modelhub.hub.gguf import open_gguf
 from modelhub.hub.kerashub import open_kerashub
 from modelhub.hub.quantized_folders import QuantizedFolder
-from modelhub.model.integer_codes import held
 from modelhub.processing.guards import read_json
+from modelhub.quantizing.integer_codes import held
 from modelhub.tasks.backbone import Backbone
 from modelhub.training import checkpoints
 

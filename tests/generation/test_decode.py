@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -438,3 +439,27 @@ def test_slots_hold_the_prompt_its_padding_and_the_answer(eager):
             assert slots >= first + (time if eager else bucket(time))  # JAX moves a write that would not fit
         assert slots <= 1.5 * (longest + new) + 64 + (0 if eager else 512)
     assert len(sizes) < 30  # each is a compilation
+
+
+def test_two_threads_never_get_one_cache(engine, params):
+    """What takes the last prompt's cache consumes it: on some backends its memory is written to, on others gone."""
+
+    class Slow(GenerationEngine):
+        def __getattribute__(self, name):
+            found = super().__getattribute__(name)
+            if name == "_kept":
+                time.sleep(0.05)  # between looking at it and taking it
+            return found
+
+    prompt = PROMPTS[0]
+    slow = Slow(engine.xp, SKELETON, "float32")
+    wanted = run(slow, params, [prompt])
+    lengths = np.array([len(prompt)], np.int32)
+    with ThreadPoolExecutor(2) as pool:
+        taken = [pool.submit(slow._cache_for, params, [prompt], lengths, NEW) for _ in range(2)]
+    assert sorted(future.result()[1] for future in taken) == [0, len(prompt) - 1]
+    run(slow, params, [prompt])
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(run, slow, params, [prompt]) for _ in range(2)]
+    for answer in answers:
+        np.testing.assert_array_equal(answer.result(), wanted)

@@ -6,7 +6,7 @@ import pytest
 from modelhub.core.backends import get_backend
 from modelhub.core.quantized import tiles_of
 from modelhub.hub.quantized_folders import Codes
-from modelhub.model.integer_codes import held
+from modelhub.quantizing.integer_codes import held
 
 XP = get_backend("numpy")
 

@@ -3,6 +3,8 @@
 import itertools
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from movable import PROMPT, QUIET, TEXTS, TRAINING, fill, load, one_layer
 
 from modelhub.core.backends import get_backend, installed
 from modelhub.errors import MixedBackends
+from modelhub.model import placement
 from modelhub.model.weights import OPTIMIZER, PARAMS, Change
 
 NAME = "model.norm.weight"
@@ -224,3 +227,21 @@ def test_a_list_is_answered_by_one_state(tiny_preset, monkeypatch, method, ask):
 
     monkeypatch.setattr(lm.tokenizer, method, switching)
     assert ask(lm) in states
+
+
+def test_an_answer_that_is_asked_for_in_the_middle_of_a_move(tiny_preset, monkeypatch):
+    lm = load(tiny_preset, "numpy")
+    wanted, asked, move = lm.generate("The river", max_new_tokens=6), [], placement._move
+    with ThreadPoolExecutor(1) as pool:
+
+        def slow(*args):
+            if len(asked) == 1:  # one tensor is there already, the others are not
+                asked.append(pool.submit(lm.generate, "The river", max_new_tokens=6))
+                time.sleep(0.3)
+            elif not asked:
+                asked.append(None)
+            return move(*args)
+
+        monkeypatch.setattr(placement, "_move", slow)
+        lm.to("torch")
+        assert asked[1].result() == wanted

@@ -21,7 +21,7 @@ from modelhub.core.quantized import tiles_of
 from modelhub.errors import CheckpointError, ConfigError
 from modelhub.families.naming import KEEP
 from modelhub.hub.gguf import open_gguf
-from modelhub.model.quantizing import _NATIVE, EXACT, Quantizer, repack
+from modelhub.quantizing.quantizer import _NATIVE, EXACT, Quantizer, repack
 
 XP = get_backend("numpy")
 # Types whose scales are a product of two parts, which becomes one float16.

@@ -63,6 +63,14 @@ def check_same_leaves(found, wanted):
 SCHEMES = ["int8", "int4", {"*": "int4", "lm_head": "int8"}, {"*_proj": "int4", "down_proj": "int8h"}]
 
 
+def test_a_tied_head_has_its_own_name(tied):
+    found = {name: leaf.scheme for name, leaf in packed(load(tied, {"*": "int4", "lm_head": "int8"})).items()}
+    assert found.pop(TABLE) == "int8" and {*found.values()} == {"int4"}
+    lm = load(tied)
+    lm.quantize({"lm_head": "int4"})
+    assert {name: leaf.scheme for name, leaf in packed(lm).items()} == {TABLE: "int4"}
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_written_and_kept(tmp_path, untied, scheme):
     lm = load(untied, scheme)

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from tiny_preset import CONFIG, write_preset
 
 from modelhub import CausalLM
+from modelhub.core import leaves
 from modelhub.core.backends import installed
 from modelhub.errors import CheckpointError
 from modelhub.hub.adapters import read_adapter
@@ -301,3 +302,30 @@ def test_a_new_head_of_an_image_classifier_in_peft(image_preset, tmp_path):
 def load_heads(folder):
     names = load_file(folder / "adapter_model.safetensors")
     return {name.removeprefix("base_model.model.") for name in names if "lora_" not in name}
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+def test_whole_modules_of_packed_weights_are_trained_as_floats(is_tied, module, tmp_path):
+    wide = CONFIG | {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": is_tied}
+    preset = write_preset(tmp_path / "preset", wide)
+    lm = CausalLM.from_preset(preset, backend="torch", quantize="int8")
+    lm.enable_lora(2, targets="q_proj", modules_to_save=[module])
+    (whole,) = lm.adapters["default"].whole
+    assert not isinstance(lm.params[whole], leaves.Packed)
+    packed_before = {name for name, x in lm.params.items() if isinstance(x, leaves.Packed)}
+    before = np.array(lm.backbone.xp.get(lm.params[whole]))
+    lm.compile(learning_rate=1e-2)
+    lm.fit(["The river is cold."], epochs=2, verbose=False)
+    assert np.abs(lm.backbone.xp.get(lm.params[whole]) - before).max() > 1e-3
+    wanted = lm.logits(IDS)
+    lm.save_adapter(tmp_path / "adapter")
+    fresh = CausalLM.from_preset(preset, backend="torch", quantize="int8")
+    fresh.load_adapter(tmp_path / "adapter")
+    np.testing.assert_allclose(fresh.logits(IDS), wanted, atol=1e-4)
+    lm.quantize("int8")  # what the adapter trains stays as it is
+    assert {name for name, x in lm.params.items() if isinstance(x, leaves.Packed)} == packed_before
+    lm.set_adapter(None)
+    np.testing.assert_allclose(
+        lm.logits(IDS), CausalLM.from_preset(preset, backend="torch", quantize="int8").logits(IDS), atol=1e-4
+    )

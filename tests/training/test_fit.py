@@ -409,6 +409,18 @@ def test_one_row_that_spoils_everything(preset):
     assert_same(weights(lm), before)
 
 
+def test_a_validation_loss_that_is_no_number_is_told(preset, caplog):
+    lm = make(preset)
+
+    def loss(logits, labels):
+        found = torch.nn.functional.cross_entropy(logits, labels.long(), reduction="none")
+        return found if logits.requires_grad else found * float("nan")
+
+    lm.compile(loss=loss)
+    lm.fit(DATA, validation_data=DATA, **QUIET)
+    assert "epoch 1: the validation loss is nan" in caplog.text
+
+
 def test_a_full_disk(preset, tmp_path, monkeypatch):
     class Fill(Callback):
         def on_train_batch_end(self, step, logs):

@@ -3,11 +3,12 @@
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from modelhub.core import kernels, leaves
+from modelhub.core import kernels, leaves, lora
 from modelhub.core.backends.base import Backend
 from modelhub.core.quantized import (
     GROUP,
@@ -25,15 +26,13 @@ from modelhub.core.quantized import (
     tiled,
     tiles_of,
 )
-from modelhub.core.tree import bind, flatten
+from modelhub.core.tree import Module, Params, bind
 from modelhub.errors import CheckpointError, ConfigError
 from modelhub.families.naming import KEEP, Via
 from modelhub.hub import gguf
 from modelhub.hub.checkpoint import Checkpoint
-from modelhub.hub.quantized_folders import QuantizedFolder
-from modelhub.model.integer_codes import held
-from modelhub.model.weights import PARAMS, Change, Weights
 from modelhub.progress import bar
+from modelhub.quantizing.integer_codes import held
 
 log = logging.getLogger("modelhub")
 
@@ -45,6 +44,7 @@ EXACT = {
 }  # fmt: skip
 # Q2_K has a scale and a minimum for each 16 columns, which no scheme has: its values are rounded.
 KEPT = EXACT | {"Q2_K": "int4m"}
+HEAD, TABLE = f"{lora.HEAD}.weight", f"{lora.TABLE}.weight"
 # Those that kernels repack; the others are repacked in numpy.
 _NATIVE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 
@@ -59,12 +59,12 @@ class Quantizer:
 
     def __init__(self, asked: Any, matrices: Mapping[str, tuple[int, ...]]):
         self.plan = Plan.of(asked)
-        self._matrices = frozenset(matrices)
         self.rounded: dict[str, list[str]] = {}  # {what happened: names}
+        self._matrices, self._tied = frozenset(matrices), HEAD not in matrices
         if self.plan is None:
             return
         for pattern, scheme in self.plan.patterns:
-            found = [name for name in matrices if means(pattern, name)]
+            found = [name for name in matrices if any(means(pattern, one) for one in self._names(name))]
             if not found:
                 raise ConfigError(f"quantize: {pattern!r} means no matrix of this model; there are {_kinds(matrices)}")
             odd = [name for name in found if not fits(matrices[name])]
@@ -96,7 +96,7 @@ class Quantizer:
                 self._note(f"went from {info.dtype} to {scheme}, by rounding", name)
             elif via.rows_alone:
                 return _repacked(xp, checkpoint, theirs, via, scheme, shape, dtype)
-        elif isinstance(checkpoint, QuantizedFolder) and theirs in checkpoint.quantized:
+        elif theirs in checkpoint.quantized:
             found, scheme = self._from_codes(xp, name, checkpoint, theirs, scheme, dtype)
             if found is not None:
                 return found
@@ -108,7 +108,7 @@ class Quantizer:
         return tiles_of(xp, pack(weight, scheme, name=name), scheme, shape, dtype)
 
     def _from_codes(
-        self, xp: Backend, name: str, folder: QuantizedFolder, theirs: str, scheme: str | None, dtype: str
+        self, xp: Backend, name: str, folder: Checkpoint, theirs: str, scheme: str | None, dtype: str
     ) -> tuple[Tiles | None, str | None]:  # fmt: skip
         """Of a matrix that a Hugging Face folder has quantised: a leaf, or else the scheme to round it to, if any."""
         info = folder.tensors[theirs]
@@ -125,13 +125,17 @@ class Quantizer:
         return tiles_of(xp, found.arrays, found.scheme, info.shape, dtype), found.scheme
 
     def _scheme(self, name: str, shape: tuple[int, ...]) -> str | None:
-        return self.plan.scheme(name) if self.plan is not None and self._holds(name, shape) else None
+        return self.plan.scheme(*self._names(name)) if self.plan is not None and self._holds(name, shape) else None
 
     def _keeps(self, name: str, shape: tuple[int, ...]) -> bool:
         return self.plan is not None and self.plan.keep and self._holds(name, shape)
 
     def _holds(self, name: str, shape: tuple[int, ...]) -> bool:
         return name in self._matrices and fits(shape)
+
+    def _names(self, name: str) -> tuple[str, ...]:
+        """What patterns may call a parameter: the head is the table of embeddings where it has no matrix of its own."""
+        return (name, HEAD) if self._tied and name == TABLE else (name,)
 
     def _note(self, what: str, name: str) -> None:
         self.rounded.setdefault(what, []).append(name)
@@ -195,34 +199,36 @@ def _repack_matrix(found: Mapping[str, np.ndarray], kind: str, rows: np.ndarray,
     fill(found, rows, make)
 
 
-def quantize(weights: Weights, scheme: Any, calibration: Sequence[np.ndarray] = ()) -> None:
-    """Quantise the weights in memory, one matrix after the other, so that no more than one is there twice.
+def quantized(
+    xp: Backend, params: Params, scheme: Any, dtype: str, importance: Mapping[str, np.ndarray] = MappingProxyType({})
+) -> Params:  # fmt: skip
+    """Parameters in memory with their matrices quantised, one after the other; those that are packed stay as they are.
 
-    scheme: "int8", "int4", or {pattern: scheme}; see Plan. Matrices that are quantised already stay as they are.
-    calibration: token ids (time,) of texts like those to come: of a matrix, an error in a column that gets large inputs
-    from them counts more, in the square of the inputs' mean (the diagonal of GPTQ's Hessian; llama.cpp's imatrix).
-    Raises ConfigError: for what is no scheme, and with an adapter merged into the weights.
+    scheme: "int8", "int4", or {pattern: scheme}; see Plan. dtype: of the arrays that the packed ones stand for.
+    importance: see `importance_of`. Raises ConfigError for what is no scheme.
     """
     if scheme == "keep":
         raise ConfigError('quantize("keep") is for files that are quantised: give it to from_preset')
-    if weights.layout.merged:
-        raise ConfigError("an adapter is merged into the weights: call unmerge_lora() first, or load the merged model")
-    params, xp = dict(weights.params), weights.xp
-    base = flatten(weights.layout.base)
-    matrices = {name: tuple(params[name].shape) for name in base if is_matrix(name, params[name])}
+    params = dict(params)
+    matrices = {name: tuple(x.shape) for name, x in params.items() if is_matrix(name, x)}
     quantizer = Quantizer(scheme, matrices)
-    importance = _importance(weights, calibration)
     for name in bar(matrices, desc="quantizing", unit="tensor"):
         if not isinstance(params[name], leaves.Packed) and quantizer._scheme(name, matrices[name]):
             weight = np.array(xp.get(xp.cast(params[name], "float32")))
-            params[name] = quantizer.leaf(xp, name, weight, weights.dtype, importance.get(name))
+            params[name] = quantizer.leaf(xp, name, weight, dtype, importance.get(name))
     quantizer.tell("quantize")
-    weights.change(Change.QUANTIZED, {PARAMS: params})
+    return params
 
 
-def _importance(weights: Weights, calibration: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """{name of a matrix: mean squares of its inputs (K,) float32}, over all tokens of the rows of ids."""
-    names = {id(x): name for name, x in weights.params.items()}
+def importance_of(
+    backend: Backend, skeleton: Module, params: Params, calibration: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """{name of a matrix: mean squares of its inputs (K,) float32}, over all tokens of the rows of ids.
+
+    calibration: token ids (time,) of texts like those to come: of a matrix, an error in a column that gets large inputs
+    from them counts more, in the square of the inputs' mean (the diagonal of GPTQ's Hessian; llama.cpp's imatrix).
+    """
+    names = {id(x): name for name, x in params.items()}
     sums: dict[str, np.ndarray] = {}
     count = 0
 
@@ -230,15 +236,15 @@ def _importance(weights: Weights, calibration: Sequence[np.ndarray]) -> dict[str
         values = xp.get(xp.cast(x, "float32")).reshape(-1, x.shape[-1])
         sums[name] = sums.get(name, 0) + np.square(values, dtype=np.float64).sum(0)
 
-    class Watched(type(weights.xp)):  # type: ignore[misc]
+    class Watched(type(backend)):  # type: ignore[misc]
         def linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
             if id(weight) in names:
                 note(names[id(weight)], x)
             return super().linear(x, weight, bias)
 
-    xp = copy.copy(weights.xp)
+    xp = copy.copy(backend)
     xp.__class__ = Watched
-    module: Any = bind(weights.layout.skeleton, weights.params)
+    module: Any = bind(skeleton, params)
     for ids in bar(calibration, desc="calibrating", unit="text"):
         hidden = module.hidden(xp, xp.array(ids[None], "int32"))
         note(names[id(module.head_weight)], hidden)
