@@ -311,7 +311,7 @@ def test_whole_modules_of_packed_weights_are_trained_as_floats(is_tied, module, 
     preset = write_preset(tmp_path / "preset", wide)
     lm = CausalLM.from_preset(preset, backend="torch", quantize="int8")
     lm.enable_lora(2, targets="q_proj", modules_to_save=[module])
-    (whole,) = lm.adapters["default"].whole
+    (whole,) = lm.backbone.adapters["default"].whole
     assert not isinstance(lm.params[whole], leaves.Packed)
     packed_before = {name for name, x in lm.params.items() if isinstance(x, leaves.Packed)}
     before = np.array(lm.backbone.xp.get(lm.params[whole]))
