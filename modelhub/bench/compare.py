@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from modelhub.bench.processes import Row, Workload, lengths, measure
 from modelhub.core import custom, kernels
 from modelhub.core.backends import FASTEST, NAMES, backend_name, get_backend, installed
 from modelhub.core.backends.base import Backend
+from modelhub.core.measured import processor
 from modelhub.errors import ConfigError, DeviceError, InputError, UnknownBackend
 from modelhub.hub.sources import cache_root
 from modelhub.kinds import IMAGES, kind_named, kind_reading
@@ -153,9 +153,6 @@ def choose_backend(preset: str | os.PathLike[str], task: str, options: LoadOptio
 
 def machine() -> dict[str, Any]:
     """What decides how fast backends are, besides the model: processor, cores, GPUs, variables, versions."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     gpus: list[str] = []
     if found := shutil.which("nvidia-smi"):  # asking a framework means importing it
         command = [found, "--query-gpu=name", "--format=csv,noheader"]
@@ -166,7 +163,7 @@ def machine() -> dict[str, Any]:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     return {
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpus": gpus,
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},

@@ -181,7 +181,7 @@ def finetune(
     weight_decay: Annotated[float | None, option("pull of the weights to 0", OPTIMIZER)] = None,
     label_smoothing: Annotated[float | None, option("images: share of a label that all classes get", OPTIMIZER)] = None,
     clip_norm: Annotated[float | None, option("largest norm of all gradients together", OPTIMIZER)] = None,
-    mixed_precision: Annotated[str | None, option("mixed_bfloat16 or mixed_float16", OPTIMIZER)] = None,
+    mixed_precision: Annotated[str | None, option("auto, mixed_bfloat16 or mixed_float16", OPTIMIZER)] = None,
     matmul_precision: Annotated[str | None, option("highest, or high for TF32", OPTIMIZER)] = None,
     remat: Annotated[bool | None, option("compute activations twice instead of keeping them", OPTIMIZER)] = None,
     jit: Annotated[bool | None, option("compile the step (default: what the backend does best)", OPTIMIZER)] = None,

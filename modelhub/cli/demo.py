@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from modelhub import CausalLM
-from modelhub.bench.products import best_trainer
 from modelhub.cli.finetune import write_history
 from modelhub.errors import DownloadError, PresetNotFound
 from modelhub.hub.registry import find_card
 from modelhub.hub.resources import resource
 from modelhub.training import History
+from modelhub.training.products import best_trainer
 from modelhub.training.records import rows_of
 
 TINY = "gemma3_tiny"

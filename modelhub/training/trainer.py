@@ -26,6 +26,7 @@ from modelhub.training.engine import OptimizerState, Settings, TrainingEngine
 from modelhub.training.fit import Plan, Run
 from modelhub.training.history import History
 from modelhub.training.objectives import Objective
+from modelhub.training.products import best_precision
 
 log = logging.getLogger("modelhub")
 
@@ -118,7 +119,9 @@ class Trainer:
             "accuracy" (the share of labels that are right) and "exact_match" (of images whose labels all are); for
             regression "mae".
         mixed_precision: "mixed_bfloat16" or "mixed_float16" compute in 16 bits and keep what is trained in float32;
-            float16 with a loss scale. matmul_precision: "highest", or "high" for TF32 on NVIDIA.
+            float16 with a loss scale. "auto": mixed_bfloat16 where this processor multiplies it at least 1.5 times as
+            fast as float32, measured at first use and kept in the cache; else None.
+        matmul_precision: "highest", or "high" for TF32 on NVIDIA.
         remat: keep less for the backward pass and compute it again. jit: compile the step, or not; None: what is
             usual for the backend.
         label_smoothing: of classifiers, the share of each label that is spread over all classes.
@@ -142,8 +145,14 @@ class Trainer:
             raise ConfigError(
                 "label_smoothing belongs to cross entropy: put it into the loss, or leave one of them out"
             )
+        if mixed_precision == "auto":
+            mixed_precision = best_precision(weights.xp)
+            log.info(
+                'mixed_precision="auto": %s is the fastest on %s here, as measured', mixed_precision or "none",
+                weights.xp.name,
+            )  # fmt: skip
         if mixed_precision not in PRECISIONS:
-            names = ", ".join(map(repr, PRECISIONS))
+            names = ", ".join(map(repr, ("auto", *PRECISIONS)))
             raise ConfigError(f"mixed_precision must be one of {names}, got {mixed_precision!r}")
         if matmul_precision not in (None, "highest", "high"):
             raise ConfigError(f'matmul_precision must be "highest", "high" or None, got {matmul_precision!r}')

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from modelhub.bench import products
-from modelhub.bench.products import TrainingChoice, best_trainer
+from modelhub import CausalLM
 from modelhub.cli.demo import HELD_OUT, LENGTH, MARK, QUESTIONS, TINY, demo, marked
-from modelhub.core.backends import installed
+from modelhub.core.backends import get_backend, installed
 from modelhub.hub.resources import resource
+from modelhub.training import products
+from modelhub.training.products import TrainingChoice, best_trainer
 
 ROWS = [
     json.loads(line) for line in (resource("finetune") / "captain_style.jsonl").read_text(encoding="utf-8").splitlines()
@@ -104,3 +105,20 @@ def test_a_named_backend_is_taken_and_only_its_precision_chosen(monkeypatch):
 def test_rates_are_measured(backend):
     for dtype in ("float32", "bfloat16"):
         assert 0 < products._rate(backend, dtype) < 1e5 and np.isfinite(products._rate(backend, dtype))
+
+
+def test_auto_is_measured_once_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("MODELHUB_CACHE", str(tmp_path))
+    name = next(name for name in installed() if name != "numpy")
+    xp = get_backend(name, "cpu")
+    rates(monkeypatch, {(name, "float32"): 20, (name, "bfloat16"): 400})
+    assert products.best_precision(xp) == "mixed_bfloat16"
+    rates(monkeypatch, {(name, "float32"): 20, (name, "bfloat16"): 2})
+    assert products.best_precision(xp) == "mixed_bfloat16", "a kept choice is stable"
+    lm = CausalLM.from_preset(TINY, backend=name)
+    lm.compile(mixed_precision="auto")
+    assert lm.trainer.compiled.settings.compute_dtype == "bfloat16"
+    (kept,) = (tmp_path / "measured").iterdir()
+    kept.write_text("{")
+    assert products.best_precision(xp) is None
+    assert products.best_precision(get_backend("numpy")) is None

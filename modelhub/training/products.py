@@ -6,6 +6,7 @@ between processors and libraries by up to ten times, more than all else together
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from modelhub.core.backends import Backend, get_backend, installed
+from modelhub.core.measured import choice
 from modelhub.errors import NoGradients
 
 _ROWS, _WIDTH, _INNER = 128, 576, 1536  # a row of tokens through an MLP of SmolLM2-135M
@@ -55,6 +57,22 @@ def best_trainer(backend: str | None = None, device: str | None = None) -> Train
         return TrainingChoice(usual.name, None, {})
     name, dtype = max(rates, key=lambda pair: rates[pair])
     return TrainingChoice(name, "mixed_bfloat16" if dtype == "bfloat16" else None, rates)
+
+
+def best_precision(xp: Backend) -> str | None:
+    """What `compile` takes "auto" for: "mixed_bfloat16" where a processor multiplies bfloat16 well faster than float32,
+    else None. Measured once for this machine and the framework's version, and kept. An accelerator is left to the dtype
+    of the weights, which is the checkpoint's own there.
+    """
+    if xp.device != "cpu" or not _that_train([xp.name]):
+        return None
+    names = ("mixed_bfloat16", "float32")
+    version = sys.modules[xp.name].__version__  # the name of a package differs between builds of TensorFlow
+    found = choice(
+        f"precision of training on {xp.name} {version}", names,
+        lambda: best_trainer(xp.name, "cpu").mixed_precision or names[1],
+    )  # fmt: skip
+    return found if found == names[0] else None
 
 
 def _that_train(names: Sequence[str]) -> list[Backend]:
