@@ -5,7 +5,6 @@ arXiv:2402.09353. Names are PEFT's. The layer itself is modelhub.core.nn.LoRA.
 """
 
 import dataclasses
-import fnmatch
 import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from modelhub.core.backends.base import Array, Backend
+from modelhub.core.custom import means
 from modelhub.core.nn import Linear, LoRA, row_lengths
 from modelhub.core.tree import Module, Params, Spec, children, flatten, initial_value, with_parts
 from modelhub.errors import ConfigError
@@ -103,11 +103,7 @@ def choose(skeleton: Module, targets: str | Sequence[str] | None) -> list[str]:
     wanted = [targets] if isinstance(targets, str) else list(targets)
     found: set[str] = set()
     for target in wanted:
-        matches = {
-            name
-            for name in everything
-            if f".{name}".endswith(f".{target}") or (name not in tied and fnmatch.fnmatchcase(name, target))
-        }
+        matches = {name for name in everything if (name == target if name in tied else means(target, name))}
         if not matches and f".{TABLE}".endswith(f".{target}"):
             raise ConfigError(
                 f"LoRA: target {target!r} is the table of embeddings, which can be trained whole beside LoRA on other "
