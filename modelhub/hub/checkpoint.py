@@ -30,7 +30,7 @@ import numpy as np
 from modelhub.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from modelhub.hub.quantized_folders import Codes
+    from modelhub.hub.quantized_modules import Codes
 
 # The format allows 100 MB. No known file has a tenth of it, and JSON can take 30 times as much in memory as on disk.
 MAX_HEADER_BYTES = 25_000_000

@@ -25,8 +25,8 @@ from modelhub.hub.gguf_settings import end_tokens, read_origin, read_settings
 from modelhub.hub.kerashub import has_weights, is_kerashub, open_kerashub
 from modelhub.hub.preset import Preset
 from modelhub.hub.provenance import Provenance
-from modelhub.hub.quantized_folders import KEY as QUANTIZATION
 from modelhub.hub.quantized_folders import QuantizedFolder, check_config, stored_dtype
+from modelhub.hub.quantized_modules import KEY as QUANTIZATION
 from modelhub.model.options import LoadOptions, resolve_preset
 from modelhub.processing.guards import read_json
 from modelhub.processing.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ import numpy as np
 
 from modelhub.core.quantized import GROUP, Tiles, bits, has_minima, scales_of_group, untiled
 from modelhub.errors import ConfigError
-from modelhub.hub.quantized_folders import packed
+from modelhub.hub.quantized_modules import packed
 
 _WAYS = (
     "Save floats with dequantize=True; or quantise the floats again, as int4 or int8, which have no minima: "

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from modelhub.core.quantized import GROUP, TILE, bits, empty_tiles, has_minima, tiled
-from modelhub.hub.quantized_folders import Codes
+from modelhub.hub.quantized_modules import Codes
 
 _AT_ONCE = 1 << 20  # codes put in order at a time
 _LEAST = 2.0**-11

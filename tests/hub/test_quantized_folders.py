@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from modelhub.errors import CheckpointError, ConfigError
-from modelhub.hub.quantized_folders import QuantizedFolder, packed, unpacked
+from modelhub.hub.quantized_folders import QuantizedFolder
+from modelhub.hub.quantized_modules import packed, unpacked
 
 ROWS, COLUMNS = 64, 256
 

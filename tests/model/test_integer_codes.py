@@ -5,7 +5,7 @@ import pytest
 
 from modelhub.core.backends import get_backend
 from modelhub.core.quantized import tiles_of
-from modelhub.hub.quantized_folders import Codes
+from modelhub.hub.quantized_modules import Codes
 from modelhub.quantizing.integer_codes import held
 
 XP = get_backend("numpy")
