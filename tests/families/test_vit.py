@@ -8,17 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from image_parity import (
-    SMALL,
-    assert_close,
-    assert_equal_insides,
-    assert_equal_models,
-    load,
-    pixels,
-    run_ours,
-    save,
-)
-from text_parity import reference
+from image_parity import SMALL, assert_close, load, pixels, run_ours, save
+from image_suite import ImageSuite
 
 from modelhub.core import vision
 from modelhub.core.backends import get_backend, installed
@@ -28,59 +19,60 @@ from modelhub.families import family_of
 from modelhub.families.vit import Config, Model, names
 
 VIT = SMALL | {"intermediate_size": 48}
-CASES = {
-    "vit": (transformers.ViTForImageClassification, transformers.ViTConfig, VIT),
-    "vit_oblong": (
-        transformers.ViTForImageClassification, transformers.ViTConfig,
-        VIT | {"image_size": (8, 12), "qkv_bias": False, "hidden_act": "quick_gelu", "num_channels": 1},
-    ),
-    "deit": (transformers.DeiTForImageClassification, transformers.DeiTConfig, VIT),
-    "deit_teacher": (transformers.DeiTForImageClassificationWithTeacher, transformers.DeiTConfig, VIT),
+OBLONG = {"image_size": (8, 12), "qkv_bias": False, "hidden_act": "quick_gelu", "num_channels": 1}
+OWN = VIT | {"model_type": "vit", "num_labels": 3}
+BARE = OWN | {"modelhub": {"class_token": False, "pooling": "mean", "classifier_dropout": 0.5}}
+BASE = {
+    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072, "image_size": 224,
+    "patch_size": 16, "hidden_act": "gelu", "qkv_bias": True, "encoder_stride": 16, "layer_norm_eps": 1e-12,
+    "id2label": {str(index): f"class {index}" for index in range(1000)},
 }  # fmt: skip
-HEADLESS = {
-    "vit": (transformers.ViTModel, transformers.ViTConfig),
-    "deit": (transformers.DeiTModel, transformers.DeiTConfig),
-}
+TEACHER = {"model_type": "deit", "architectures": ["DeiTForImageClassificationWithTeacher"]}
 
 
-@functools.cache
-def their_model(name):
-    model_class, config_class, values = CASES[name]
-    return reference(model_class, config_class(**values))
+class TestViT(ImageSuite):
+    cases = {
+        "vit": (transformers.ViTForImageClassification, VIT),
+        "vit_oblong": (transformers.ViTForImageClassification, VIT | OBLONG),
+        "deit": (transformers.DeiTForImageClassification, VIT),
+        "deit_teacher": (transformers.DeiTForImageClassificationWithTeacher, VIT),
+    }
+    headless = {
+        "vit": (transformers.ViTModel, {"add_pooling_layer": False}),
+        "deit": (transformers.DeiTModel, {"add_pooling_layer": False}),
+    }
+    published = {  # as their papers and transformers' models have them
+        "vit": (BASE | {"model_type": "vit", "architectures": ["ViTForImageClassification"]}, 86_567_656),
+        "deit_teacher": (BASE | TEACHER, 87_338_192),
+        "no class token": (
+            BASE | {"model_type": "vit", "modelhub": {"class_token": False, "pooling": "mean"}},
+            86_566_120,
+        ),
+    }
+    refused_from = OWN
+    refused = {
+        "head_dim=16": {"head_dim": 16},
+        "'mish' is not supported": {"hidden_act": "mish"},
+        "no multiple of 4 heads": {"hidden_size": 30},
+        "image_size 18 is no multiple of patch_size 4": {"image_size": 18},
+        r"image_size\[0\]='16'": {"image_size": "16"},
+        r"patch_size\[1\]=0": {"patch_size": [4, 0]},
+        "hidden_dropout_prob=1.0.*qkv_bias must be true or false": {"hidden_dropout_prob": 1.0, "qkv_bias": "no"},
+        "layer_norm_eps=0": {"layer_norm_eps": 0},
+        "needs a class token": {"modelhub": {"class_token": False}},
+        "pooling='max' must be one of cls, mean": {"modelhub": {"pooling": "max"}},
+        "one vector per image": {"modelhub": {"pooling": "none"}},
+        "no keys but class_token": {"modelhub": {"colour": 1}},
+        "id2label must be an object": {"id2label": ["cat", "dog"]},
+        "other poolings are for vit": {"model_type": "deit", "modelhub": {"pooling": "mean"}},
+        "'beit' is not of this family": {"model_type": "beit"},
+    }
 
-
-@pytest.fixture(scope="module", params=CASES)
-def case(request, tmp_path_factory):
-    """A transformers model and the folder that transformers saved it to."""
-    folder = tmp_path_factory.mktemp(request.param)
-    their_model(request.param).save_pretrained(folder)
-    return their_model(request.param), folder
-
-
-@pytest.fixture(scope="module")
-def ours(case, backend):
-    return load(case[1], backend)
-
-
-def trained_size(config):
-    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
-    return pixels(height, width, channels=config.num_channels)
-
-
-def test_trained_size(case, ours):
-    assert_equal_models(ours, case[0], trained_size(ours.config))
-
-
-def test_hidden_states_and_attention_maps(case, ours):
-    assert_equal_insides(ours, case[0], trained_size(ours.config))
-
-
-def test_another_size(case, ours):
-    theirs, images = case[0], pixels(24, 12, channels=ours.config.num_channels)
-    if ours.config.image_size == 16:
-        assert_equal_models(ours, theirs, images, interpolate_pos_encoding=True)
-    else:  # transformers takes every grid of positions for a square
-        assert_equal_models(ours, made_for(theirs, ours.config.grid, (24, 12)), images)
+    @classmethod
+    def at_size(cls, theirs, config, size):
+        if config.image_size == 16:
+            return theirs, {"interpolate_pos_encoding": True}
+        return made_for(theirs, config.grid, size), {}  # transformers takes every grid of positions for a square
 
 
 def made_for(theirs, grid, size):
@@ -95,48 +87,8 @@ def made_for(theirs, grid, size):
     return model
 
 
-@pytest.mark.parametrize("kind", HEADLESS)
-def test_without_a_head(kind, backend, tmp_path):
-    model_class, config_class = HEADLESS[kind]
-    theirs = reference(model_class, config_class(**VIT))
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = load(tmp_path / "theirs", backend)
-    assert ours.config.num_labels == 0 and "classifier.weight" not in ours.params
-    wanted = image_parity.run_theirs(theirs, pixels(16, 16)).last_hidden_state
-    found = run_ours(ours, pixels(16, 16))
-    assert_close(found["last_hidden_state"], wanted)
-    assert_close(found["pooled"], wanted[:, 0])
-    save(ours, tmp_path / "ours")
-    again = model_class.from_pretrained(tmp_path / "ours", add_pooling_layer=False)
-    with torch.no_grad():
-        assert_close(found["last_hidden_state"], again.eval()(torch.tensor(pixels(16, 16))).last_hidden_state)
-
-
-def test_saved_models_load_in_transformers(case, tmp_path):
-    theirs, folder = case
-    save(load(folder, get_backend("numpy")), tmp_path / "saved")
-    model = image_parity.read_by_transformers(type(theirs), tmp_path / "saved")
-    assert model.config.id2label == theirs.config.id2label and model.config.label2id == theirs.config.label2id
-    for (name, found), wanted in zip(model.state_dict().items(), theirs.state_dict().values(), strict=True):
-        assert torch.equal(found, wanted), name
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_names_in_memory(name):
-    """transformers 5's state_dict has names of its own, with the prefix and without."""
-    theirs = their_model(name)
-    config = Config.from_hf(theirs.config.to_dict() | {"architectures": [type(theirs).__name__]})
-    mapping, shapes = names("hf", config), {}
-    for stored, tensor in theirs.state_dict().items():
-        prefix = f"{theirs.base_model_prefix}."
-        renamed = mapping.to_ours(stored)[0]
-        assert mapping.to_ours(stored.removeprefix(prefix))[0] == renamed
-        shapes[renamed] = tuple(tensor.shape)
-    check(Model.abstract(config), shapes, name)
-
-
 def test_gradients_are_those_of_autograd(tmp_path):
-    theirs = their_model("vit")
+    theirs = TestViT.build("vit")
     theirs.save_pretrained(tmp_path)
     ours, xp = load(tmp_path, get_backend("torch", "cpu")), get_backend("torch", "cpu").for_training()
     images, weights = torch.tensor(pixels(16, 16)), torch.tensor(pixels(1, 3, batch=2, channels=1)[:, 0, 0])
@@ -168,13 +120,9 @@ def test_positions_are_resized_as_by_torch(backend, old, new, antialias):
     assert_close(backend.get(found), wanted.permute(0, 2, 3, 1).reshape(1, -1, 6), 1e-5)
 
 
-OWN = VIT | {"model_type": "vit", "num_labels": 3}
-BARE = OWN | {"modelhub": {"class_token": False, "pooling": "mean", "classifier_dropout": 0.5}}
-
-
 def test_no_class_token(backend, tmp_path):
     """Against the parts of transformers' ViT, put together without the token."""
-    theirs = their_model("vit")
+    theirs = TestViT.build("vit")
     config = Config.from_hf(BARE)
     params = {names("hf", config).to_ours(name)[0]: tensor.numpy() for name, tensor in theirs.state_dict().items()}
     del params["vit.embeddings.cls_token"]
@@ -286,7 +234,7 @@ def their_attention(name):
 
 @pytest.mark.parametrize("name", [name for name in ("torch", "jax") if name in installed()])
 def test_own_attention(name, tmp_path):
-    their_model("vit").save_pretrained(tmp_path)
+    TestViT.build("vit").save_pretrained(tmp_path)
     ours = load(tmp_path, get_backend(name, "cpu"))
     wanted, calls, fn = run_ours(ours, pixels(16, 16), collect=False), [], their_attention(name)
 
@@ -299,67 +247,10 @@ def test_own_attention(name, tmp_path):
     assert calls == [(2, 4, 17, 8)] * 2
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_config_round_trip(name):
-    _, config_class, values = CASES[name]
-    theirs = config_class(**values, architectures=[CASES[name][0].__name__])
-    config = Config.from_hf(theirs.to_dict())
-    assert config.id2label == {0: "cat", 1: "dog", 2: "fish"} and config.num_labels == 3
-    assert Config.from_hf(config.to_hf()) == config and config.architecture == CASES[name][0].__name__
-    again = config_class(**config.to_hf())
-    for key in ("hidden_size", "layer_norm_eps", "qkv_bias", "hidden_act", "id2label", "num_labels", "num_channels"):
-        assert getattr(again, key) == getattr(theirs, key), key
-
-
-BASE = {
-    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072, "image_size": 224,
-    "patch_size": 16, "hidden_act": "gelu", "qkv_bias": True, "encoder_stride": 16, "layer_norm_eps": 1e-12,
-    "id2label": {str(index): f"class {index}" for index in range(1000)},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "parameters"),
-    [  # as their papers and transformers' models have them
-        ({"model_type": "vit", "architectures": ["ViTForImageClassification"]}, 86_567_656),
-        ({"model_type": "deit", "architectures": ["DeiTForImageClassificationWithTeacher"]}, 87_338_192),
-        ({"model_type": "vit", "modelhub": {"class_token": False, "pooling": "mean"}}, 86_566_120),
-    ],
-)
-def test_parameters_of_base_models(changes, parameters):
-    specs = flatten(Model.abstract(Config.from_hf(BASE | changes)))
-    assert sum(np.prod(spec.shape) for spec in specs.values()) == parameters
-
-
 def test_two_labels_that_transformers_leaves_out():
     data = {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
     assert Config.from_hf(data).num_labels == 2
     assert Config.from_hf(data | {"architectures": ["ViTModel"]}).num_labels == 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"head_dim": 16}, "head_dim=16"),
-        ({"hidden_act": "mish"}, "'mish' is not supported"),
-        ({"hidden_size": 30}, "no multiple of 4 heads"),
-        ({"image_size": 18}, "image_size 18 is no multiple of patch_size 4"),
-        ({"image_size": "16"}, r"image_size\[0\]='16'"),
-        ({"patch_size": [4, 0]}, r"patch_size\[1\]=0"),
-        ({"hidden_dropout_prob": 1.0, "qkv_bias": "no"}, "hidden_dropout_prob=1.0.*qkv_bias must be true or false"),
-        ({"layer_norm_eps": 0}, "layer_norm_eps=0"),
-        ({"modelhub": {"class_token": False}}, "needs a class token"),
-        ({"modelhub": {"pooling": "max"}}, "pooling='max' must be one of cls, mean"),
-        ({"modelhub": {"pooling": "none"}}, "one vector per image"),
-        ({"modelhub": {"colour": 1}}, "no keys but class_token"),
-        ({"id2label": ["cat", "dog"]}, "id2label must be an object"),
-        ({"model_type": "deit", "modelhub": {"pooling": "mean"}}, "other poolings are for vit"),
-        ({"model_type": "beit"}, "'beit' is not of this family"),
-    ],
-)
-def test_bad_configs_raise(changes, says):
-    with pytest.raises(ConfigError, match=says):
-        Config.from_hf(OWN | changes)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def save(ours, folder):
     save_file({name: ours.xp.get(x) for name, x in ours.params.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
-def read_by_transformers(model_class, folder):
-    model, info = model_class.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
+def read_by_transformers(model_class, folder, **options):
+    model, info = model_class.from_pretrained(folder, output_loading_info=True, attn_implementation="eager", **options)
     assert not any(info.values()), info
     return model.eval()
