@@ -14,10 +14,11 @@ from modelhub.errors import CheckpointError, DataError, InputError, ResumeError,
 from modelhub.habits import instead_of
 from modelhub.training import checkpoints
 from modelhub.training.arguments import check_whole
-from modelhub.training.batches import Batch, BatchSource
+from modelhub.training.batches import BatchSource
 from modelhub.training.callbacks import Callback
 from modelhub.training.engine import TrainingEngine
 from modelhub.training.history import History
+from modelhub.training.ready_batches import Batch
 
 log = logging.getLogger("modelhub")
 

@@ -22,9 +22,9 @@ from modelhub.errors import DataError
 from modelhub.processing.augment import Augment
 from modelhub.processing.image import ImageProcessor
 from modelhub.processing.image_reading import OnError
-from modelhub.training.batches import Batch, ReadyBatches
 from modelhub.training.image_examples import IMAGE_KEYS, LABEL_KEYS, Examples, as_array, key_of
 from modelhub.training.labels import Labelled, ambiguous, read_labels
+from modelhub.training.ready_batches import Batch, ReadyBatches
 
 log = logging.getLogger("modelhub")
 

@@ -18,8 +18,8 @@ from modelhub.core.leaves import dtype_of
 from modelhub.core.tree import Module, Params, bind
 from modelhub.errors import ConfigError, DataError, InputError
 from modelhub.training import fields
-from modelhub.training.batches import NO_LABEL
 from modelhub.training.fields import Field
+from modelhub.training.ready_batches import NO_LABEL
 
 Batch = Mapping[str, np.ndarray]
 

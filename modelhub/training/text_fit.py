@@ -12,11 +12,12 @@ import numpy as np
 from modelhub.errors import InputError, ModelhubError
 from modelhub.progress import bar
 from modelhub.training.arguments import check_flag, check_split, check_whole, name_of
-from modelhub.training.batches import BatchSource, ReadyRows, prepare
+from modelhub.training.batches import BatchSource, prepare
 from modelhub.training.callbacks import Callback
 from modelhub.training.history import History
 from modelhub.training.loaders import repeatable
 from modelhub.training.objectives import TextObjective
+from modelhub.training.ready_batches import ReadyRows
 from modelhub.training.records import OnError, read_records, rows_of
 
 

@@ -18,7 +18,7 @@ from modelhub.core import head, leaves, nn, optim
 from modelhub.core.backends import get_backend, installed, of
 from modelhub.core.tree import bind, flatten
 from modelhub.errors import ConfigError, MixedBackends
-from modelhub.training.batches import complete
+from modelhub.training.ready_batches import complete
 
 PACKAGE = Path(__file__).resolve().parents[2] / "modelhub"
 TRAINERS = [name for name in installed() if name != "numpy"]

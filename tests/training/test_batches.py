@@ -11,8 +11,9 @@ from rich.console import Console
 
 from modelhub.errors import DataError
 from modelhub.processing.tokenizer import Tokenizer
-from modelhub.training.batches import NO_LABEL, WIDTHS, Batches, ReadyBatches, complete, least_padding, pack, prepare
+from modelhub.training.batches import WIDTHS, Batches, least_padding, pack, prepare
 from modelhub.training.examples import Example
+from modelhub.training.ready_batches import NO_LABEL, ReadyBatches, complete
 
 NAMES = ["input_ids", "labels", "position_ids", "segment_ids"]
 

@@ -11,9 +11,9 @@ from modelhub.core import head, lora, optim
 from modelhub.core.backends import get_backend, installed
 from modelhub.core.tree import flatten
 from modelhub.families import family_of
-from modelhub.training.batches import complete
 from modelhub.training.engine import Settings, TrainingEngine
 from modelhub.training.objectives import TextObjective
+from modelhub.training.ready_batches import complete
 
 TIME = 16
 SIZES = {

@@ -18,12 +18,13 @@ from modelhub.core.tree import bind, flatten
 from modelhub.errors import ConfigError, DataError
 from modelhub.families import family_of
 from modelhub.training import fields
-from modelhub.training.batches import Batches, ReadyRows
+from modelhub.training.batches import Batches
 from modelhub.training.engine import Settings, TrainingEngine
 from modelhub.training.examples import Example
 from modelhub.training.fields import Field
 from modelhub.training.fit import Plan, Run
 from modelhub.training.objectives import Objective, TextObjective, with_places
+from modelhub.training.ready_batches import ReadyRows
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,

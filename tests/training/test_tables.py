@@ -220,7 +220,7 @@ def test_a_generator_is_kept_for_more_than_one_pass():
 
 
 def test_ids_outside_int32_are_no_other_ids():
-    from modelhub.training.batches import complete
+    from modelhub.training.ready_batches import complete
 
     with pytest.raises(DataError, match="token id 4294967301 is outside any vocabulary"):
         complete({"input_ids": [[2**32 + 5, 1]], "labels": [[1, 1]]})
