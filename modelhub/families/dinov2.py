@@ -15,11 +15,7 @@ from modelhub.families.config import names as names
 from modelhub.families.image import EPSILON, HuggingFace, ImageConfig
 from modelhub.families.image import adapter_names as adapter_names
 
-_IN_MEMORY = {
-    "attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key",
-    "attention.v_proj": "attention.attention.value", "attention.o_proj": "attention.output.dense",
-    "mlp.down_proj": "mlp.weights_out",
-}  # fmt: skip
+_IN_MEMORY = {"mlp.down_proj": "mlp.weights_out"}
 _APART = {"mlp.weights_in": ("mlp.gate_proj", "mlp.up_proj")}
 _SCALE = Value("a number above 0 and below 10000", lambda x: type(x) in (int, float) and 0 < x < 1e4)
 _COUNT = Value("a whole number from 0 to 9999", lambda x: type(x) is int and 0 <= x < 1e4)

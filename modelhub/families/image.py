@@ -27,6 +27,11 @@ from modelhub.families.naming import NameMap, Rule
 # Keys that transformers does not have; config.json keeps them apart, in an object under the key "modelhub".
 _OURS = ("class_token", "pooling", "classifier_dropout")
 _PREFIX = "modelhub_"  # of model_types that transformers must not take for its own
+# What transformers 5 calls the parts of attention in memory, in all encoders: ours.
+_ATTENTION = {
+    "attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value", "attention.o_proj": "attention.output.dense",
+}  # fmt: skip
 
 EPSILON = Value("a number above 0 and below 1", lambda x: isinstance(x, int | float) and 0 < x < 1)
 _COUNT = Value("a whole number, 0 for no head", lambda x: type(x) is int and x >= 0)
@@ -148,14 +153,14 @@ def _both(value: Any) -> tuple[int, int]:
 class HuggingFace:
     """The format "hf" of image encoders: config.json, and weights under our names. See config.Format.
 
-    layers: what transformers 5 calls them in memory, in_memory: {what it calls their parts: ours}, apart: {ours: the
-    several that it has}. In files both have the names of transformers 4 still, which are ours.
+    layers: what transformers 5 calls them in memory, in_memory: {what it calls their parts besides attention: ours},
+    apart: {ours: the several that it has}. In files both have the names of transformers 4 still, which are ours.
     """
 
     def __init__(
         self, layers: str, in_memory: Mapping[str, str], apart: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     ):  # fmt: skip
-        self.layers, self.in_memory, self.apart = layers, in_memory, apart
+        self.layers, self.in_memory, self.apart = layers, _ATTENTION | dict(in_memory), apart
 
     def read(self, cls: type[ImageConfig], data: Mapping[str, Any]) -> dict[str, Any]:
         """The fields, of config.json. There is a head if its `architectures` say so."""

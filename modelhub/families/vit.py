@@ -19,8 +19,6 @@ from modelhub.families.image import HuggingFace, ImageConfig
 from modelhub.families.image import adapter_names as adapter_names
 
 _IN_MEMORY = {
-    "attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key",
-    "attention.v_proj": "attention.attention.value", "attention.o_proj": "attention.output.dense",
     "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense", "layernorm_before": "layernorm_before",
     "layernorm_after": "layernorm_after",
 }  # fmt: skip
