@@ -26,7 +26,7 @@ except ImportError:  # only pip's build environment has it
 
 KERNELS = "modelhub/core/kernels"
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
-SETS = {  # the instruction sets that src/rows.c and src/round.c are compiled for, and how
+SETS = {  # the instruction sets that rows.c, round.c and attention.c are compiled for, and how
     "x86_64": {
         "sse": "-msse4.2 -mssse3",
         "avx2": "-mavx2 -mfma -mf16c",
@@ -74,7 +74,9 @@ def build(root: Path, target: Path, options: str = OPTIONS) -> None:
     if sets is None:
         raise OSError(f"there are no kernels for {machine}")
     units = {
-        f"{file}_{name}": (file, f"{flags} -DISA={name}") for name, flags in sets.items() for file in ("rows", "round")
+        f"{file}_{name}": (file, f"{flags} -DISA={name}")
+        for name, flags in sets.items()
+        for file in ("rows", "round", "attention")
     }
     units |= {name: (name, "") for name in ("dispatch", "pool", "pack", "xla", "tf")}
     units["module"] = ("module", f"-I{sysconfig.get_paths()['include']}")

@@ -8,7 +8,7 @@ import numpy as np
 
 from modelhub.core.backends.base import Array, Backend
 from modelhub.core.leaves import dtype_of
-from modelhub.core.nn import ACTIVATIONS, Embedding, Linear, RMSNorm, rope_tables
+from modelhub.core.nn import ACTIVATIONS, Embedding, Linear, RMSNorm, rope_tables, together
 from modelhub.core.tree import Module, Spec
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"  # kinds of layers, as Hugging Face's layer_types call them
@@ -136,7 +136,7 @@ class Attention(Module):
             count = y.shape[-1] // self.head_dim
             return xp.transpose(xp.reshape(y, (batch, time, count, self.head_dim)), (0, 2, 1, 3))  # B H T h
 
-        q, k, v = heads(self.q_proj(xp, x)), heads(self.k_proj(xp, x)), heads(self.v_proj(xp, x))
+        q, k, v = map(heads, together(xp, x, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(xp, q), self.k_norm(xp, k)
         cos, sin = context.rope[self.kind]
@@ -166,7 +166,8 @@ class GatedMLP(Module):
         )
 
     def __call__(self, xp: Backend, x: Array) -> Array:
-        return self.down_proj(xp, ACTIVATIONS[self.activation](xp, self.gate_proj(xp, x)) * self.up_proj(xp, x))
+        gate, up = together(xp, x, self.gate_proj, self.up_proj)
+        return self.down_proj(xp, ACTIVATIONS[self.activation](xp, gate) * up)
 
 
 def run_layers(xp: Backend, layers: Sequence, x: Array, context: Context) -> Array:

@@ -30,6 +30,7 @@ class Packed:
     """
 
     ARRAYS: ClassVar[tuple[str, ...]]
+    joins: ClassVar[bool] = False  # whether several are multiplied in one native call (Backend.linears)
     scheme: str
     shape: tuple[int, ...]
     dtype: str

@@ -83,8 +83,17 @@ class Linear(Module):
         return cls(Spec((outputs, inputs), scale=scale), Spec((outputs,), "zeros") if bias else None)
 
     def __call__(self, xp: Backend, x: Array) -> Array:
-        y = xp.linear(x, self.weight, self.bias)
+        return self.adapted(xp, x, xp.linear(x, self.weight, self.bias))
+
+    def adapted(self, xp: Backend, x: Array, y: Array) -> Array:
+        """y: what the layer without a LoRA makes of x."""
         return y if self.lora is None else self.lora(xp, x, y, self.weight, self.bias)
+
+
+def together(xp: Backend, x: Array, *layers: Linear) -> list[Array]:
+    """What each layer makes of the same x."""
+    ys = xp.linears(x, [(layer.weight, layer.bias) for layer in layers])
+    return [layer.adapted(xp, x, y) for layer, y in zip(layers, ys, strict=True)]
 
 
 @dataclass

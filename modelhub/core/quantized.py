@@ -57,6 +57,7 @@ class Tiles(Packed):
     """
 
     ARRAYS: ClassVar[tuple[str, ...]] = ("codes", "scales")
+    joins: ClassVar[bool] = True
     codes: Array
     scales: Array
     scheme: str
@@ -66,12 +67,20 @@ class Tiles(Packed):
     @property
     def parts(self) -> tuple[Array, Array, Array | None]:
         """codes, scales, and minima where there are any."""
-        return self.codes, self.scales, self.arrays.get("minima")
+        return self.codes, self.scales, None
 
     @property
     def kind(self) -> int:
         """The kernels' number of the scheme."""
         return kernels.SCHEMES[self.scheme]
+
+    def native_parts(self, pointer: Callable[[Array | None], Any]) -> tuple[Any, ...]:
+        """`kind` and `parts` as native calls take them, made once; pointer: as NativeCalls has it."""
+        codes, found = self.__dict__.get("_native", (None, ()))
+        if codes is not self.codes:  # a deep copy has other arrays
+            found = (self.kind, *map(pointer, self.parts))
+            self.__dict__["_native"] = self.codes, found
+        return found
 
     def values(self, xp: Any) -> Array:
         if len(self.shape) == 3:
@@ -148,6 +157,10 @@ class TilesWithMinima(Tiles):
 
     ARRAYS: ClassVar = ("codes", "scales", "minima")
     minima: Array = None
+
+    @property
+    def parts(self) -> tuple[Array, Array, Array | None]:
+        return self.codes, self.scales, self.minima
 
     def _shifted(self, xp: Any, q: Array) -> Array:
         minima = xp.transpose(xp.cast(self.minima, "float32"), (0, 2, 1))  # tiles, row, group

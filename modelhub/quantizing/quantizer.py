@@ -242,6 +242,9 @@ def importance_of(
                 note(names[id(weight)], x)
             return super().linear(x, weight, bias)
 
+        def linears(self, x: Any, layers: Any) -> list[Any]:
+            return [self.linear(x, *layer) for layer in layers]
+
     xp = copy.copy(backend)
     xp.__class__ = Watched
     module: Any = bind(skeleton, params)

@@ -362,7 +362,9 @@ CASES: dict[str, list[Case]] = {
 # Methods that the table cannot express, and the test that each has instead.
 QUANTIZED = {  # in test_quantized.py
     "kernels": "test_values_rows_and_products",
-    "kernel_linear": "test_values_rows_and_products",
+    "kernel_linears": "test_values_rows_and_products",
+    "linears": "test_values_rows_and_products",
+    "matrix": "test_experts",
     "kernel_rows": "test_values_rows_and_products",
     "kernel_take": "test_values_rows_and_products",
     "packed_rows": "test_values_rows_and_products",

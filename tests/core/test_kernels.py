@@ -12,6 +12,7 @@ import pytest
 
 from modelhub.core import kernels
 from modelhub.core.backends import get_backend
+from modelhub.core.backends.numpy import Numpy
 from modelhub.core.quantized import SCHEMES, _rounded, pack, tiled, tiles_of
 from modelhub.errors import ConfigError
 
@@ -69,7 +70,61 @@ def test_sums_of_integers_are_exact(isa, scheme):
             np.testing.assert_array_equal(y, (x.astype(np.float64) / 64 @ weight.T).astype(np.float32))
 
 
+@pytest.mark.parametrize("batch, heads, kv_heads, time, slots, width", [
+    (1, 4, 1, 1, 100, 256), (2, 4, 2, 1, 17, 64), (3, 6, 2, 3, 300, 20), (1, 9, 3, 8, 700, 64), (2, 2, 1, 5, 1, 7),
+])  # fmt: skip
+def test_attention_of_few_queries(isa, batch, heads, kv_heads, time, slots, width):
+    """As of operations of numpy's; with queries that see nothing, whose weights are all alike."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(batch, *shape, width)).astype(np.float32) for shape in ((heads, time), (kv_heads, slots), (kv_heads, slots)))  # fmt: skip
+    masks = [None]
+    for rows in {1, batch}:
+        masks.append(rng.random((rows, 1, time, slots)) < 0.4)
+        masks[-1][..., slots // 2 + 1 :] = False
+        masks[-1][-1, 0, 0] = rows == 1  # sees all, or nothing
+    for mask in masks:
+        for softcap in (None, 5.0):
+            args = q, k, v, mask, 0.2, softcap, 0.0, 0
+            np.testing.assert_allclose(leaf_xp._attention(*args), Numpy._attention(plain_xp, *args), atol=3e-6)
+
+
+def test_attention_of_numbers_that_are_not_finite(isa):
+    q, k, v = np.ones((1, 2, 1, 8), np.float32), np.ones((1, 1, 9, 8), np.float32), np.ones((1, 1, 9, 8), np.float32)
+    q[0, 1, 0, 3] = np.nan
+    y = leaf_xp.attention(q, k, v)
+    assert (y[0, 0] == 1).all() and np.isnan(y[0, 1]).all()
+
+
+@pytest.mark.parametrize(
+    "shape, rows", [((1, 4, 1, 256), 1), ((2, 3, 5, 20), 1), ((2, 3, 5, 20), 2), ((3, 1, 7, 6), 3)]
+)
+def test_rotary_embedding(isa, shape, rows):
+    rng = np.random.default_rng(0)
+    tables = (rows, 1, shape[2], shape[3] // 2)
+    x, cos, sin = (rng.normal(size=size).astype(np.float32) for size in (shape, tables, tables))
+    np.testing.assert_allclose(leaf_xp.rotate(x, cos, sin), Numpy.rotate(plain_xp, x, cos, sin), atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 7, 1000])
+def test_activations(isa, count):
+    x = (np.random.default_rng(0).normal(size=count) * 4).astype(np.float32)
+    x[:8] = [-1e30, 1e30, -100, 100, 0, -0.0, 1e-20, np.nan][: min(count, 8)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.testing.assert_allclose(leaf_xp.silu(x), Numpy.silu(plain_xp, x), rtol=1e-6, atol=5e-7)
+        np.testing.assert_allclose(leaf_xp.gelu(x, True), Numpy.gelu(plain_xp, x, True), rtol=1e-6, atol=5e-7)
+
+
+def test_slots_outside_the_cache_are_an_error():
+    buffer, new = np.zeros((2, 1, 5, 3), np.float32), np.ones((2, 1, 2, 3), np.float32)
+    leaf_xp.update_slots(buffer, new, np.array([0, 3], np.int32))
+    assert buffer[:, 0, :, 0].tolist() == [[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]]
+    for start in ([0, 4], [-1, 0]):
+        with pytest.raises(ValueError):
+            leaf_xp.update_slots(buffer, new, np.array(start, np.int32))
+
+
 leaf_xp = get_backend("numpy")
+plain_xp = Numpy("cpu")
 
 
 def any_leaf(scheme, outputs, width, rng):

@@ -57,6 +57,9 @@ def test_values_rows_and_products(name, scheme, form):
         x = rng.normal(size=(2, rows, WIDTH)).astype(np.float32)
         assert off(xp.get(xp.linear(xp.array(x), leaf)), x @ values.T) < form
         assert off(xp.get(xp.linear(xp.array(x), leaf, xp.array(bias))), x @ values.T + bias) < form
+        for other, wanted in ((leaf, values), (xp.array(values[:7]), values[:7])):
+            first, second = xp.linears(xp.array(x), [(leaf, xp.array(bias)), (other, None)])
+            assert off(xp.get(first), x @ values.T + bias) < form and off(xp.get(second), x @ wanted.T) < form
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4m"])

@@ -32,6 +32,7 @@ Shape = Sequence[int]
 # Rows of x up to which integers are multiplied. It is the same on all processors, as x is rounded for it.
 FEW_PACKED = 64
 Parts = tuple[Array, Array | None, Array | None]  # of a matrix: values or codes; scales and minima of quantised ones
+Matrix = tuple[int, Parts, int]  # the kernels' number of its kind, its parts, and how many outputs it has
 
 
 class Backend:
@@ -429,6 +430,14 @@ class Backend:
         """x (..., D) times weight (N, D), an array or a packed leaf, transposed, plus bias (N,): (..., N)."""
         return weight.linear(self, x, bias) if isinstance(weight, Packed) else self._linear(x, weight, bias)
 
+    def linears(self, x: Array, layers: Sequence[tuple[Any, Array | None]]) -> list[Array]:
+        """`linear` of the same x with each (weight, bias): in one native call where all are quantised."""
+        weights = tuple(weight for weight, _ in layers)
+        if not all(isinstance(weight, Packed) and weight.joins for weight in weights):
+            return [self.linear(x, *layer) for layer in layers]
+        ys = self._packed_linears(x, weights)
+        return [y if bias is None else self.plus(y, bias) for y, (_, bias) in zip(ys, layers, strict=True)]
+
     def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
         """What backends override of `linear`."""
         y = self.matmul(x, self.transpose(weight, (1, 0)))
@@ -472,8 +481,8 @@ class Backend:
         """The library of native products (modelhub.core.kernels), None where it cannot be used."""
         return None
 
-    def kernel_linear(self, x: Array, kind: int, arrays: Parts, outputs: int) -> Array:
-        """x (R, K) float32 times a matrix of that kind, transposed: (R, outputs). For backends that have `kernels`."""
+    def kernel_linears(self, x: Array, matrices: Sequence[Matrix]) -> tuple[Array, ...]:
+        """x (R, K) float32 times each of some matrices, transposed: (R, outputs). For backends that have `kernels`."""
         raise NotImplementedError
 
     def kernel_rows(self, leaf: Any, start: Array, size: int) -> Array:
@@ -484,12 +493,12 @@ class Backend:
         """Those at ids (...) as float32 (..., K). For backends that have `kernels`."""
         raise NotImplementedError
 
-    def without_gradient(self, product: Callable, back: Callable, x: Array, leaf: Any) -> Array:
-        """product(x, leaf), whose gradient by x is back(gradient, leaf) and by the leaf nothing.
+    def without_gradient(self, product: Callable, back: Callable, x: Array, leaves: tuple) -> tuple[Array, ...]:
+        """product(x, leaves), a tuple, whose gradient by x is back(gradients, leaves) and by the leaves nothing.
 
         Each backend that trains: what `product` widens is not kept for the backward pass.
         """
-        return product(x, leaf)
+        return product(x, leaves)
 
     def packed_rows(self, leaf: Any, start: Array, size: int) -> Array:
         """Rows start ... start + size - 1 of a quantised matrix, float32; start an int or an int32 scalar array."""
@@ -504,33 +513,47 @@ class Backend:
 
         With few rows integers are multiplied, and x is rounded to 8 bits; else the matrix is widened by blocks.
         """
-        outputs, width = leaf.shape
-        *shape, _ = self.shape(x)
-        flat = self.reshape(x, (-1, width))
-        rows = self.shape(flat)[0]
-        few = not self.training and self.kernels() is not None and isinstance(rows, int) and rows <= FEW_PACKED
-        product = self._integer_product if few else self._widened_product
-        return self.reshape(self.without_gradient(product, self._widened_back, flat, leaf), (*shape, outputs))
+        (y,) = self._packed_linears(x, (leaf,))
+        return y
 
-    def _integer_product(self, x: Array, leaf: Any) -> Array:
-        y = self.kernel_linear(self.cast(x, "float32"), leaf.kind, leaf.parts, leaf.shape[0])
-        return self.cast(y, self.dtype(x))
+    def _packed_linears(self, x: Array, leaves: tuple) -> Sequence[Array]:
+        """`packed_linear` of several matrices."""
+        *shape, width = self.shape(x)
+        product = self._integer_products if self._are_few(x) else self._widened_products
+        ys = self.without_gradient(product, self._widened_back, self.reshape(x, (-1, width)), leaves)
+        return [self.reshape(y, (*shape, leaf.shape[0])) for y, leaf in zip(ys, leaves, strict=True)]
 
-    def _widened_product(self, x: Array, leaf: Any) -> Array:
-        """x (R, K) times the matrix, a block of its rows after the other: in floats it never exists as a whole."""
+    def _are_few(self, x: Array) -> bool:
+        """Whether quantised matrices are multiplied by the rows of x (..., K) as integers."""
+        if self.training or self.kernels() is None:
+            return False
+        rows = math.prod(self.shape(x)[:-1])
+        return isinstance(rows, int) and rows <= FEW_PACKED
+
+    def _integer_products(self, x: Array, leaves: tuple) -> tuple[Array, ...]:
+        ys = self.kernel_linears(self.cast(x, "float32"), [(leaf.kind, leaf.parts, leaf.shape[0]) for leaf in leaves])
+        return tuple(self.cast(y, self.dtype(x)) for y in ys)
+
+    def _widened_products(self, x: Array, leaves: tuple) -> tuple[Array, ...]:
+        """x (R, K) times the matrices, a block of their rows after the other: in floats they never exist as a whole."""
         dtype = self.dtype(x)
-        return self.concat(
-            [self._linear(x, self.cast(self.packed_rows(leaf, *block), dtype), None) for block in _blocks(leaf)], -1
-        )
 
-    def _widened_back(self, gradient: Array, leaf: Any) -> Array:
-        """gradient (R, N) times the matrix: (R, K), in the same way; summed in float32."""
-        dtype = self.dtype(gradient)
+        def product(leaf: Any) -> Array:
+            return self.concat(
+                [self._linear(x, self.cast(self.packed_rows(leaf, *block), dtype), None) for block in _blocks(leaf)], -1
+            )
+
+        return tuple(map(product, leaves))
+
+    def _widened_back(self, gradients: Sequence[Array], leaves: tuple) -> Array:
+        """The sum of gradients (R, N) times the matrices: (R, K), in the same way; summed in float32."""
+        dtype = self.dtype(gradients[0])
         total = None
-        for start, size in _blocks(leaf):
-            rows = self.cast(self.packed_rows(leaf, start, size), dtype)
-            part = self.cast(self.matmul(gradient[:, start : start + size], rows), "float32")
-            total = part if total is None else total + part
+        for gradient, leaf in zip(gradients, leaves, strict=True):
+            for start, size in _blocks(leaf):
+                rows = self.cast(self.packed_rows(leaf, start, size), dtype)
+                part = self.cast(self.matmul(gradient[:, start : start + size], rows), "float32")
+                total = part if total is None else total + part
         return self.cast(total, dtype)
 
     def logsumexp(self, x: Array, axis: int = -1, keepdims: bool = False) -> Array:

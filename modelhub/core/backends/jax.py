@@ -17,7 +17,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from modelhub.core import kernels, leaves
-from modelhub.core.backends.base import Array, Backend, Parts, Shape, bound, host_copy, of_arrays
+from modelhub.core.backends.base import Array, Backend, Matrix, Shape, bound, host_copy, of_arrays
 
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"  # RFC 8878
 _PRODUCT = "product"  # the name of what is kept for the backward pass
@@ -364,9 +364,10 @@ class JaxBackend(Backend):
         # differentiated, or run elsewhere.
         return _library() if self._device is not None and self.device == "cpu" else None
 
-    def kernel_linear(self, x: Array, kind: int, arrays: Parts, outputs: int) -> Array:
-        return _native(
-            f"linear_{_KINDS[kind]}", (x.shape[0], outputs), x, *(part for part in arrays if part is not None)
+    def kernel_linears(self, x: Array, matrices: Sequence[Matrix]) -> tuple[Array, ...]:
+        return tuple(
+            _native(f"linear_{_KINDS[kind]}", (x.shape[0], outputs), x, *(part for part in parts if part is not None))
+            for kind, parts, outputs in matrices
         )
 
     def kernel_rows(self, leaf: Any, start: Array, size: int) -> Array:
@@ -377,14 +378,14 @@ class JaxBackend(Backend):
         ids = jnp.clip(ids, 0, leaf.shape[0] - 1).astype("int32")  # as `take` does; tiles have more rows
         return _native(f"take_{leaf.scheme}", (*ids.shape, leaf.shape[1]), ids, *leaf.arrays.values())
 
-    def without_gradient(self, product: Callable, back: Callable, x: Array, leaf: Any) -> Array:
-        run = jax.custom_jvp(lambda x: product(x, leaf))
+    def without_gradient(self, product: Callable, back: Callable, x: Array, leaves: tuple) -> tuple[Array, ...]:
+        run = jax.custom_jvp(lambda x: product(x, leaves))
 
         @run.defjvp
-        def tangent(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+        def tangent(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
             along = jax.custom_derivatives.linear_call(
-                lambda leaf, x: self._widened_product(x, leaf), lambda leaf, upstream: back(upstream, leaf), leaf,
-                *tangents,
+                lambda leaves, x: self._widened_products(x, leaves), lambda leaves, upstream: back(upstream, leaves),
+                leaves, *tangents,
             )  # fmt: skip
             return run(*primals), along
 
@@ -409,7 +410,8 @@ class JaxBackend(Backend):
 def _few(xp: JaxBackend, x: Array, weight: Array) -> Array:
     """x (R, D) times weight (N, D), transposed, by a native product; its derivatives are XLA's."""
     kind = kernels.FLOATS[weight.dtype.name]
-    return xp.kernel_linear(x.astype(jnp.float32), kind, (weight, None, None), weight.shape[0]).astype(x.dtype)
+    (y,) = xp.kernel_linears(x.astype(jnp.float32), [(kind, (weight, None, None), weight.shape[0])])
+    return y.astype(x.dtype)
 
 
 @functools.partial(_few.defjvp, symbolic_zeros=True)

@@ -10,13 +10,15 @@ import ml_dtypes
 import numpy as np
 
 from modelhub.core import kernels
-from modelhub.core.backends.base import Array, Backend, Parts, Shape, bound_once, host_copy
+from modelhub.core.backends.base import Array, Backend, Shape, bound_once, host_copy
+from modelhub.core.backends.native import NativeCalls
 from modelhub.errors import NoGradients
 
 _DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
     "int32": np.dtype(np.int32),
 }  # fmt: skip
+_BFLOAT16 = _DTYPES["bfloat16"]
 # float32 erf as a rational function of x, the coefficients that Eigen and XLA use; error below 1e-7.
 _ERF_P = (0.00022905065861350646, 0.0034082910107109506, 0.050955695062380861, 0.18520832239976145, 1.128379143519084)
 _ERF_Q = (
@@ -53,7 +55,9 @@ class _Lent:
         return self._array.__dlpack_device__()
 
 
-class NumpyBackend(Backend):
+class Numpy(Backend):
+    """All of it but native calls."""
+
     name = "numpy"
     eager = True
     traced = False
@@ -113,7 +117,8 @@ class NumpyBackend(Backend):
         return np.arange(n, dtype=_dtype(dtype))
 
     def cast(self, x: Array, dtype: str) -> Array:
-        return x.astype(_dtype(dtype), copy=False)
+        wanted = _dtype(dtype)
+        return x if x.dtype is wanted else x.astype(wanted, copy=False)
 
     def dtype(self, x: Array) -> str:
         return "float32" if x.dtype == np.float32 else x.dtype.name  # numpy puts names together anew: 6 us
@@ -248,52 +253,9 @@ class NumpyBackend(Backend):
     def einsum(self, equation: str, *operands: Array) -> Array:
         return np.einsum(equation, *map(_wide, operands), optimize=True).astype(operands[0].dtype, copy=False)
 
-    def kernels(self) -> Any:
-        return kernels.library()
-
-    def kernel_linear(self, x: Array, kind: int, arrays: Parts, outputs: int) -> Array:
-        codes, scales, minima = arrays
-        x = np.ascontiguousarray(x)
-        rows, width = x.shape
-        y = np.empty((rows, outputs), np.float32)
-        self.kernels().linear(kind, codes, scales, minima, x, y, rows, outputs, width, kernels.threads(), 0)
-        return y
-
-    def kernel_rows(self, leaf: Any, start: Array, size: int) -> Array:
-        codes, scales, minima = leaf.parts
-        outputs, width = leaf.shape
-        y = np.empty((size, width), np.float32)
-        threads = kernels.threads()
-        self.kernels().widen(leaf.kind, codes, scales, minima, y, int(start), size, outputs, width, threads, 0)
-        return y
-
-    def kernel_take(self, leaf: Any, ids: Array) -> Array:
-        codes, scales, minima = leaf.parts
-        outputs, width = leaf.shape
-        ids = np.ascontiguousarray(np.where(ids < 0, ids + outputs, ids), np.int32)
-        y = np.empty((*ids.shape, width), np.float32)
-        self.kernels().take(leaf.kind, codes, scales, minima, ids, y, ids.size, outputs, width)
-        return y
-
-    def rms_norm(self, x: Array, weight: Array, eps: float, offset: float = 0.0) -> Array:
-        native = self.kernels()
-        plain = x.dtype == weight.dtype == np.float32 and weight.shape == x.shape[-1:] and weight.flags.c_contiguous
-        if native is None or not plain or x.size > kernels.SMALL:
-            return super().rms_norm(x, weight, eps, offset)
-        x = np.ascontiguousarray(x)
-        y = np.empty_like(x)
-        native.rms_norm(x, weight, y, x.size // x.shape[-1], x.shape[-1], eps, offset)
-        return y
-
     def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
         rows = x.reshape(-1, x.shape[-1])
-        floats = all(part.dtype == np.float32 or part.dtype.itemsize == 2 for part in (rows, weight))
-        fits = floats and rows.shape[1] == weight.shape[1] and weight.flags.c_contiguous
-        if fits and len(rows) <= kernels.FEW and self.kernels() is not None:
-            plain = weight if weight.dtype == np.float32 else weight.view(np.uint16)
-            kind = kernels.FLOATS[self.dtype(weight)]
-            y = self.kernel_linear(_wide(rows), kind, (plain, None, None), len(weight)).astype(x.dtype, copy=False)
-        elif weight.dtype.itemsize == 2:
+        if weight.dtype.itemsize == 2:
             y = _blockwise_linear(rows, weight)
         elif len(rows) == 1:
             # weight @ vector runs at the memory's speed; OpenBLAS takes a slower path for a (1, D) matrix.
@@ -302,6 +264,34 @@ class NumpyBackend(Backend):
             y = rows @ weight.T
         y = y.reshape(*x.shape[:-1], weight.shape[0])
         return y if bias is None else y + bias
+
+
+class NumpyBackend(NativeCalls, Numpy):
+    def kernels(self) -> Any:
+        return kernels.library()
+
+    def _native(self, *arrays: Array) -> Any:
+        plain = all(x.dtype == np.float32 and x.flags.c_contiguous for x in arrays)
+        return kernels.library() if plain else None
+
+    def _native_weight(self, x: Array, weight: Array) -> Any:
+        known = self.dtype(x) in kernels.FLOATS and self.dtype(weight) in kernels.FLOATS
+        return kernels.library() if known and weight.flags.c_contiguous else None
+
+    def _contiguous(self, x: Array) -> Array:
+        return np.ascontiguousarray(x)
+
+    def _pointer(self, x: Array | None) -> Any:
+        return x.view(np.uint16) if x is not None and x.dtype == _BFLOAT16 else x  # no kind of buffer is bfloat16
+
+    def kernel_take(self, leaf: Any, ids: Array) -> Array:
+        return super().kernel_take(leaf, np.where(ids < 0, ids + leaf.shape[0], ids))
+
+    def _empty(self, shape: Shape) -> Array:
+        return np.empty(shape, np.float32)
+
+    def _native_threads(self) -> tuple[int, int]:
+        return kernels.threads(), 0
 
 
 def _blockwise_linear(rows: Array, weight: Array) -> Array:

@@ -14,7 +14,7 @@ os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 import numpy as np
 
 from modelhub.core import kernels
-from modelhub.core.backends.base import Array, Backend, Parts, Shape, bound, bound_once, host_copy, of_arrays
+from modelhub.core.backends.base import Array, Backend, Matrix, Shape, bound, bound_once, host_copy, of_arrays
 from modelhub.core.tree import bind, flatten
 
 
@@ -498,10 +498,12 @@ class TensorflowBackend(Backend):
         # Functions that are called in programs of the user's own, or exported, have no native parts.
         return _library() if self._device and self.device == "cpu" else None
 
-    def kernel_linear(self, x: Array, kind: int, arrays: Parts, outputs: int) -> Array:
+    def kernel_linears(self, x: Array, matrices: Sequence[Matrix]) -> tuple[Array, ...]:
         rows, width = x.shape
-        there = [part for part in arrays if part is not None]
-        return _native("linear", kind, rows, outputs, width, (rows, outputs))(x, *there)
+        return tuple(
+            _native("linear", kind, rows, outputs, width, (rows, outputs))(x, *(p for p in parts if p is not None))
+            for kind, parts, outputs in matrices
+        )
 
     def kernel_rows(self, leaf: Any, start: Array, size: int) -> Array:
         outputs, width = leaf.shape
@@ -516,10 +518,10 @@ class TensorflowBackend(Backend):
             tf.cast(ids, tf.int32), *leaf.arrays.values()
         )
 
-    def without_gradient(self, product: Callable, back: Callable, x: Array, leaf: Any) -> Array:
+    def without_gradient(self, product: Callable, back: Callable, x: Array, leaves: tuple) -> tuple[Array, ...]:
         @tf.custom_gradient
-        def run(x: Array) -> tuple[Array, Callable]:
-            return product(x, leaf), lambda upstream: back(upstream, leaf)
+        def run(x: Array) -> tuple[tuple[Array, ...], Callable]:
+            return product(x, leaves), lambda *upstream: back(upstream, leaves)
 
         return run(x)
 
@@ -531,7 +533,8 @@ class TensorflowBackend(Backend):
             return tf.matmul(upstream, weight), tf.matmul(upstream, x, transpose_a=True)
 
         kind, parts = kernels.FLOATS[weight.dtype.name], (weight, None, None)
-        return tf.cast(self.kernel_linear(tf.cast(x, tf.float32), kind, parts, weight.shape[0]), x.dtype), back
+        (y,) = self.kernel_linears(tf.cast(x, tf.float32), [(kind, parts, weight.shape[0])])
+        return tf.cast(y, x.dtype), back
 
     def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
         flat = tf.reshape(x, (-1, x.shape[-1]))

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from modelhub.core import kernels
-from modelhub.core.backends.base import Array, Backend, Parts, Shape, bound_once, host_copy
+from modelhub.core.backends.base import Array, Backend, Shape, bound_once, host_copy
+from modelhub.core.backends.native import NativeCalls
 from modelhub.errors import ConfigError, InputError
 
 _DTYPES = {
@@ -38,6 +39,11 @@ _ONEDNN = (
 )
 
 
+# Whether torch.func, torch.jit, or modes and fake tensors look at what is called.
+_transformed, _tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
+_dispatched = torch._C._len_torch_dispatch_stack
+
+
 def _product(x: Array, weight: Array) -> Array:
     """x (M, K) times weight (N, K), transposed, in float32 on CPU, without a gradient."""
     assert _ONEDNN is not None
@@ -60,21 +66,17 @@ class _Product(torch.autograd.Function):
         return of_x, None if x is None else _product(gradient.t(), x.t())
 
 
-def _addresses(parts: Parts) -> list[int | None]:
-    return [None if part is None else part.data_ptr() for part in parts]
-
-
 class _Frozen(torch.autograd.Function):
-    """A product with a matrix that is not trained, and that the backward pass widens again."""
+    """Products with matrices that are not trained, and that the backward pass widens again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Array, leaf: Any, product: Callable, back: Callable) -> Array:
-        ctx.leaf, ctx.back = leaf, back
-        return product(x, leaf)
+    def forward(ctx: Any, x: Array, leaves: tuple, product: Callable, back: Callable) -> tuple[Array, ...]:
+        ctx.leaves, ctx.back = leaves, back
+        return product(x, leaves)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Array) -> tuple[Array | None, ...]:
-        return ctx.back(gradient, ctx.leaf), None, None, None
+    def backward(ctx: Any, *gradients: Array) -> tuple[Array | None, ...]:
+        return ctx.back(gradients, ctx.leaves), None, None, None
 
 
 class TorchOptimizer:
@@ -133,7 +135,9 @@ class TorchOptimizer:
             self._optimizer.state[self._leaves[name]][slot] = value.clone()
 
 
-class TorchBackend(Backend):
+class Torch(Backend):
+    """All of it but native calls."""
+
     name = "torch"
     eager = True
     traced = False
@@ -430,70 +434,21 @@ class TorchBackend(Backend):
     def einsum(self, equation: str, *operands: Array) -> Array:
         return torch.einsum(equation, *operands)
 
-    def kernels(self) -> Any:
-        # Nobody knows the kernels' names but we: programs that are compiled or exported go without.
-        if not self._on_cpu or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return None
-        # Nor does what records operations see them: tracers, fake tensors, forward-mode derivatives.
-        if torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or fwAD._current_level >= 0:
-            return None
-        return kernels.library()
-
-    def kernel_linear(self, x: Array, kind: int, arrays: Parts, outputs: int) -> Array:
-        x = x.contiguous()
-        rows, width = x.shape
-        y = x.new_empty((rows, outputs))
-        kernels.library().linear(
-            kind, *_addresses(arrays), x.data_ptr(), y.data_ptr(), rows, outputs, width, torch.get_num_threads(),
-            kernels.openmp(_PACKAGE),
-        )  # fmt: skip
-        return y
-
-    def kernel_rows(self, leaf: Any, start: Array, size: int) -> Array:
-        outputs, width = leaf.shape
-        y = torch.empty((size, width))
-        kernels.library().widen(
-            leaf.kind, *_addresses(leaf.parts), y.data_ptr(), int(start), size, outputs, width,
-            torch.get_num_threads(), kernels.openmp(_PACKAGE),
-        )  # fmt: skip
-        return y
-
-    def kernel_take(self, leaf: Any, ids: Array) -> Array:
-        outputs, width = leaf.shape
-        ids = ids.to(torch.int32).contiguous()
-        y = torch.empty((*ids.shape, width))
-        kernels.library().take(
-            leaf.kind, *_addresses(leaf.parts), ids.data_ptr(), y.data_ptr(), ids.numel(), outputs,
-            width,
-        )  # fmt: skip
-        return y
-
-    def without_gradient(self, product: Callable, back: Callable, x: Array, leaf: Any) -> Array:
+    def without_gradient(self, product: Callable, back: Callable, x: Array, leaves: tuple) -> tuple[Array, ...]:
         # torch.func and forward mode go through what the product is made of.
-        others = torch._C._are_functorch_transforms_active() or fwAD._current_level >= 0
+        others = _transformed() or fwAD._current_level >= 0
         wanted = torch.is_grad_enabled() and x.requires_grad and not others
-        return _Frozen.apply(x, leaf, product, back) if wanted else product(x, leaf)
+        return _Frozen.apply(x, leaves, product, back) if wanted else product(x, leaves)
 
     def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
         if not self._on_cpu or x.dtype != weight.dtype or torch.compiler.is_compiling():
             return F.linear(x, weight, bias)
         outputs, width = weight.shape
         rows = x.numel() // width
-        if rows <= kernels.FEW and self._suits_kernels(x, weight):
-            y = self.kernel_linear(
-                x.reshape(rows, width).float(), kernels.FLOATS[_NAMES[x.dtype]], (weight, None, None), outputs
-            )
-        elif x.dtype == torch.float32 and rows > 4 and self._suits_onednn(weight, weight):
-            y = self._onednn(x.reshape(rows, width), weight)
-        else:
+        if x.dtype != torch.float32 or rows <= 4 or not self._suits_onednn(weight, weight):
             return F.linear(x, weight, bias)
-        y = y.reshape(*x.shape[:-1], outputs).to(x.dtype)
+        y = self._onednn(x.reshape(rows, width), weight).reshape(*x.shape[:-1], outputs)
         return y if bias is None else y + bias
-
-    def _suits_kernels(self, x: Array, weight: Array) -> bool:
-        wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        known = _NAMES.get(weight.dtype) in kernels.FLOATS and weight.is_contiguous() and weight.is_cpu
-        return known and not wanted and self.kernels() is not None
 
     def softmax(self, x: Array, axis: int = -1) -> Array:
         return torch.softmax(x, axis, dtype=torch.float32).to(x.dtype)
@@ -511,12 +466,6 @@ class TorchBackend(Backend):
         return F.gelu(x, approximate="tanh" if approximate else "none")
 
     def rms_norm(self, x: Array, weight: Array, eps: float, offset: float = 0.0) -> Array:
-        plain = x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and weight.shape == x.shape[-1:]
-        if plain and x.numel() <= kernels.SMALL and self._suits_kernels(x, weight):
-            y, width = torch.empty_like(x), x.shape[-1]
-            rows = x.numel() // width
-            kernels.library().rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, width, eps, offset)
-            return y
         scale = weight.float() + offset if offset else weight.float()
         if self._on_cpu and x.dtype == torch.float32:  # F.rms_norm's CPU form copies three times: 14 us against 8
             return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * scale
@@ -535,3 +484,41 @@ class TorchBackend(Backend):
         if softcap or dropout or one_product:
             return super()._attention(q, k, v, mask, scale, softcap, dropout, salt)
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class TorchBackend(NativeCalls, Torch):
+    def kernels(self) -> Any:
+        # Nobody knows the kernels' names but we: programs that are compiled or exported go without, and so does what
+        # records operations: tracers, fake tensors, derivatives of functions and of the forward mode.
+        if torch.compiler.is_compiling() or not self._on_cpu or _transformed() or _tracing() or _dispatched():
+            return None
+        return kernels.library() if fwAD._current_level < 0 else None
+
+    def _native(self, *arrays: Array) -> Any:
+        library = self.kernels()
+        if library is None:
+            return None
+        wanted = torch.is_grad_enabled()
+        for x in arrays:
+            if x.dtype is not torch.float32 or not x.is_contiguous() or not x.is_cpu or (wanted and x.requires_grad):
+                return None
+        return library
+
+    def _native_weight(self, x: Array, weight: Array) -> Any:
+        library = self.kernels()
+        if library is None or x.dtype != weight.dtype or not (x.is_cpu and weight.is_cpu and weight.is_contiguous()):
+            return None
+        wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        return library if _NAMES.get(weight.dtype) in kernels.FLOATS and not wanted else None
+
+    def _contiguous(self, x: Array) -> Array:
+        return x.contiguous()
+
+    def _pointer(self, x: Array | None) -> Any:
+        return None if x is None else x.data_ptr()
+
+    def _empty(self, shape: Shape) -> Array:
+        return torch.empty(shape)
+
+    def _native_threads(self) -> tuple[int, int]:
+        return torch.get_num_threads(), kernels.openmp(_PACKAGE)

@@ -1,4 +1,5 @@
 /* Which instruction set, in which pieces: the functions of mhk.h but for packing. */
+#include <math.h>
 #include <stdlib.h>
 
 #include "internal.h"
@@ -103,9 +104,18 @@ static long piece(const mhk_matrix *w, int threads) {
     return step < MHK_TILE ? MHK_TILE : step;
 }
 
+struct together {
+    struct mhk_job jobs[MHK_TOGETHER];
+    long first[MHK_TOGETHER + 1], steps[MHK_TOGETHER]; /* first: number of a job's first piece */
+};
 static void products(void *p, long first, long last) {
-    const struct mhk_job *job = p;
-    job->linear(job, first, last);
+    const struct together *all = p;
+    for (long i = first; i < last; i++) {
+        long m = 0;
+        while (i >= all->first[m + 1]) m++;
+        const long n = all->jobs[m].w->n, from = (i - all->first[m]) * all->steps[m], to = from + all->steps[m];
+        all->jobs[m].linear(all->jobs + m, from, to < n ? to : n);
+    }
 }
 static void quantised(void *p, long first, long last) {
     const struct mhk_job *job = p;
@@ -114,26 +124,44 @@ static void quantised(void *p, long first, long last) {
         job->quantise(job->x + r * k, job->q + r * k, job->scales + r * groups, job->sums + 2 * r * groups, k);
 }
 
-int mhk_linear(const mhk_matrix *w, const float *x, float *y, long rows, int threads, int openmp) {
+int mhk_linears(const mhk_matrix *w, long count, const float *x, float *const *y, long rows, int threads, int openmp) {
     const struct mhk_kernels *set = mhk_kernels_here();
-    if (!set || !fits(w) || rows < 0) return -1;
+    if (!set || count < 1 || count > MHK_TOGETHER || rows < 0) return -1;
+    long bytes = 0;
+    int integers = 0;
+    for (long m = 0; m < count; m++) {
+        if (!fits(w + m) || w[m].k != w->k) return -1;
+        bytes += bytes_of_row(w + m) * w[m].n;
+        integers |= w[m].kind >= MHK_INT8;
+    }
     if (!rows) return 0;
-    if (threads < 1 || bytes_of_row(w) * w->n * rows < 32768) threads = 1;
-    struct mhk_job job = {.w = w, .x = x, .y = y, .rows = rows, .linear = set->linear[w->kind], .quantise = set->quantise};
+    if (threads < 1 || bytes * rows < 32768) threads = 1;
+    struct mhk_job job = {.w = w, .x = x, .rows = rows, .quantise = set->quantise};
     _Alignas(64) char here[16384];
     char *memory = here, *more = 0;
-    if (w->kind >= MHK_INT8) {
-        const long groups = w->k / MHK_GROUP, bytes = rows * (w->k + groups * (4 + 8));
-        if (bytes > (long)sizeof here) memory = more = malloc((size_t)bytes);
+    if (integers) {
+        const long groups = w->k / MHK_GROUP, needed = rows * (w->k + groups * (4 + 8));
+        if (needed > (long)sizeof here) memory = more = malloc((size_t)needed);
         if (!memory) return -2;
         job.scales = (float *)memory;
         job.sums = (int32_t *)(job.scales + rows * groups);
         job.q = (int8_t *)(job.sums + 2 * rows * groups);
         mhk_parallel(quantised, &job, rows, rows > 16 ? 8 : rows, rows > 16 ? threads : 1, openmp);
     }
-    mhk_parallel(products, &job, w->n, piece(w, threads), threads, openmp);
+    struct together all;
+    all.first[0] = 0;
+    for (long m = 0; m < count; m++) {
+        all.jobs[m] = job;
+        all.jobs[m].w = w + m, all.jobs[m].y = y[m], all.jobs[m].linear = set->linear[w[m].kind];
+        all.steps[m] = piece(w + m, threads);
+        all.first[m + 1] = all.first[m] + (w[m].n + all.steps[m] - 1) / all.steps[m];
+    }
+    mhk_parallel(products, &all, all.first[count], 1, threads, openmp);
     free(more);
     return 0;
+}
+int mhk_linear(const mhk_matrix *w, const float *x, float *y, long rows, int threads, int openmp) {
+    return mhk_linears(w, 1, x, &y, rows, threads, openmp);
 }
 
 struct widening {
@@ -170,5 +198,80 @@ int mhk_rms_norm(const float *x, const float *w, float *y, long rows, long n, fl
     const struct mhk_kernels *set = mhk_kernels_here();
     if (!set || rows < 0 || n < 1) return -1;
     for (long r = 0; r < rows; r++) set->rms_norm(x + r * n, w, y + r * n, n, eps, offset);
+    return 0;
+}
+
+/* --- what is between the products --------------------------------------------------------------------------------- */
+
+struct attending {
+    struct mhk_attention a;
+    const struct mhk_attention_kernels *set;
+    float *y;
+};
+static void attended(void *p, long first, long last) {
+    const struct attending *job = p;
+    for (long i = first; i < last; i++) job->set->attend(&job->a, i);
+}
+/* The weighted sum of what the pieces of a key head have found, each as far below the largest score as it is. */
+static void sum_up(const struct attending *job, long head, long pieces) {
+    const long rows = job->a.group, h = job->a.width, size = rows * (h + 2);
+    const float *parts = job->a.parts + head * pieces * size;
+    for (long r = 0; r < rows; r++) {
+        float *y = job->y + (head * rows + r) * h, peak = parts[r], total = 0;
+        for (long p = 1; p < pieces; p++) peak = parts[p * size + r] > peak ? parts[p * size + r] : peak;
+        memset(y, 0, 4 * (size_t)h);
+        for (long p = 0; p < pieces; p++) {
+            const float *part = parts + p * size, *values = part + 2 * rows + r * h, weight = expf(part[r] - peak);
+            if (part[rows + r] == 0) continue;
+            total += weight * part[rows + r];
+            for (long j = 0; j < h; j++) y[j] += weight * values[j];
+        }
+        for (long j = 0; j < h; j++) y[j] /= total;
+    }
+}
+int mhk_attend(const mhk_shapes *s, const float *q, const float *k, const float *v, const uint8_t *mask, float *y,
+               int threads, int openmp) {
+    const struct mhk_kernels *set = mhk_kernels_here();
+    if (!set || s->batch < 0 || s->kv_heads < 1 || s->heads % s->kv_heads || s->time < 0 || s->slots < 1 || s->width < 1)
+        return -1;
+    if (mask && s->masks != 1 && s->masks != s->batch) return -1;
+    const long group = s->heads / s->kv_heads * s->time, heads = s->batch * s->kv_heads;
+    const long pieces = (s->slots + MHK_PIECE - 1) / MHK_PIECE, items = heads * pieces, size = group * (s->width + 2);
+    if (!heads || !group) return 0;
+    int skips = 1; /* a query that sees nothing weighs all slots alike */
+    for (long row = 0; mask && row < s->masks * s->time; row++) skips &= !!memchr(mask + row * s->slots, 1, (size_t)s->slots);
+    float here[8192], *parts = here, *more = 0;
+    if (items * size > (long)(sizeof here / sizeof *here)) parts = more = malloc(4 * (size_t)(items * size));
+    if (!parts) return -2;
+    struct attending job = {{q, k, v, mask, parts, s->kv_heads, group, s->time, s->slots, s->width, s->masks, s->scale,
+                             s->softcap, skips}, set->attention, y};
+    if (threads < 1 || heads * s->slots * s->width < 65536) threads = 1;
+    mhk_parallel(attended, &job, items, 1, threads, openmp);
+    for (long head = 0; head < heads; head++) sum_up(&job, head, pieces);
+    free(more);
+    return 0;
+}
+int mhk_rotate(const float *x, const float *cosines, const float *sines, float *y, long batch, long heads, long time,
+               long width, long tables) {
+    const struct mhk_kernels *set = mhk_kernels_here();
+    if (!set || width % 2 || (tables != 1 && tables != batch)) return -1;
+    for (long row = 0; row < batch * heads * time; row++) {
+        const long at = ((tables == 1 ? 0 : row / (heads * time) * time) + row % time) * (width / 2);
+        set->attention->rotate(x + row * width, cosines + at, sines + at, y + row * width, width / 2);
+    }
+    return 0;
+}
+int mhk_write(float *buffer, const float *rows, const int32_t *start, long batch, long heads, long time, long width,
+              long slots) {
+    for (long b = 0; b < batch; b++)
+        if (start[b] < 0 || start[b] + time > slots) return -1;
+    for (long i = 0; i < batch * heads; i++)
+        memcpy(buffer + (i * slots + start[i / heads]) * width, rows + i * time * width, 4 * (size_t)(time * width));
+    return 0;
+}
+int mhk_activate(int kind, const float *x, float *y, long n) {
+    const struct mhk_kernels *set = mhk_kernels_here();
+    if (!set || kind < MHK_SILU || kind > MHK_GELU_TANH || n < 0) return -1;
+    set->attention->activate(kind, x, y, n);
     return 0;
 }

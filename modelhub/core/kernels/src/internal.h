@@ -24,6 +24,23 @@ struct mhk_group {
     uint16_t scale[2], minimum;
 };
 
+/* Attention of few queries. A piece of MHK_PIECE slots of one key head is an item of work, which leaves in `parts`, for
+ * each of the head's queries: its largest score, the sum of the weights relative to it, and the values so weighted. */
+enum { MHK_PIECE = 256 };
+struct mhk_attention {
+    const float *q, *k, *v;
+    const uint8_t *mask;
+    float *parts;
+    long kv_heads, group, time, slots, width, masks; /* group: queries of a key head; masks: 1, or one for each row */
+    float scale, softcap;
+    int skips; /* slots that no query sees are left out */
+};
+struct mhk_attention_kernels {
+    void (*attend)(const struct mhk_attention *, long item);
+    void (*rotate)(const float *x, const float *cosines, const float *sines, float *y, long half);
+    void (*activate)(int kind, const float *x, float *y, long n);
+};
+
 /* What one instruction set has; linear by kind. round: x (32) with weights w of the errors; 0 where it cannot hold x. */
 struct mhk_kernels {
     void (*linear[MHK_KINDS])(const struct mhk_job *, long, long);
@@ -31,6 +48,7 @@ struct mhk_kernels {
     void (*widen)(const mhk_matrix *w, long row, float *out);
     void (*rms_norm)(const float *x, const float *w, float *y, long n, float eps, float offset);
     int (*round)(int kind, const float *x, const float *w, struct mhk_group *group);
+    const struct mhk_attention_kernels *attention;
 };
 extern const struct mhk_kernels mhk_sse, mhk_avx2, mhk_avxvnni, mhk_avx512, mhk_avx512vnni, mhk_neon, mhk_dotprod;
 

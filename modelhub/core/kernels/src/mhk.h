@@ -3,7 +3,7 @@
 #define MHK_H
 #include <stdint.h>
 
-#define MHK_ABI 1 /* raised with every change of what is below; ../__init__.py checks it */
+#define MHK_ABI 2 /* raised with every change of what is below; ../__init__.py checks it */
 
 /* Floats are row-major. Quantised weights are in tiles of 16 rows and groups of 32 columns, (N + 15) / 16 x K / 32 of
  * them, the groups of a tile one after the other:
@@ -13,7 +13,7 @@
  *   minima  [16 rows] float16 (the kinds in M): a weight is scale * code + minimum
  */
 enum { MHK_F32, MHK_BF16, MHK_F16, MHK_INT8, MHK_INT8M, MHK_INT8H, MHK_INT4, MHK_INT4M, MHK_KINDS };
-enum { MHK_TILE = 16, MHK_GROUP = 32 };
+enum { MHK_TILE = 16, MHK_GROUP = 32, MHK_TOGETHER = 8 };
 
 typedef struct {
     int kind;
@@ -27,11 +27,30 @@ typedef struct {
  * openmp: those of the OpenMP in the process, if mhk_use_openmp was given one, in place of the own pool. */
 enum { MHK_MISFIT = -1, MHK_NO_MEMORY = -2, MHK_OUTSIDE = 1, MHK_UNHOLDABLE = -3 };
 int mhk_linear(const mhk_matrix *w, const float *x, float *y, long rows, int threads, int openmp);
+/* The same of `count` matrices of the same k, at most MHK_TOGETHER, each with its own y. */
+int mhk_linears(const mhk_matrix *w, long count, const float *x, float *const *y, long rows, int threads, int openmp);
 int mhk_widen(const mhk_matrix *w, long first, long count, float *out, int threads, int openmp); /* rows as floats */
 int mhk_take(const mhk_matrix *w, const int32_t *ids, long count, float *out); /* outside: the nearest row */
 
 /* y = x / rms(x) * (w + offset) for each of `rows` rows of n, as Backend.rms_norm has it. */
 int mhk_rms_norm(const float *x, const float *w, float *y, long rows, long n, float eps, float offset);
+
+/* Attention of the queries q (batch, heads, time, width) to k and v (batch, kv_heads, slots, width), as Backend.attention
+ * has it. mask (masks, time, slots), masks 1 or batch, 0 where a query may not look, or null; softcap 0: none. */
+typedef struct {
+    long batch, heads, kv_heads, time, slots, width, masks;
+    float scale, softcap;
+} mhk_shapes;
+int mhk_attend(const mhk_shapes *s, const float *q, const float *k, const float *v, const uint8_t *mask, float *y,
+               int threads, int openmp);
+/* Rotary embedding of x (batch, heads, time, width) with cosines and sines (1 or batch, time, width / 2). */
+int mhk_rotate(const float *x, const float *cosines, const float *sines, float *y, long batch, long heads, long time,
+               long width, long tables);
+/* new (batch, heads, time, width) into buffer (batch, heads, slots, width), from slot start[row] on. */
+int mhk_write(float *buffer, const float *rows, const int32_t *start, long batch, long heads, long time, long width,
+              long slots);
+enum { MHK_SILU, MHK_GELU_TANH };
+int mhk_activate(int kind, const float *x, float *y, long n);
 
 /* Packs `count` rows of floats, at most 16, into one tile: codes, scales and minima by least squared error. */
 int mhk_pack(int kind, const float *rows, long count, long k, const float *importance, void *codes, uint16_t *scales,

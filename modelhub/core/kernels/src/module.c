@@ -59,6 +59,78 @@ static PyObject *linear(PyObject *module, PyObject *args) {
     release(a, 5);
     return result(code);
 }
+static PyObject *linears(PyObject *module, PyObject *args) {
+    array a[4 * MHK_TOGETHER + 1] = {{.at = 0}};
+    mhk_matrix w[MHK_TOGETHER];
+    float *ys[MHK_TOGETHER];
+    PyObject *matrices;
+    int threads, openmp, code;
+    long rows, k;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O!O&llii", &PyTuple_Type, &matrices, get, a + 4 * MHK_TOGETHER, &rows, &k, &threads, &openmp))
+        return 0;
+    const Py_ssize_t count = PyTuple_Size(matrices);
+    for (Py_ssize_t m = 0; m < count && m < MHK_TOGETHER; m++) {
+        array *b = a + 4 * m;
+        if (!PyArg_ParseTuple(PyTuple_GetItem(matrices, m), "iO&O&O&O&l", &w[m].kind, get, b, get, b + 1, get, b + 2, get, b + 3,
+                              &w[m].n)) {
+            release(a, 4 * MHK_TOGETHER + 1);
+            return 0;
+        }
+        w[m].codes = b[0].at, w[m].scales = b[1].at, w[m].minima = b[2].at, w[m].k = k;
+        ys[m] = b[3].at;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    code = mhk_linears(w, count, a[4 * MHK_TOGETHER].at, ys, rows, threads, openmp);
+    Py_END_ALLOW_THREADS
+    release(a, 4 * MHK_TOGETHER + 1);
+    return result(code);
+}
+static PyObject *attend(PyObject *module, PyObject *args) {
+    array a[5] = {{.at = 0}};
+    mhk_shapes s;
+    int threads, openmp, code;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&O&O&O&lllllllffii", get, a, get, a + 1, get, a + 2, get, a + 3, get, a + 4, &s.batch,
+                          &s.heads, &s.kv_heads, &s.time, &s.slots, &s.width, &s.masks, &s.scale, &s.softcap, &threads,
+                          &openmp))
+        return 0;
+    Py_BEGIN_ALLOW_THREADS
+    code = mhk_attend(&s, a[0].at, a[1].at, a[2].at, a[3].at, a[4].at, threads, openmp);
+    Py_END_ALLOW_THREADS
+    release(a, 5);
+    return result(code);
+}
+static PyObject *rotate(PyObject *module, PyObject *args) {
+    array a[4] = {{.at = 0}};
+    long batch, heads, time, width, tables;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&O&O&lllll", get, a, get, a + 1, get, a + 2, get, a + 3, &batch, &heads, &time, &width,
+                          &tables))
+        return 0;
+    const int code = mhk_rotate(a[0].at, a[1].at, a[2].at, a[3].at, batch, heads, time, width, tables);
+    release(a, 4);
+    return result(code);
+}
+static PyObject *write_slots(PyObject *module, PyObject *args) {
+    array a[3] = {{.at = 0}};
+    long batch, heads, time, width, slots;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O&O&O&lllll", get, a, get, a + 1, get, a + 2, &batch, &heads, &time, &width, &slots)) return 0;
+    const int code = mhk_write(a[0].at, a[1].at, a[2].at, batch, heads, time, width, slots);
+    release(a, 3);
+    return result(code);
+}
+static PyObject *activate(PyObject *module, PyObject *args) {
+    array a[2] = {{.at = 0}};
+    int kind;
+    long n;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iO&O&l", &kind, get, a, get, a + 1, &n)) return 0;
+    const int code = mhk_activate(kind, a[0].at, a[1].at, n);
+    release(a, 2);
+    return result(code);
+}
 static PyObject *widen(PyObject *module, PyObject *args) {
     array a[5] = {{.at = 0}};
     int kind, threads, openmp, code;
@@ -166,6 +238,12 @@ static PyObject *xla_handlers(PyObject *module, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"linear", linear, METH_VARARGS, "linear(kind, codes, scales, minima, x, y, rows, n, k, threads, openmp)"},
+    {"linears", linears, METH_VARARGS, "linears(((kind, codes, scales, minima, y, n), ...), x, rows, k, threads, openmp)"},
+    {"attend", attend, METH_VARARGS,
+     "attend(q, k, v, mask, y, batch, heads, kv_heads, time, slots, width, masks, scale, softcap, threads, openmp)"},
+    {"rotate", rotate, METH_VARARGS, "rotate(x, cosines, sines, y, batch, heads, time, width, tables)"},
+    {"write", write_slots, METH_VARARGS, "write(buffer, rows, start, batch, heads, time, width, slots)"},
+    {"activate", activate, METH_VARARGS, "activate(kind, x, y, n)"},
     {"widen", widen, METH_VARARGS, "widen(kind, codes, scales, minima, out, first, count, n, k, threads, openmp)"},
     {"take", take, METH_VARARGS, "take(kind, codes, scales, minima, ids, out, count, n, k)"},
     {"rms_norm", rms_norm, METH_VARARGS, "rms_norm(x, weight, y, rows, n, eps, offset)"},

@@ -325,6 +325,7 @@ static void rms_norm(const float *x, const float *w, float *y, long n, float eps
 }
 
 int JOINED(mhk_round_, ISA)(int kind, const float *x, const float *w, struct mhk_group *group); /* round.c */
+extern const struct mhk_attention_kernels JOINED(mhk_attention_, ISA); /* attention.c */
 const struct mhk_kernels JOINED(mhk_, ISA) = {
     {float32, bfloat16, float16, int8, int8m, int8h, int4, int4m}, quantise, widen, rms_norm,
-    JOINED(mhk_round_, ISA)};
+    JOINED(mhk_round_, ISA), &JOINED(mhk_attention_, ISA)};
