@@ -91,7 +91,9 @@ class Linear(Module):
 
 
 def together(xp: Backend, x: Array, *layers: Linear) -> list[Array]:
-    """What each layer makes of the same x."""
+    """What each layer makes of the same x. Layers of the user's own, and those that watch their calls, are called."""
+    if not all(type(layer) is Linear for layer in layers):
+        return [layer(xp, x) for layer in layers]
     ys = xp.linears(x, [(layer.weight, layer.bias) for layer in layers])
     return [layer.adapted(xp, x, y) for layer, y in zip(layers, ys, strict=True)]
 

@@ -272,11 +272,11 @@ class NumpyBackend(NativeCalls, Numpy):
 
     def _native(self, *arrays: Array) -> Any:
         plain = all(x.dtype == np.float32 and x.flags.c_contiguous for x in arrays)
-        return kernels.library() if plain else None
+        return self.kernels() if plain else None
 
     def _native_weight(self, x: Array, weight: Array) -> Any:
         known = self.dtype(x) in kernels.FLOATS and self.dtype(weight) in kernels.FLOATS
-        return kernels.library() if known and weight.flags.c_contiguous else None
+        return self.kernels() if known and weight.flags.c_contiguous else None
 
     def _contiguous(self, x: Array) -> Array:
         return np.ascontiguousarray(x)
