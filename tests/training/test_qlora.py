@@ -163,8 +163,8 @@ def test_what_cannot_be_done(preset, name):
     for wrong in ("int3", {"*": "q4"}, 4):
         with pytest.raises(ConfigError, match="quantize must be one of 'int8', 'int4'"):
             CausalLM.from_preset(preset, backend="numpy", quantize=wrong)
-    with pytest.raises(ConfigError, match="'lm_head' means no matrix of this model; there are embed_tokens, q_proj"):
-        CausalLM.from_preset(preset, backend="numpy", quantize={"lm_head": "int8"})
+    with pytest.raises(ConfigError, match="'lm_haed' means no matrix of this model; there are embed_tokens, q_proj"):
+        CausalLM.from_preset(preset, backend="numpy", quantize={"lm_haed": "int8"})
 
 
 def test_rows_that_are_no_whole_groups(tmp_path, caplog):
