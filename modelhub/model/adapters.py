@@ -4,24 +4,28 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from modelhub.core import custom, leaves, lora
-from modelhub.core.backends.base import Array, Backend
 from modelhub.core.tree import Params, flatten
-from modelhub.errors import CheckpointError, InputError
-from modelhub.families import family_of
-from modelhub.families.naming import NameMap
-from modelhub.hub.adapter_parts import joined, spelled, split
-from modelhub.hub.adapters import AdapterFiles, read_adapter, write_adapter
+from modelhub.errors import InputError
+from modelhub.hub.adapters import read_adapter, write_adapter
 from modelhub.hub.preset import as_address, resolve_adapter
 from modelhub.hub.provenance import Provenance, TrainingRun, read_provenance, write_provenance
 from modelhub.kinds import TaskKind, kind_reading
+from modelhub.model.adapter_files import (
+    as_files,
+    check_pieces,
+    check_shapes,
+    in_order,
+    names_in_files,
+    own_copy,
+    with_our_names,
+    without_copies,
+)
 from modelhub.model.weights import PARAMS, REPLACED, Change, Layout, Weights, adapter_store
 
 log = logging.getLogger("modelhub")
@@ -126,7 +130,7 @@ class AdapterSet(Mapping[str, Adapter]):
         base = _fitting(plain, self.weights.base_params())
         skeleton, specs = lora.attach(plain, config, modules)
         params = lora.initial(xp, base, specs, seed)
-        params |= {key: _own_copy(xp, base[key]) for key in whole}
+        params |= {key: own_copy(xp, base[key]) for key in whole}
         self._add(Adapter(self.weights, name, config, modules, tuple(params), skeleton, plain, tuple(whole)), params)
 
     def _add(self, adapter: Adapter, params: Params) -> None:
@@ -218,45 +222,9 @@ class AdapterSet(Mapping[str, Adapter]):
         loaded for.
         """
         adapter = self._require_adapter("save", merged=True)
-        config, arrays, weights = adapter.config, adapter.params, self.weights
+        weights = self.weights
         xp, layers = weights.xp, weights.layers
-        kind, names = kind or kind_reading(weights.layout.base.reads), self._adapter_names()
-
-        def theirs_of(module: str) -> str:
-            name = names.to_theirs(module)[0]
-            return name.removeprefix("model.") if kind.auto_class == "AutoModel" else name  # it has no head beside it
-
-        theirs = {module: theirs_of(module) for module in lora.linears(lora.with_own_head(weights.layout.base))}
-        full = {module: spelled(name, names.parts) for module, name in theirs.items()}
-        short = {module: {name.rpartition(".")[2] for name in found} for module, found in full.items()}
-        targets = sorted({name for module in adapter.modules for name in short[module]})
-        # PEFT looks for short names in the parts of a model that are not here, too.
-        alone = weights.origin.identity is None or weights.origin.part_of is None
-        if not alone or [module for module in theirs if short[module] & {*targets}] != adapter.modules:
-            targets = [name for module in adapter.modules for name in full[module]]
-        parts = [name.rpartition(".") for name in adapter.whole]
-        whole = {f"{module}.{kind}": f"{theirs_of(module)}.{kind}" for module, _, kind in parts}
-        saved = {found for name in whole.values() for found in spelled(name.rpartition(".")[0], names.parts)}
-        files = AdapterFiles(
-            rank=config.rank,
-            alpha=config.rank if config.alpha is None else config.alpha,
-            dropout=config.dropout,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            targets=targets,
-            rank_pattern={theirs[module]: rank for module, rank in config.rank_pattern.items()},
-            alpha_pattern={theirs[module]: alpha for module, alpha in config.alpha_pattern.items()},
-            base=base,
-            tensors={
-                f"{theirs[module]}{mark}{kind}": xp.get(arrays[f"{module}{mark}{kind}"])
-                for module, mark, kind in (key.partition(lora.MARK) for key in arrays if key not in whole)
-            },
-            whole={theirs: xp.get(arrays[ours]) for ours, theirs in whole.items()},
-            modules_to_save=sorted(saved if not alone else {name.rpartition(".")[2] for name in saved}),
-            revision=revision,
-            task_type=kind.peft,
-        )
-
+        files = as_files(adapter, kind or kind_reading(weights.layout.base.reads), base, revision)
         attention = custom.attention_name(xp)
 
         def companions(work: Path) -> None:
@@ -265,7 +233,7 @@ class AdapterSet(Mapping[str, Adapter]):
             if beside is not None:
                 beside(work)
 
-        write_adapter(Path(folder).expanduser(), split(files, names.parts), companions)
+        write_adapter(Path(folder).expanduser(), files, companions)
 
     def load_adapter(
         self, folder: str | os.PathLike[str], name: str | None = None, *, revision: str | None = None,
@@ -284,98 +252,30 @@ class AdapterSet(Mapping[str, Adapter]):
             name = re.split("[@?#]", Path(address).name)[0] if "://" in address else folder.resolve().name
         if name in self:
             raise InputError(f"there is an adapter {name!r} already; give this one another name=")
-        files = self._with_our_names(read_adapter(Path(folder)), folder)
+        names = names_in_files(self.weights)
+        files = with_our_names(read_adapter(Path(folder)), names, folder)
         made = read_provenance(Path(folder))
-        self._check_pieces(made, folder)
+        check_pieces(self.weights, made, folder)
         config = lora.LoRAConfig(
             files.rank, files.alpha, files.dropout, files.use_rslora, files.use_dora, files.rank_pattern,
             files.alpha_pattern,
         )  # fmt: skip
         weights = self.weights
         xp, base_model, base = weights.xp, weights.layout.base, weights.base_params()
-        modules = _in_order(base_model, {key.partition(lora.MARK)[0] for key in files.tensors}, folder)
-        arrays = self._without_copies(files, base)
+        modules = in_order(base_model, {key.partition(lora.MARK)[0] for key in files.tensors}, folder)
+        arrays = without_copies(xp, files, base)
         more = lora.choose_whole(base_model, [*modules_to_save, *self.weights.new_heads], modules)
         plain = lora.plain(base_model, modules, [*arrays, *more])
         skeleton, specs = lora.attach(plain, config, modules)
-        _check_shapes(specs, flatten(plain), arrays, files, folder)
+        check_shapes(specs, flatten(plain), arrays, files, folder)
         base = _fitting(plain, base)
         params = {key: xp.array(files.tensors[key], "float32") for key in specs}
         params |= {key: xp.array(array, leaves.dtype_of(base[key])) for key, array in arrays.items()}
-        params |= {key: _own_copy(xp, base[key]) for key in more if key not in params}
+        params |= {key: own_copy(xp, base[key]) for key in more if key not in params}
         whole = tuple(key for key in params if key not in specs)
         told = (made.runs, made.labels) if made else ()
         self._add(Adapter(weights, name, config, modules, tuple(params), skeleton, plain, whole, *told), params)
         return name
-
-    def _adapter_names(self) -> NameMap:
-        """Between our names of layers and those in PEFT's files, where they differ."""
-        config, origin = self.weights.config, self.weights.origin
-        names = getattr(family_of(config.model_type), "adapter_names", None)
-        # Weights that are nowhere else are going to be saved as what they are here.
-        return names(config, None if origin.identity is None else origin.part_of) if names else NameMap()
-
-    def _with_our_names(self, files: AdapterFiles, folder: str | os.PathLike[str]) -> AdapterFiles:
-        names = self._adapter_names()
-        modules = {key.partition(lora.MARK)[0] for key in files.tensors} | {k.rpartition(".")[0] for k in files.whole}
-        ours = {module: found[0] for module in modules if (found := names.to_ours(module))}
-        if unused := sorted(modules - ours.keys()):
-            log.warning(
-                "%s adapts %d layers of parts that are not loaded here, such as %s: they are left out, also where this "
-                "adapter is saved", folder, len(unused), unused[0],
-            )  # fmt: skip
-
-        def renamed(table: Mapping[str, Any], module_of: Callable[[str], str]) -> dict[str, Any]:
-            kept = {key: value for key, value in table.items() if module_of(key) in ours}
-            return {ours[module_of(key)] + key[len(module_of(key)) :]: value for key, value in kept.items()}
-
-        def of_parameter(key: str) -> str:
-            return key.rpartition(".")[0]
-
-        files = dataclasses.replace(
-            files,
-            rank_pattern=renamed(files.rank_pattern, str),
-            alpha_pattern=renamed(files.alpha_pattern, str),
-            tensors=renamed(files.tensors, lambda key: key.partition(lora.MARK)[0]),
-            whole=renamed(files.whole, of_parameter),
-            copies=frozenset(renamed(dict.fromkeys(files.copies), of_parameter)),
-        )
-        return joined(files, names.parts)
-
-    def _without_copies(self, files: AdapterFiles, params: Params) -> dict[str, np.ndarray]:
-        """The whole parameters of an adapter, but for those that say what the base model says."""
-        head, table = f"{lora.HEAD}.weight", f"{lora.TABLE}.weight"
-        wanted = {name.rpartition(".")[2] for name in files.modules_to_save}
-        found: dict[str, np.ndarray] = {}
-        for name, array in files.whole.items():
-            tied = name == head and head not in params and table in params
-            base = params.get(table if tied else name)
-            copied = name in files.copies or name.split(".")[-2] not in wanted
-            if copied and base is not None and tuple(base.shape) == array.shape:
-                stored = self.weights.xp.get(_own_copy(self.weights.xp, base))
-                if np.array_equal(stored, array.astype(stored.dtype)):
-                    continue
-            found[name] = array
-            if tied and name in files.copies:  # there it is one array with the table, and so it stays
-                found.setdefault(table, array)
-        return found
-
-    def _check_pieces(self, made: Provenance | None, folder: str | os.PathLike[str]) -> None:
-        """What an adapter's maker had in the base model of their own must be in this one."""
-        layers, xp = self.weights.layers, self.weights.xp
-        if made and made.layers and made.layers != tuple(layers.items()):
-            raise CheckpointError(
-                f"{folder}: this adapter is for a base model with layers of its maker's own, and this model has "
-                f"{dict(layers) or 'none'}. Load the base model with layers={dict(made.layers)}, where they are "
-                f"registered, and the adapter on it"
-            )
-        own = custom.attention_name(xp)
-        if made and made.attention and made.attention != own:
-            log.warning(
-                "%s was trained with the attention function %r, and this model has %s: its answers may differ. Load "
-                "the base model with attention=%r, where it is registered", folder, made.attention,
-                f"{own!r}" if own else "the usual one", made.attention,
-            )  # fmt: skip
 
     def trainable_names(self) -> list[str]:
         """What `fit` trains: the active adapter, else everything."""
@@ -394,49 +294,3 @@ def _fitting(skeleton: Any, base: Params) -> Params:
     """The base model's parameters for a skeleton that may have its head apart; it is no copy of the table."""
     table = base.get(f"{lora.TABLE}.weight")
     return {name: base.get(name, table) for name in flatten(skeleton) if lora.MARK not in name}
-
-
-def _own_copy(xp: Backend, x: Any) -> Array:
-    """What an adapter trains whole starts from: of packed weights the numbers that they stand for."""
-    return xp.copy(xp.stop_gradient(xp.values(x)))
-
-
-def _in_order(base: Any, modules: Iterable[str], folder: str | os.PathLike[str]) -> list[str]:
-    layers = lora.linears(lora.with_own_head(base))
-    wanted = set(modules)
-    if unknown := sorted(wanted - layers.keys()):
-        raise CheckpointError(
-            f"{folder}: this adapter is for another base model: it changes {len(unknown)} layers that this model does "
-            f"not have, the first {unknown[0]}; this model has layers such as {next(iter(layers))}"
-        )
-    return [name for name in layers if name in wanted]
-
-
-def _check_shapes(
-    specs: Mapping[str, Any], plain: Mapping[str, Any], whole: Mapping[str, np.ndarray], files: AdapterFiles,
-    folder: str | os.PathLike[str],
-) -> None:  # fmt: skip
-    """specs: of the adapter's own tensors; plain: of the parameters of the model that it is for."""
-    found = {name: files.tensors[name] for name in specs if name in files.tensors} | dict(whole)
-    needed = {**plain, **specs}
-    problems = [f"{name} {x.shape} is no parameter of this model" for name, x in found.items() if name not in needed]
-    problems += [
-        f"{name} is {array.shape}, this model needs {needed[name].shape}"
-        for name, array in found.items()
-        if name in needed and array.shape != needed[name].shape
-    ]
-    problems += [f"{name} is missing" for name in specs if name not in files.tensors]
-    if not problems:
-        return
-    advice = ""
-    for name, array in whole.items():
-        module = name.partition(".")[0]
-        if name in needed and array.shape[1:] == needed[name].shape[1:] and array.shape != needed[name].shape:
-            if module in (lora.HEAD, lora.TABLE.partition(".")[0]):
-                advice = "\nThe vocabulary was resized before training: merge it with PEFT, and load the result"
-            elif module in lora.HEADS:
-                advice = f"\nIts head has {len(array)} classes: load the base model with num_classes={len(array)}"
-    raise CheckpointError(
-        f"{folder}: this adapter is for another base model{f' ({files.base})' if files.base else ''}:\n  "
-        + "\n  ".join(problems[:10]) + advice
-    )  # fmt: skip
