@@ -18,7 +18,7 @@ from modelhub.hub.registry import find_card
 from modelhub.hub.resources import resource
 from modelhub.training import History
 from modelhub.training.products import best_trainer
-from modelhub.training.records import rows_of
+from modelhub.training.rows import rows_of
 
 TINY = "gemma3_tiny"
 MARK = "Ahoy!"  # how every answer of captain_style.jsonl begins

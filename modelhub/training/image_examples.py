@@ -15,7 +15,7 @@ from modelhub.errors import DataError
 from modelhub.training.labels import Labelled, read_labels
 from modelhub.training.loaders import peek
 from modelhub.training.missing import is_missing
-from modelhub.training.records import is_series, is_table, rows_of
+from modelhub.training.rows import is_series, is_table, rows_of
 
 IMAGE_KEYS = ("image", "path", "file_name", "file", "image_path", "images", "pixel_values", "img")
 LABEL_KEYS = ("label", "labels", "class", "target", "fine_label")

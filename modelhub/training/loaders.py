@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modelhub.errors import DataError
-from modelhub.training.records import is_table
+from modelhub.training.rows import is_table
 
 _THREADED = ("jax", "tensorflow")  # a forked process inherits their locks, and not the threads that would release them
 

@@ -18,7 +18,8 @@ from modelhub.training.history import History
 from modelhub.training.loaders import repeatable
 from modelhub.training.objectives import TextObjective
 from modelhub.training.ready_batches import ReadyRows
-from modelhub.training.records import OnError, read_records, rows_of
+from modelhub.training.records import OnError, read_records
+from modelhub.training.rows import rows_of
 
 
 @dataclass

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from modelhub.errors import DataError
 from modelhub.processing.chat_template import ChatTemplate
 from modelhub.processing.tokenizer import Tokenizer
-from modelhub.training import records as module
+from modelhub.training import rows as module
 from modelhub.training.batches import prepare
 from modelhub.training.loaders import repeatable
 from modelhub.training.records import read_records
