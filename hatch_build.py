@@ -4,7 +4,8 @@ from source. Without a compiler the package is whole all the same: the framework
 MODELHUB_KERNELS=off leaves them out, =require makes it an error that they cannot be built. CC: the compiler, with
 options if need be ("zig cc -target x86_64-linux-gnu.2.17"); LDFLAGS: options of the linker;
 MODELHUB_BUILD_PLATFORM: what it compiles for, if not this machine, as a wheel's name says it ("win_amd64",
-"manylinux_2_17_aarch64", "macosx_11_0_arm64").
+"manylinux_2_17_aarch64", "macosx_11_0_arm64"), and MODELHUB_BUILD_PYTHON: the folder of that system's Python.h, if it is
+not this one's. .ci/release builds for all of them.
 """
 
 import os
@@ -79,20 +80,25 @@ def build(root: Path, target: Path, options: str = OPTIONS) -> None:
         for file in ("rows", "round", "attention")
     }
     units |= {name: (name, "") for name in ("dispatch", "pool", "pack", "xla", "tf")}
-    units["module"] = ("module", f"-I{sysconfig.get_paths()['include']}")
+    units["module"] = ("module", f"-I{os.environ.get('MODELHUB_BUILD_PYTHON') or sysconfig.get_paths()['include']}")
     source = root / KERNELS / "src"
     with tempfile.TemporaryDirectory() as work:
         objects = {unit: str(Path(work, f"{unit}.o")) for unit in units}
 
         def compile_unit(unit: str) -> None:
             file, flags = units[unit]
+            if "zig" in " ".join(cc):  # which has its own names for these
+                flags = flags.replace("-march=armv8.2-a", "-mcpu=generic")
             command = [*cc, *options.split(), *flags.split(), "-c", str(source / f"{file}.c"), "-o", objects[unit]]
             subprocess.run(command, check=True, capture_output=True, text=True)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_unit, units))
-        extra = {"darwin": "-undefined dynamic_lookup", "windows": f"-L{sys.base_prefix}/libs -lpython3 -static-libgcc"}
-        extra_words = extra.get(system, "-lpthread -lm").split() + shlex.split(os.environ.get("LDFLAGS", ""))
+        extra = {
+            "darwin": f"-undefined dynamic_lookup -Wl,-install_name,{target.name}",
+            "windows": f"-L{sys.base_prefix}/libs -lpython3",
+        }
+        extra_words = shlex.split(os.environ.get("LDFLAGS", "")) + extra.get(system, "-lpthread -lm").split()
         made = Path(work, target.name)
         link = [*cc, "-shared", "-o", str(made), *objects.values(), *extra_words]
         subprocess.run(link, check=True, capture_output=True, text=True)
