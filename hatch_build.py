@@ -4,8 +4,8 @@ from source. Without a compiler the package is whole all the same: the framework
 MODELHUB_KERNELS=off leaves them out, =require makes it an error that they cannot be built. CC: the compiler, with
 options if need be ("zig cc -target x86_64-linux-gnu.2.17"); LDFLAGS: options of the linker;
 MODELHUB_BUILD_PLATFORM: what it compiles for, if not this machine, as a wheel's name says it ("win_amd64",
-"manylinux_2_17_aarch64", "macosx_11_0_arm64"), and MODELHUB_BUILD_PYTHON: the folder of that system's Python.h, if it is
-not this one's. .ci/release builds for all of them.
+"manylinux_2_17_aarch64", "macosx_11_0_arm64"), and MODELHUB_BUILD_PYTHON: the folder of that system's Python.h, if it
+is not this one's. .ci/release builds for all of them.
 """
 
 import os

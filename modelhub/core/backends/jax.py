@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,11 @@ leaves.follow(
 def _library() -> Any:
     """The native products, made known to XLA; None where there are none."""
     found = kernels.library()
-    for name, handler in found.xla_handlers().items() if found else ():
+    if found is None:
+        return None
+    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    minor = int(re.search(r"#define XLA_FFI_API_MINOR (\d+)", header)[1])  # type: ignore[index]
+    for name, handler in found.xla_handlers(minor).items():
         jax.ffi.register_ffi_target(f"modelhub_{name}", handler, platform="cpu")
     return found
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from modelhub.errors import ConfigError
 
-ABI = 2  # of the library that this code goes with: MHK_ABI in src/mhk.h
+ABI = 3  # of the library that this code goes with: MHK_ABI in src/mhk.h
 ISAS = ("avx512-vnni", "avx512", "avx-vnni", "avx2", "sse4.2", "neon-dotprod", "neon")
 FLOATS = {"float32": 0, "bfloat16": 1, "float16": 2}  # dtype of weights -> kind, as src/mhk.h numbers them
 SCHEMES = {"int8": 3, "int8m": 4, "int8h": 5, "int4": 6, "int4m": 7}

@@ -3,7 +3,7 @@
 #define MHK_H
 #include <stdint.h>
 
-#define MHK_ABI 2 /* raised with every change of what is below; ../__init__.py checks it */
+#define MHK_ABI 3 /* raised with every change of what is below; ../__init__.py checks it */
 
 /* Floats are row-major. Quantised weights are in tiles of 16 rows and groups of 32 columns, (N + 15) / 16 x K / 32 of
  * them, the groups of a tile one after the other:

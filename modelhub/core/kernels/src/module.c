@@ -224,9 +224,13 @@ static PyObject *use_openmp(PyObject *module, PyObject *args) {
 extern void mhk_tf_call(void *, const void **, const char *, size_t, void *);
 extern void *const mhk_xla_handlers[];
 extern const char *const mhk_xla_names[];
+extern int mhk_xla_minor;
 static PyObject *xla_handlers(PyObject *module, PyObject *args) {
+    int minor;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "i", &minor)) return 0;
+    if (minor < mhk_xla_minor) mhk_xla_minor = minor;
     PyObject *found = PyDict_New();
-    (void)module, (void)args;
     for (int i = 0; found && mhk_xla_names[i]; i++) {
         PyObject *capsule = PyCapsule_New(mhk_xla_handlers[i], 0, 0);
         int failed = !capsule || PyDict_SetItemString(found, mhk_xla_names[i], capsule);
@@ -252,7 +256,7 @@ static PyMethodDef methods[] = {
     {"isa", isa, METH_VARARGS, "isa(): the instruction set in use; isa(name): use it, None if it is not there"},
     {"set_threads", set_threads, METH_VARARGS, "set_threads(n): what XLA and TensorFlow use"},
     {"use_openmp", use_openmp, METH_VARARGS, "use_openmp(address of GOMP_parallel)"},
-    {"xla_handlers", xla_handlers, METH_NOARGS, "xla_handlers(): {name: capsule}, XLA's FFI"},
+    {"xla_handlers", xla_handlers, METH_VARARGS, "xla_handlers(minor version of its FFI): {name: capsule}, XLA's"},
     {0},
 };
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", 0, -1, methods, 0, 0, 0, 0};

@@ -7,13 +7,15 @@ static XLA_FFI_Error *failed(XLA_FFI_CallFrame *frame, const char *message) {
     return frame->api->XLA_FFI_Error_Create(&args);
 }
 
+/* What is said to XLA, which takes no handler that is newer than it; of what is newer than 0.1 nothing is used here. */
+int mhk_xla_minor = XLA_FFI_API_MINOR;
 /* Whether XLA only asks which version of the FFI this is built for. */
 static int asked_for_version(XLA_FFI_CallFrame *frame) {
     for (XLA_FFI_Extension_Base *e = frame->extension_start; e; e = e->next)
         if (e->type == XLA_FFI_Extension_Metadata) {
             XLA_FFI_Metadata *m = ((XLA_FFI_Metadata_Extension *)e)->metadata;
             m->api_version.major_version = XLA_FFI_API_MAJOR;
-            m->api_version.minor_version = XLA_FFI_API_MINOR;
+            m->api_version.minor_version = mhk_xla_minor;
             m->traits = 0;
             return 1;
         }
