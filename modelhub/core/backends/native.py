@@ -4,7 +4,6 @@ With few rows an operation of a framework's takes longer to call than to compute
 no gradient is asked for; everything else goes to the framework, whose backend comes after this one among the bases.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,10 @@ class NativeCalls(Backend):
 
     def _native_weight(self, x: Array, weight: Array) -> Any:
         """As `_native`, of a matrix of any dtype that there are kernels for, and an x that is cast to float32."""
+        raise NotImplementedError
+
+    def _count(self, x: Array) -> int:
+        """Numbers in an array."""
         raise NotImplementedError
 
     def _contiguous(self, x: Array) -> Array:
@@ -53,11 +56,11 @@ class NativeCalls(Backend):
 
     def _packed_linears(self, x: Array, leaves: tuple) -> Sequence[Array]:
         library, (*shape, width) = self._native(x), x.shape
-        if library is None or self.training or math.prod(shape) > FEW_PACKED:
+        if library is None or self.training or self._count(x) > FEW_PACKED * width:
             return super()._packed_linears(x, leaves)
         at, ys = self._pointer, [self._empty((*shape, leaf.shape[0])) for leaf in leaves]
         matrices = tuple((*leaf.native_parts(at), at(y), leaf.shape[0]) for leaf, y in zip(leaves, ys, strict=True))
-        library.linears(matrices, at(x), math.prod(shape), width, *self._native_threads())
+        library.linears(matrices, at(x), self._count(x) // width, width, *self._native_threads())
         return ys
 
     def kernel_rows(self, leaf: Any, start: Array, size: int) -> Array:
@@ -71,16 +74,17 @@ class NativeCalls(Backend):
         outputs, width = leaf.shape
         ids = self._contiguous(self.cast(ids, "int32"))
         y = self._empty((*ids.shape, width))
-        matrix, count = leaf.native_parts(self._pointer), math.prod(ids.shape)
+        matrix, count = leaf.native_parts(self._pointer), self._count(ids)
         self.kernels().take(*matrix, self._pointer(ids), self._pointer(y), count, outputs, width)
         return y
 
     def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
         # Asked first: shapes may be unknown where there are no native calls.
-        if self._native_weight(x, weight) is None or math.prod(x.shape) > kernels.FEW * weight.shape[1]:
+        library = self._native_weight(x, weight)
+        if library is None or not weight.shape[1] or self._count(x) > kernels.FEW * weight.shape[1]:
             return super()._linear(x, weight, bias)
         outputs, width = weight.shape
-        rows, dtype = math.prod(x.shape[:-1]), self.dtype(x)
+        rows, dtype = self._count(x) // x.shape[-1], self.dtype(x)
         wide = self.reshape(self.cast(x, "float32"), (rows, width))
         (y,) = self.kernel_linears(wide, [(kernels.FLOATS[self.dtype(weight)], (weight, None, None), outputs)])
         y = self.cast(self.reshape(y, (*x.shape[:-1], outputs)), dtype)
@@ -88,16 +92,16 @@ class NativeCalls(Backend):
 
     def rms_norm(self, x: Array, weight: Array, eps: float, offset: float = 0.0) -> Array:
         library = self._native(x, weight)
-        if library is None or weight.shape != x.shape[-1:] or math.prod(x.shape) > kernels.SMALL:
+        if library is None or weight.shape != x.shape[-1:] or self._count(x) > kernels.SMALL:
             return super().rms_norm(x, weight, eps, offset)
-        at, y, (*shape, width) = self._pointer, self._empty(x.shape), x.shape
-        library.rms_norm(at(x), at(weight), at(y), math.prod(shape), width, eps, offset)
+        at, y, width = self._pointer, self._empty(x.shape), x.shape[-1]
+        library.rms_norm(at(x), at(weight), at(y), self._count(x) // width, width, eps, offset)
         return y
 
     def rotate(self, x: Array, cos: Array, sin: Array) -> Array:
         library = self._native(x, cos, sin)
         four = len(x.shape) == len(cos.shape) == 4 and cos.shape[1] == 1 and cos.shape[2] == x.shape[2]
-        if library is None or not four or math.prod(x.shape) > kernels.SMALL:
+        if library is None or not four or self._count(x) > kernels.SMALL:
             return super().rotate(x, cos, sin)
         at, y = self._pointer, self._empty(x.shape)
         library.rotate(at(x), at(cos), at(sin), at(y), *x.shape, cos.shape[0])
@@ -105,7 +109,7 @@ class NativeCalls(Backend):
 
     def update_slots(self, buffer: Array, new: Array, start: Array) -> Array:
         library = self._native(buffer, new)
-        if library is None or math.prod(new.shape) > kernels.SMALL:
+        if library is None or self._count(new) > kernels.SMALL:
             return super().update_slots(buffer, new, start)
         at, start = self._pointer, self._contiguous(self.cast(start, "int32"))
         library.write(at(buffer), at(new), at(start), *new.shape, buffer.shape[2])
@@ -121,10 +125,10 @@ class NativeCalls(Backend):
 
     def _activated(self, kind: int, x: Array) -> Array | None:
         library = self._native(x)
-        if library is None or math.prod(x.shape) > kernels.SMALL:
+        if library is None or self._count(x) > kernels.SMALL:
             return None
         at, y = self._pointer, self._empty(x.shape)
-        library.activate(kind, at(x), at(y), math.prod(x.shape))
+        library.activate(kind, at(x), at(y), self._count(x))
         return y
 
     def _attention(

@@ -278,6 +278,9 @@ class NumpyBackend(NativeCalls, Numpy):
         known = self.dtype(x) in kernels.FLOATS and self.dtype(weight) in kernels.FLOATS
         return self.kernels() if known and weight.flags.c_contiguous else None
 
+    def _count(self, x: Array) -> int:
+        return x.size
+
     def _contiguous(self, x: Array) -> Array:
         return np.ascontiguousarray(x)
 

@@ -511,6 +511,9 @@ class TorchBackend(NativeCalls, Torch):
         wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         return library if _NAMES.get(weight.dtype) in kernels.FLOATS and not wanted else None
 
+    def _count(self, x: Array) -> int:
+        return x.numel()
+
     def _contiguous(self, x: Array) -> Array:
         return x.contiguous()
 
