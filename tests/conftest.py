@@ -52,9 +52,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     if hasattr(config.option, "loadscopereorder"):
-        config.option.loadscopereorder = (
-            False  # pytest-xdist would put the shortest files last, real weights among them
-        )
+        # pytest-xdist would put the shortest files last, real weights among them.
+        config.option.loadscopereorder = False
 
 
 def _test(item):

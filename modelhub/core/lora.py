@@ -21,6 +21,7 @@ ALL_LINEAR = "all-linear"
 DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query", "value"))  # the first whose layers there are
 HEADS = {"lm_head", "classifier", "cls_classifier", "distillation_classifier"}
 HEAD, TABLE = "lm_head", "model.embed_tokens"  # of models of text; a head may be the table of embeddings
+HEAD_WEIGHT, TABLE_WEIGHT = f"{HEAD}.weight", f"{TABLE}.weight"
 MARK = ".lora."  # in the names of an adapter's parameters: MODULE.lora.lora_A
 ModuleT = TypeVar("ModuleT", bound=Module)
 

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from modelhub.core import kernels
+
 
 def choice(question: str, options: Sequence[str], measure: Callable[[], str]) -> str:
     """One of options: the kept answer to a question, or that of measure(), which is kept from then on.
@@ -18,10 +20,8 @@ def choice(question: str, options: Sequence[str], measure: Callable[[], str]) ->
     Once kept it does not change with what else the machine does; to measure again remove $MODELHUB_CACHE/measured.
     A folder that cannot be written to costs a measurement in each process.
     """
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    key = [question, processor(), threads, os.environ.get("OMP_NUM_THREADS")]
-    base = os.environ.get("MODELHUB_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "modelhub")
-    path = Path(base, "measured", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32] + ".json")
+    key = [question, processor(), kernels.threads()]
+    path = Path(cache_folder(), "measured", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32] + ".json")
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         if (kept := json.loads(path.read_text(encoding="utf-8")))["key"] == key and kept["answer"] in options:
             return kept["answer"]
@@ -32,6 +32,11 @@ def choice(question: str, options: Sequence[str], measure: Callable[[], str]) ->
             json.dump({"key": key, "answer": answer}, file)
         os.replace(file.name, path)
     return answer
+
+
+def cache_folder() -> str:
+    """Where what is kept of this machine lies, of which each kind has a folder of its own."""
+    return os.environ.get("MODELHUB_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "modelhub")
 
 
 @functools.cache

@@ -76,11 +76,12 @@ class Tiles(Packed):
 
     def native_parts(self, pointer: Callable[[Array | None], Any]) -> tuple[Any, ...]:
         """`kind` and `parts` as native calls take them, made once; pointer: as NativeCalls has it."""
-        codes, found = self.__dict__.get("_native", (None, ()))
-        if codes is not self.codes:  # a deep copy has other arrays
-            found = (self.kind, *map(pointer, self.parts))
-            self.__dict__["_native"] = self.codes, found
+        if (found := self.__dict__.get("_native")) is None:
+            found = self.__dict__["_native"] = (self.kind, *map(pointer, self.parts))
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in self.__dict__.items() if name != "_native"}  # a copy's arrays are elsewhere
 
     def values(self, xp: Any) -> Array:
         if len(self.shape) == 3:
@@ -88,7 +89,7 @@ class Tiles(Packed):
         return xp.cast(xp.packed_rows(self, 0, self.shape[0]), self.dtype)
 
     def matrix(self, xp: Any, index: Array) -> "Tiles":
-        arrays = {name: xp.reshape(xp.slice_rows(x, index, 1), x.shape[1:]) for name, x in self.arrays.items()}
+        arrays = {name: xp.matrix(x, index) for name, x in self.arrays.items()}
         return replace(self, **arrays, shape=self.shape[1:])
 
     def rows(self, xp: Any, start: Array, size: int) -> Array:

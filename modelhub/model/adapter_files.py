@@ -109,7 +109,7 @@ def with_our_names(files: AdapterFiles, names: NameMap, folder: str | os.PathLik
 
 def without_copies(xp: Backend, files: AdapterFiles, params: Params) -> dict[str, np.ndarray]:
     """The whole parameters of an adapter, but for those that say what the base model says."""
-    head, table = f"{lora.HEAD}.weight", f"{lora.TABLE}.weight"
+    head, table = lora.HEAD_WEIGHT, lora.TABLE_WEIGHT
     wanted = {name.rpartition(".")[2] for name in files.modules_to_save}
     found: dict[str, np.ndarray] = {}
     for name, array in files.whole.items():

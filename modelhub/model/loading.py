@@ -7,13 +7,14 @@ from typing import Any
 
 from modelhub.core import custom, leaves
 from modelhub.core.backends.base import Backend, host_memory
+from modelhub.core.lora import HEAD_WEIGHT, TABLE_WEIGHT
 from modelhub.core.tree import Module, Params, check, flatten, initial_value
 from modelhub.errors import CheckpointError, InputError, OutOfMemory
 from modelhub.habits import dtype_name
 from modelhub.model.options import LoadOptions
 from modelhub.model.origin import RANDOM, origin_of
 from modelhub.model.own_layers import new_params, try_layers, with_layers
-from modelhub.model.source import HEAD, TABLE, Source
+from modelhub.model.source import Source
 from modelhub.model.weights import Weights
 from modelhub.progress import bar
 from modelhub.quantizing.quantizer import Quantizer, is_matrix
@@ -107,8 +108,8 @@ def load_params(source: Source, xp: Backend, dtype: str, seed: int = 0, quantize
             f"dtype, close other programs, or raise the limit of the process (ulimit -v)"
         ) from error
     for name, spec in new.items():
-        table = params.get(TABLE)
-        if name == HEAD and not name.startswith(anew) and table is not None and tuple(table.shape) == spec.shape:
+        table = params.get(TABLE_WEIGHT)
+        if name == HEAD_WEIGHT and not name.startswith(anew) and table is not None and tuple(table.shape) == spec.shape:
             params[name] = xp.copy(table)  # the head was tied to it
         else:
             value = initial_value(name, spec, seed).astype(dtype, copy=False)

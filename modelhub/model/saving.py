@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from modelhub.core import custom, leaves, lora
+from modelhub.core.lora import HEAD_WEIGHT, TABLE_WEIGHT
 from modelhub.core.quantized import Tiles
 from modelhub.errors import ConfigError
 from modelhub.hub.files import write_json
 from modelhub.hub.model_folder import write_tensors
-from modelhub.model.source import ATTENTION, HEAD, LAYERS, QUANTIZATION, TABLE, TIED
+from modelhub.model.source import ATTENTION, LAYERS, QUANTIZATION, TIED
 from modelhub.progress import bar
 from modelhub.quantizing.compressed import Compressed
 
@@ -68,7 +69,7 @@ def compressed_of(backbone: Any) -> Compressed | None:
     linears = list(lora.linears(backbone.weights.layout.plain))
     tables = {name: x for name, x in packed.items() if name.removesuffix(".weight") not in linears}
     # No tool reads quantised tables: they are floats in files. A head that is the table is written quantised, apart.
-    tied = TABLE in tables and getattr(backbone.plain_config(), "tie_word_embeddings", False)
+    tied = TABLE_WEIGHT in tables and getattr(backbone.plain_config(), "tie_word_embeddings", False)
     if tables:
         size = sum(leaves.size(x.shape, backbone.dtype) for x in tables.values())
         log.warning(
@@ -76,7 +77,7 @@ def compressed_of(backbone: Any) -> Compressed | None:
             ", ".join(tables), size / 1e6, " and once more quantised, as the head" if tied else "",
         )  # fmt: skip
     packed = {name: x for name, x in packed.items() if name not in tables}
-    return Compressed(backbone.xp, packed | ({HEAD: tables[TABLE]} if tied else {}), linears, tied)
+    return Compressed(backbone.xp, packed | ({HEAD_WEIGHT: tables[TABLE_WEIGHT]} if tied else {}), linears, tied)
 
 
 def _own_pieces(backbone: Any, architectures: list[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from modelhub.core import custom
+from modelhub.core.lora import HEAD_WEIGHT, TABLE_WEIGHT
 from modelhub.core.tree import flatten
 from modelhub.errors import CheckpointError, ConfigError
 from modelhub.families import family_of
@@ -38,7 +39,6 @@ LAYERS, ATTENTION = "modelhub_layers", "modelhub_attention"
 # In its quantization_config: the head, which is quantised, is the table of the embeddings, of which the files have
 # floats too, for other tools. A tool that changes one of the two writes a quantization_config of its own.
 TIED = "modelhub_tied"
-HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"  # of models of text
 
 
 @dataclass(kw_only=True)
@@ -160,7 +160,7 @@ def _quantization(folder: Path, data: dict[str, Any]) -> Mapping[str, Any] | Non
 def _open_folder(folder: Path, quantization: Mapping[str, Any] | None) -> Checkpoint:
     if quantization is None:
         return open_folder(folder)
-    return QuantizedFolder(folder, quantization, {TABLE: HEAD} if quantization.get(TIED) else {})
+    return QuantizedFolder(folder, quantization, {TABLE_WEIGHT: HEAD_WEIGHT} if quantization.get(TIED) else {})
 
 
 def _with_the_head_of_the_files(source: Source, strict: bool) -> Source:
@@ -172,22 +172,22 @@ def _with_the_head_of_the_files(source: Source, strict: bool) -> Source:
     if tied is None or any(custom.means(pattern, "lm_head") for pattern in source.layers):  # a head of the user's own
         return source
     untied = with_own_head(source) if tied else source
-    if HEAD not in flatten(untied.model):  # another kind of model
+    if HEAD_WEIGHT not in flatten(untied.model):  # another kind of model
         return source
     try:
         checkpoint = source.checkpoint()
     except CheckpointError:  # loading will tell; before it something else may be refused
         return source
     found = {ours[0]: name for name in checkpoint.tensors if (ours := untied.names.to_ours(name)) is not None}
-    if not tied and HEAD not in found:
+    if not tied and HEAD_WEIGHT not in found:
         problem = f"{source.preset.path}: config.json says that the head is not the table, and no file has one"
         if strict:
             raise CheckpointError(f"{problem}. If it is, write tie_word_embeddings=true into config.json")
         log.warning("%s: it starts at random, and needs training (or tie_word_embeddings=true there)", problem)
         return dataclasses.replace(source, new_parts=(*source.new_parts, "lm_head"))
-    if not tied or HEAD not in found or TABLE not in found:
+    if not tied or HEAD_WEIGHT not in found or TABLE_WEIGHT not in found:
         return source
-    names = (found[HEAD], found[TABLE])
+    names = (found[HEAD_WEIGHT], found[TABLE_WEIGHT])
     head, table = (checkpoint.read(name, stored_dtype(checkpoint.tensors[name])) for name in names)
     if head.shape == table.shape and np.array_equal(head, table):
         return source

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from modelhub.core import kernels, leaves, lora
+from modelhub.core import kernels, leaves
 from modelhub.core.backends.base import Backend
+from modelhub.core.lora import HEAD_WEIGHT, TABLE_WEIGHT
 from modelhub.core.quantized import (
     GROUP,
     TILE,
@@ -44,7 +45,6 @@ EXACT = {
 }  # fmt: skip
 # Q2_K has a scale and a minimum for each 16 columns, which no scheme has: its values are rounded.
 KEPT = EXACT | {"Q2_K": "int4m"}
-HEAD, TABLE = f"{lora.HEAD}.weight", f"{lora.TABLE}.weight"
 # Those that kernels repack; the others are repacked in numpy.
 _NATIVE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 
@@ -60,7 +60,7 @@ class Quantizer:
     def __init__(self, asked: Any, matrices: Mapping[str, tuple[int, ...]]):
         self.plan = Plan.of(asked)
         self.rounded: dict[str, list[str]] = {}  # {what happened: names}
-        self._matrices, self._tied = frozenset(matrices), HEAD not in matrices
+        self._matrices, self._tied = frozenset(matrices), HEAD_WEIGHT not in matrices
         if self.plan is None:
             return
         for pattern, scheme in self.plan.patterns:
@@ -135,7 +135,7 @@ class Quantizer:
 
     def _names(self, name: str) -> tuple[str, ...]:
         """What patterns may call a parameter: the head is the table of embeddings where it has no matrix of its own."""
-        return (name, HEAD) if self._tied and name == TABLE else (name,)
+        return (name, HEAD_WEIGHT) if self._tied and name == TABLE_WEIGHT else (name,)
 
     def _note(self, what: str, name: str) -> None:
         self.rounded.setdefault(what, []).append(name)

@@ -1,6 +1,8 @@
 """The native products: every instruction set of this processor against sums in float64, and how they are found."""
 
+import copy
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -112,6 +114,50 @@ def test_activations(isa, count):
     with np.errstate(over="ignore", invalid="ignore"):
         np.testing.assert_allclose(leaf_xp.silu(x), Numpy.silu(plain_xp, x), rtol=1e-6, atol=5e-7)
         np.testing.assert_allclose(leaf_xp.gelu(x, True), Numpy.gelu(plain_xp, x, True), rtol=1e-6, atol=5e-7)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_shapes_that_do_not_fit_go_to_the_framework(name):
+    """Which says what is wrong with them, or broadcasts them; the library would read beyond their ends."""
+    xp = backend_or_skip(name)
+
+    def array(*shape, dtype="float32"):
+        return xp.array(np.ones(shape, dtype))
+
+    leaf = tiles_of(xp, pack(np.ones((48, 64), np.float32), "int8"), "int8", (48, 64), "float32")
+    for wrong in (
+        lambda: xp.linear(array(1, 3), array(5, 4)),
+        lambda: xp.linear(array(2, 32), leaf),
+        lambda: xp.linears(array(2, 32), [(leaf, None), (leaf, None)]),
+        lambda: xp.attention(array(1, 2, 1, 8), array(1, 1, 9, 4), array(1, 1, 9, 4)),
+        lambda: xp.attention(array(1, 2, 1, 8), array(1, 1, 9, 8), array(1, 1, 9, 8), array(1, 1, 1, 4, dtype="bool")),
+        lambda: xp.rotate(array(1, 2, 3, 8), array(1, 1, 3, 3), array(1, 1, 3, 3)),
+        lambda: xp.update_slots(array(1, 2, 9, 8), array(1, 2, 1, 4), xp.array([0], "int32")),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            wrong()
+    if name == "numpy":  # torch looks no further than the shorter of the two
+        with pytest.raises(ValueError):
+            xp.attention(array(1, 2, 1, 8), array(1, 1, 9, 8), array(1, 1, 5, 8))
+    q, k = array(1, 2, 3, 8), array(1, 1, 9, 8)
+    assert xp.get(xp.attention(q, k, k, array(1, 1, 1, 9, dtype="bool"))).shape == (1, 2, 3, 8)
+
+
+def backend_or_skip(name):
+    pytest.importorskip(name)
+    return get_backend(name, "cpu")
+
+
+def test_a_copy_of_a_packed_leaf_has_addresses_of_its_own():
+    xp = backend_or_skip("torch")
+    leaf = tiles_of(xp, pack(np.ones((16, 32), np.float32), "int8"), "int8", (16, 32), "float32")
+    x = xp.array(np.ones((1, 32), np.float32))
+    wanted = xp.get(xp.linear(x, leaf)).copy()
+    for other in (copy.deepcopy(leaf), pickle.loads(pickle.dumps(leaf))):
+        assert other.codes.data_ptr() != leaf.codes.data_ptr()
+        leaf.codes.zero_()
+        np.testing.assert_array_equal(xp.get(xp.linear(x, other)), wanted)
+        leaf.codes.copy_(other.codes)
 
 
 def test_slots_outside_the_cache_are_an_error():

@@ -433,7 +433,8 @@ class Backend:
     def linears(self, x: Array, layers: Sequence[tuple[Any, Array | None]]) -> list[Array]:
         """`linear` of the same x with each (weight, bias): in one native call where all are quantised."""
         weights = tuple(weight for weight, _ in layers)
-        if not all(isinstance(weight, Packed) and weight.joins for weight in weights):
+        joins = all(isinstance(weight, Packed) and weight.joins for weight in weights)
+        if not joins or len({weight.shape[1:] for weight in weights}) > 1:
             return [self.linear(x, *layer) for layer in layers]
         ys = self._packed_linears(x, weights)
         return [y if bias is None else self.plus(y, bias) for y, (_, bias) in zip(ys, layers, strict=True)]
@@ -518,9 +519,10 @@ class Backend:
 
     def _packed_linears(self, x: Array, leaves: tuple) -> Sequence[Array]:
         """`packed_linear` of several matrices."""
-        *shape, width = self.shape(x)
+        *shape, _ = self.shape(x)
         product = self._integer_products if self._are_few(x) else self._widened_products
-        ys = self.without_gradient(product, self._widened_back, self.reshape(x, (-1, width)), leaves)
+        flat = self.reshape(x, (-1, leaves[0].shape[1]))
+        ys = self.without_gradient(product, self._widened_back, flat, leaves)
         return [self.reshape(y, (*shape, leaf.shape[0])) for y, leaf in zip(ys, leaves, strict=True)]
 
     def _are_few(self, x: Array) -> bool:

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from modelhub.core import kernels, leaves
 from modelhub.core.backends.base import Array, Backend, Matrix, Shape, bound, host_copy, of_arrays
+from modelhub.core.measured import cache_folder
 
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"  # RFC 8878
 _PRODUCT = "product"  # the name of what is kept for the backward pass
@@ -62,9 +63,9 @@ def _use_compilation_cache() -> None:
     """Keep compiled programs on disk, unless the user has chosen a place, or turned it off with an empty variable."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
-    base = os.environ.get("MODELHUB_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "modelhub")
-    _remove_torn(Path(base, "jax"))
-    jax.config.update("jax_compilation_cache_dir", os.path.join(base, "jax"))
+    folder = os.path.join(cache_folder(), "jax")
+    _remove_torn(Path(folder))
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

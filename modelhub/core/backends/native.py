@@ -1,7 +1,8 @@
 """Native products, and what is between them, for backends whose operations run one after the other.
 
 With few rows an operation of a framework's takes longer to call than to compute. These are for float32 on the CPU where
-no gradient is asked for; everything else goes to the framework, whose backend comes after this one among the bases.
+no gradient is asked for, and for shapes that fit, which the library does not check; everything else goes to the
+framework, whose backend comes after this one among the bases.
 """
 
 from collections.abc import Sequence
@@ -42,25 +43,22 @@ class NativeCalls(Backend):
         raise NotImplementedError
 
     def kernel_linears(self, x: Array, matrices: Sequence[Matrix]) -> tuple[Array, ...]:
-        rows, width = x.shape
-        ys = tuple(self._empty((rows, outputs)) for *_, outputs in matrices)
-        at, x = self._pointer, self._contiguous(x)
-        self.kernels().linears(
-            tuple(
-                (kind, at(codes), at(scales), at(minima), at(y), outputs)
-                for (kind, (codes, scales, minima), outputs), y in zip(matrices, ys, strict=True)
-            ),
-            at(x), rows, width, *self._native_threads(),
-        )  # fmt: skip
-        return ys
+        at = self._pointer
+        found = [((kind, *map(at, parts)), outputs) for kind, parts, outputs in matrices]
+        return self._products(self._contiguous(x), found)
 
     def _packed_linears(self, x: Array, leaves: tuple) -> Sequence[Array]:
-        library, (*shape, width) = self._native(x), x.shape
-        if library is None or self.training or self._count(x) > FEW_PACKED * width:
+        few = self._native(x) is not None and not self.training and self._count(x) <= FEW_PACKED * x.shape[-1]
+        if not few or x.shape[-1] != leaves[0].shape[1]:
             return super()._packed_linears(x, leaves)
-        at, ys = self._pointer, [self._empty((*shape, leaf.shape[0])) for leaf in leaves]
-        matrices = tuple((*leaf.native_parts(at), at(y), leaf.shape[0]) for leaf, y in zip(leaves, ys, strict=True))
-        library.linears(matrices, at(x), self._count(x) // width, width, *self._native_threads())
+        return self._products(x, [(leaf.native_parts(self._pointer), leaf.shape[0]) for leaf in leaves])
+
+    def _products(self, x: Array, matrices: Sequence[tuple[tuple[Any, ...], int]]) -> tuple[Array, ...]:
+        """x (..., K), contiguous, times matrices, transposed: (..., outputs). matrices: (kind, pointers; outputs)."""
+        at, (*shape, width) = self._pointer, x.shape
+        ys = tuple(self._empty((*shape, outputs)) for _, outputs in matrices)
+        calls = tuple((*parts, at(y), outputs) for (parts, outputs), y in zip(matrices, ys, strict=True))
+        self.kernels().linears(calls, at(x), self._count(x) // width, width, *self._native_threads())
         return ys
 
     def kernel_rows(self, leaf: Any, start: Array, size: int) -> Array:
@@ -80,14 +78,14 @@ class NativeCalls(Backend):
 
     def _linear(self, x: Array, weight: Array, bias: Array | None) -> Array:
         # Asked first: shapes may be unknown where there are no native calls.
-        library = self._native_weight(x, weight)
-        if library is None or not weight.shape[1] or self._count(x) > kernels.FEW * weight.shape[1]:
+        if self._native_weight(x, weight) is None or self._count(x) > kernels.FEW * weight.shape[1]:
             return super()._linear(x, weight, bias)
         outputs, width = weight.shape
-        rows, dtype = self._count(x) // x.shape[-1], self.dtype(x)
-        wide = self.reshape(self.cast(x, "float32"), (rows, width))
-        (y,) = self.kernel_linears(wide, [(kernels.FLOATS[self.dtype(weight)], (weight, None, None), outputs)])
-        y = self.cast(self.reshape(y, (*x.shape[:-1], outputs)), dtype)
+        if not width or x.shape[-1] != width:
+            return super()._linear(x, weight, bias)
+        kind = kernels.FLOATS[self.dtype(weight)]
+        (y,) = self.kernel_linears(self.cast(x, "float32"), [(kind, (weight, None, None), outputs)])
+        y = self.cast(y, self.dtype(x))
         return y if bias is None else y + bias
 
     def rms_norm(self, x: Array, weight: Array, eps: float, offset: float = 0.0) -> Array:
@@ -100,8 +98,11 @@ class NativeCalls(Backend):
 
     def rotate(self, x: Array, cos: Array, sin: Array) -> Array:
         library = self._native(x, cos, sin)
-        four = len(x.shape) == len(cos.shape) == 4 and cos.shape[1] == 1 and cos.shape[2] == x.shape[2]
-        if library is None or not four or self._count(x) > kernels.SMALL:
+        if library is None or len(x.shape) != 4 or self._count(x) > kernels.SMALL:
+            return super().rotate(x, cos, sin)
+        batch, _, time, width = x.shape
+        tables = (1, 1, time, width // 2), (batch, 1, time, width // 2)
+        if cos.shape not in tables or sin.shape != cos.shape:
             return super().rotate(x, cos, sin)
         at, y = self._pointer, self._empty(x.shape)
         library.rotate(at(x), at(cos), at(sin), at(y), *x.shape, cos.shape[0])
@@ -109,7 +110,8 @@ class NativeCalls(Backend):
 
     def update_slots(self, buffer: Array, new: Array, start: Array) -> Array:
         library = self._native(buffer, new)
-        if library is None or self._count(new) > kernels.SMALL:
+        fits = new.shape[:2] == buffer.shape[:2] and new.shape[3] == buffer.shape[3] and len(start) == len(new)
+        if library is None or not fits or self._count(new) > kernels.SMALL:
             return super().update_slots(buffer, new, start)
         at, start = self._pointer, self._contiguous(self.cast(start, "int32"))
         library.write(at(buffer), at(new), at(start), *new.shape, buffer.shape[2])
@@ -140,9 +142,14 @@ class NativeCalls(Backend):
             return super()._attention(q, k, v, mask, scale, softcap, dropout, salt)
         batch, heads, time, width = q.shape
         kv_heads, slots = k.shape[1:3]
-        at, y = self._pointer, self._empty(q.shape)
-        mask = mask if mask is None else self._contiguous(mask)
         masks = 1 if mask is None else mask.shape[0]
+        fits = k.shape == v.shape == (batch, kv_heads, slots, width)
+        if mask is not None:
+            fits = fits and self.dtype(mask) == "bool" and mask.shape[1:] == (1, time, slots)
+            mask = self._contiguous(mask)
+        if not fits or masks not in (1, batch):
+            return super()._attention(q, k, v, mask, scale, softcap, dropout, salt)
+        at, y = self._pointer, self._empty(q.shape)
         library.attend(
             at(q), at(k), at(v), at(mask), at(y), batch, heads, kv_heads, time, slots, width, masks, scale,
             softcap or 0.0, *self._native_threads(),

@@ -97,7 +97,7 @@ INLINE void block(const struct mhk_attention *a, const float *q, const float *k,
         float *of = s + r * PIECE;
         const uint8_t *seen = mask ? mask + (row + r) % a->time * a->slots + first : 0;
         for (i = count; i < padded; i++) of[i] = -INFINITY;
-        vf largest = (vf){0} - 1e30f, bad = {0};
+        vf largest = (vf){0} - 1e30f, sum = {0};
         for (i = 0; i < padded; i += VL) {
             vf x = floats_at(of + i) * a->scale;
             if (a->softcap != 0) { /* tanh(u) = 1 - 2 / (e^2u + 1) */
@@ -119,11 +119,11 @@ INLINE void block(const struct mhk_attention *a, const float *q, const float *k,
         for (int lane = 0; lane < VL; lane++) most = largest[lane] > most ? largest[lane] : most;
         for (i = 0; i < padded; i += VL) {
             vf weight = exponential(floats_at(of + i) - most);
-            bad += weight;
+            sum += weight;
             *(vf_any *)(of + i) = weight;
         }
         peak[r] = most;
-        total[r] = sum_of(bad);
+        total[r] = sum_of(sum);
     }
     memset(y, 0, 4 * (size_t)(R * h));
     for (int r = 0; r < R; r += 2) {
@@ -133,7 +133,7 @@ INLINE void block(const struct mhk_attention *a, const float *q, const float *k,
     }
 }
 
-/* Pieces of slots first ... last - 1 of all (row of the batch, key head), one after the other; see mhk_attend. */
+/* One piece of the slots of one key head of one row of the batch: item counts pieces, then heads, then rows. */
 static void attend(const struct mhk_attention *a, long item) {
     const long pieces = (a->slots + PIECE - 1) / PIECE, piece = item % pieces, head = item / pieces;
     const long b = head / a->kv_heads, h = a->width, rows = a->group;
